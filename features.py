@@ -1,0 +1,179 @@
+"""Frozen features for every evaluation: which network, which blocks, which part, and their k-NN classifier.
+
+Letters: B batch, D width of the backbone, n number of last blocks, N patches, M training images, C classes.
+"""
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from backbones import backbone_state, build_backbone, image_size_of, load_backbone_weights
+from torch.utils.data import DataLoader
+
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from heads import split_sizes
+from utils import InputError, TypedFloat, load_checkpoint, plain_args
+
+PARTS = ("ALL", "main_part", "else_part")  # the whole representation, its IR, its EF
+
+
+def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tensor:
+    """Columns of `part` in features x [B, n*D], whose last `dim` = D columns are the last block's.
+
+    The cut is in the last block only: `main_part` keeps all columns of the earlier blocks (the original's protocol).
+    """
+    if part == "ALL":
+        return x
+    _, ef = split_sizes(dim, hp1)
+    return x[:, :-ef] if part == "main_part" else x[:, -ef:]
+
+
+class FeatureExtractor(nn.Module):
+    """Images [B, 3, H, W] -> features [B, self.dim] of a frozen backbone.
+
+    A ViT gives the [CLS] tokens of its last n blocks, each after the final norm, side by side; with `avgpool` the mean patch
+    token of the last block stands behind them (interleaved for ALL with n = 1, as DINO's published linear weights expect).
+    Other backbones give their pooled features. `part` cuts [CLS] (of the last block) and mean token alike.
+
+    Raises InputError for an unknown part, an empty one, or blocks that the backbone does not have.
+    """
+
+    def __init__(self, backbone: nn.Module, part="ALL", hp1=1.0, n_last_blocks=1, avgpool=False):
+        super().__init__()
+        if part not in PARTS:
+            raise InputError(f"part {part!r}: must be one of {', '.join(PARTS)}")
+        self.is_vit = hasattr(backbone, "get_intermediate_layers") and hasattr(backbone, "get_last_selfattention")
+        if avgpool and not self.is_vit:
+            raise InputError("--avgpool_patchtokens true: only a ViT has patch tokens; this backbone's features are pooled")
+        if self.is_vit and not 1 <= n_last_blocks <= len(backbone.blocks):
+            raise InputError(f"--n_last_blocks {n_last_blocks}: must lie in 1..{len(backbone.blocks)}")
+        self.backbone, self.part, self.hp1, self.avgpool = backbone, part, hp1, avgpool
+        self.n_last_blocks = n_last_blocks if self.is_vit else 1
+        width = backbone.embed_dim
+        self.dim = self._select(torch.empty(1, self.n_last_blocks * width)).shape[1]
+        if avgpool:
+            self.dim += self._select(torch.empty(1, width)).shape[1]
+
+    def _select(self, x: torch.Tensor) -> torch.Tensor:
+        return select_part(x, self.backbone.embed_dim, self.part, self.hp1)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.is_vit:
+            return self._select(self.backbone(images))  # B, dim
+        blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)  # n tensors B, 1+N, D
+        cls = torch.cat([tokens[:, 0] for tokens in blocks], dim=-1)  # B, n*D
+        if not self.avgpool:
+            return self._select(cls)  # B, dim
+        mean = blocks[-1][:, 1:].mean(1)  # B, D
+        if self.part == "ALL" and self.n_last_blocks == 1:
+            return torch.stack([cls, mean], dim=-1).flatten(1)  # B, 2*D: c0, m0, c1, m1, ...
+        return torch.cat([self._select(cls), self._select(mean)], dim=-1)  # B, dim
+
+
+@dataclass
+class Pretrained:
+    """A backbone in eval mode with its weights, and what its checkpoint says about it."""
+
+    backbone: nn.Module
+    arch: str
+    net: str  # dino or CLeVER
+    hp1: float
+    img_size: int  # side of the images it was trained on
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    epochs: int | None  # of pretraining so far; None if the checkpoint does not say
+    fingerprint: str  # of the weights
+
+
+def _agree(name: str, given, stored, default):
+    """The flag if given, else what the checkpoint says, else the default; InputError if the first two differ."""
+    if given is not None and stored is not None and given != stored:
+        raise InputError(f"--{name} {given}: the checkpoint was made with {name} {stored}")
+    return next((value for value in (given, stored, default) if value is not None), None)
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that name the network under evaluation; what is not given comes from the checkpoint."""
+    parser.add_argument("--pretrained_weights", required=True, help="checkpoint, ours or an original's")
+    parser.add_argument("--checkpoint_key", default="teacher", help="which network of the checkpoint")
+    parser.add_argument("--arch", help="default: the checkpoint's, else vit_small")
+    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's, else 16")
+    parser.add_argument("--net", choices=["dino", "CLeVER"], help="default: the checkpoint's, else dino")
+    parser.add_argument("--hp1", type=TypedFloat, help="default: the checkpoint's")
+    parser.add_argument("--img_size", type=int, help="side of the images; default: the pretraining's global crops, else 224")
+
+
+def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
+    """The backbone of --pretrained_weights; flags that contradict the checkpoint are an InputError."""
+    checkpoint = load_checkpoint(args.pretrained_weights)
+    stored = plain_args(checkpoint.get("args", {})) if isinstance(checkpoint, dict) else {}
+    arch = _agree("arch", args.arch, stored.get("arch"), "vit_small")
+    patch_size = _agree("patch_size", args.patch_size, stored.get("patch_size"), 16)
+    net = _agree("net", args.net, stored.get("net"), "dino")
+    hp1 = _agree("hp1", args.hp1, stored.get("hp1") if net == "CLeVER" else None, 1.0 if net == "dino" else None)
+    if hp1 is None:
+        raise InputError("--hp1: the checkpoint does not say where IR and EF are cut; give the pretraining's hp1")
+    state = backbone_state(checkpoint, args.checkpoint_key)
+    trained_size = image_size_of(state, patch_size) or stored.get("global_crops_size") or 224
+    backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
+    load_backbone_weights(backbone, state)
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return Pretrained(
+        backbone=backbone.eval().requires_grad_(False).to(device),
+        arch=arch,
+        net=net,
+        hp1=hp1,
+        img_size=args.img_size or trained_size,
+        mean=tuple(stored.get("mean", IMAGENET_MEAN)),
+        std=tuple(stored.get("std", IMAGENET_STD)),
+        epochs=checkpoint.get("epoch") if isinstance(checkpoint, dict) else None,
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def check_part(part: str, net: str, hp1: float, dim: int) -> None:
+    """InputError unless `part` exists: a dino checkpoint has no IR and EF, and hp1 may leave one empty."""
+    if part == "ALL":
+        return
+    if net == "dino":
+        raise InputError(f"--else_part {part}: a dino checkpoint has no parts, only ALL")
+    split_sizes(dim, hp1)
+
+
+@torch.no_grad()
+def extract_features(model: FeatureExtractor, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [M, dim] and labels [M] of this process's share of the data, which may be empty, on `device`."""
+    features, labels = [torch.empty(0, model.dim, device=device)], [torch.empty(0, dtype=torch.long)]
+    for images, batch_labels in loader:
+        features.append(model(images.to(device, non_blocking=True)).float())
+        labels.append(batch_labels)
+    return torch.cat(features), torch.cat(labels).to(device)
+
+
+def knn_predict(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    features: torch.Tensor,
+    k: int,
+    num_classes: int,
+    temperature: float = 0.07,
+    chunk: int = 1024,
+) -> torch.Tensor:
+    """Class scores [B, C] by weighted votes of the k most similar training images (Wu et al., arXiv 1805.01978).
+
+    Features are L2-normalised here; a neighbour of cosine s votes exp(s / temperature). k is cut to the training set's size.
+    """
+    train = F.normalize(train_features, dim=-1)  # M, D
+    k = min(k, len(train))
+    scores = []
+    for queries in F.normalize(features, dim=-1).split(chunk):
+        similarity, nearest = (queries @ train.T).topk(k, dim=-1)  # B, k
+        votes = torch.zeros(len(queries), num_classes, device=queries.device)
+        scores.append(votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp()))  # B, C
+    return torch.cat(scores)
