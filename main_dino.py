@@ -39,8 +39,8 @@ from utils import InputError, bool_flag
 NETS = ("dino", "CLeVER")
 # Arguments that fix what a checkpoint's tensors mean: a run cannot continue with others.
 STRUCTURE = (
-    "net", "arch", "patch_size", "out_dim", "use_bn_in_head", "norm_last_layer", "global_crops_size",
-    "local_crops_number", "optimizer", "hp1", "DVR_out_dim",
+    "net", "arch", "patch_size", "out_dim", "use_bn_in_head", "norm_last_layer", "head_hidden_dim", "head_bottleneck_dim",
+    "global_crops_size", "local_crops_number", "optimizer", "hp1", "DVR_out_dim",
 )  # fmt: skip
 
 
@@ -54,6 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out_dim", type=int, default=65536, help="outputs of the head (of the IR head for CLeVER)")
     add("--norm_last_layer", type=bool_flag, default=True, help="keep the rows of the heads' last layers at length 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch norm in the heads")
+    add("--head_hidden_dim", type=int, default=2048, help="width of the heads' hidden layers")
+    add("--head_bottleneck_dim", type=int, default=256, help="width of the heads' bottlenecks")
     add("--hp1", type=float, default=0.8, help="CLeVER: share of the representation that is IR, in (0, 1)")
     add("--DVR_out_dim", type=int, default=16384, help="CLeVER: outputs of the EF head")
     add("--sep_lambd", type=float, default=1.0, help="CLeVER: weight of the EF loss")
@@ -125,8 +127,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.amp_dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise InputError(f"--amp_dtype {args.amp_dtype!r}: must be one of auto, bf16, fp16, fp32")
     utils.check_positive(
-        args, "out_dim", "DVR_out_dim", "batch_size_per_gpu", "accumulation", "patch_size", "global_crops_size",
-        "local_crops_size", "print_freq", "knn_freq", "warmup_teacher_temp", "teacher_temp",
+        args, "out_dim", "DVR_out_dim", "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation",
+        "patch_size", "global_crops_size", "local_crops_size", "print_freq", "knn_freq", "warmup_teacher_temp", "teacher_temp",
     )  # fmt: skip
     for name in ("epochs", "local_crops_number", "num_workers", "warmup_epochs", "saveckp_freq", "lr", "clip_grad"):
         if getattr(args, name) < 0:
@@ -191,7 +193,12 @@ def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropW
     )
     if hasattr(backbone, "patch_embed") and hasattr(backbone.patch_embed, "patch_size"):
         check_patches(args, backbone.patch_embed.patch_size)
-    options = {"use_bn": args.use_bn_in_head, "norm_last_layer": args.norm_last_layer}
+    options = {
+        "use_bn": args.use_bn_in_head,
+        "norm_last_layer": args.norm_last_layer,
+        "hidden_dim": args.head_hidden_dim,
+        "bottleneck_dim": args.head_bottleneck_dim,
+    }
     if args.net == "dino":
         return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, args.out_dim, **options))
     ir, ef = split_sizes(backbone.embed_dim, args.hp1)
@@ -292,9 +299,9 @@ def build_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
 
 def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, np.ndarray]:
     """One value per optimizer step of the rate, the weight decay and the teacher's momentum."""
-    lr = args.lr * images_per_step(args) / 256
+    lr, warmup_epochs = args.lr * images_per_step(args) / 256, min(args.warmup_epochs, args.epochs)
     return {
-        "lr": utils.cosine_scheduler(lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
+        "lr": utils.cosine_scheduler(lr, args.min_lr, args.epochs, steps_per_epoch, warmup_epochs),
         "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
         "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps_per_epoch),
     }

@@ -3,6 +3,7 @@
 `tensor(name, shape)` draws the input of that name, `fill_(module)` the weights (both from tests/data/fill.py).
 `GOLDEN[name]` is a tensor of core.safetensors, `CORE[name]` an entry of core.json; both are read at their first import.
 """
+
 import importlib.util
 import json
 from pathlib import Path

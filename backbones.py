@@ -1,0 +1,170 @@
+"""The one registry: architecture name -> backbone with `.embed_dim`, and the loading of weights into it.
+
+Letters: B batch, D width of the representation.
+"""
+
+import difflib
+import re
+from collections.abc import Callable
+from functools import partial
+from math import isqrt
+from typing import Any
+
+from torch import Tensor, nn
+
+import resnet
+import vision_transformer as vit
+from utils import InputError
+
+VITS: dict[str, Callable[..., nn.Module]] = {
+    "vit_micro": vit.vit_micro,
+    "vit_tiny": vit.vit_tiny,
+    "vit_small": vit.vit_small,
+    "vit_base": vit.vit_base,
+    "deit_tiny": vit.vit_tiny,
+    "deit_small": vit.vit_small,
+}
+RESNETS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": resnet.resnet8,
+    "resnet18_small": resnet.resnet18_small,
+    "resnet50_small": resnet.resnet50_small,
+    "resnet18": resnet.resnet18,
+    "resnet50": resnet.resnet50,
+}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {**VITS, **RESNETS}
+
+PREFIXES = re.compile(r"^((module|backbone)\.)+")
+# Heads of pretraining and classifiers; timm keeps the last layers of some backbones under the same name.
+HEADS = re.compile(r"^(head2?|fc)\.(?!norm\.|pre_logits\.)")
+
+
+def build_backbone(
+    arch: str,
+    patch_size: int = 16,
+    img_size: int = 224,
+    drop_path_rate: float = 0.0,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """A randomly initialised backbone with `.embed_dim`; forward takes [B, 3, H, W] to [B, D].
+
+    Args:
+        arch: a name in `BACKBONES`, otherwise a timm model. The network is never asked for weights.
+        patch_size: of our ViTs (timm's names imply it).
+        img_size: side of the images that positions are stored for, where there are positions.
+        drop_path_rate: stochastic depth, where the architecture has it (our ResNets do not).
+        checkpointing: trade time for memory by recomputing activations in the backward pass.
+
+    Raises:
+        InputError: unknown `arch`, a rate outside [0, 1), sizes that do not fit, checkpointing that timm does not have.
+    """
+    if not 0 <= drop_path_rate < 1:
+        raise InputError(f"drop path rate {drop_path_rate}: choose a value in [0, 1)")
+    if arch in VITS:
+        return VITS[arch](patch_size, img_size, drop_path_rate, checkpointing)
+    if arch in RESNETS:
+        return RESNETS[arch](checkpointing)
+    return _build_timm(arch, img_size, drop_path_rate, checkpointing)
+
+
+def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: bool) -> nn.Module:
+    """A timm model without classifier, with its pooled features. timm's own recomputation updates batch norms twice."""
+    unknown = f"unknown arch {arch!r}: choose one of {', '.join(BACKBONES)}, or a timm model"
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"{unknown} (timm is not installed)") from None
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, timm.list_models(), n=5)
+        raise InputError(f"{unknown} (close names: {', '.join(close)})" if close else unknown)
+
+    create = partial(timm.create_model, arch, pretrained=False, num_classes=0)
+    try:
+        model = _call_with_known(create, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path_rate)
+    except RuntimeError as error:  # an unknown tag after the name's point, for one
+        raise InputError(f"timm cannot build {arch}: {error}") from None
+    model.embed_dim = getattr(model, "head_hidden_size", model.num_features)
+    if checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):  # how timm says that a model cannot
+            raise InputError(f"timm's {arch} has no activation checkpointing") from None
+    return model
+
+
+def _call_with_known(function: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """Calls `function` without those options that it does not know, which only calling a timm model tells."""
+    try:
+        return function(**options)
+    except TypeError as error:
+        known = {key: value for key, value in options.items() if f"keyword argument '{key}'" not in str(error)}
+        if len(known) == len(options):
+            raise
+    return _call_with_known(function, **known)
+
+
+def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher") -> dict[str, Tensor]:
+    """The backbone's weights in a checkpoint, under the backbone's own names.
+
+    Args:
+        checkpoint: of pretraining (ours, DINO's or CLeVER's: `{"teacher": {"module.backbone.X": tensor}}`), or a plain
+            state dict, for which the key is not needed.
+        checkpoint_key: the entry that holds the state dict.
+
+    Returns:
+        names without any leading `module.` and `backbone.`; without heads (`head`, `head2`) and classifiers (`fc`).
+
+    Raises:
+        InputError: neither the key nor a plain state dict is there.
+    """
+    state = checkpoint
+    if checkpoint_key and checkpoint_key in checkpoint:
+        state = checkpoint[checkpoint_key]
+    if not _is_state_dict(state):
+        present = ", ".join(map(str, checkpoint)) or "none"
+        raise InputError(f"no state dict under checkpoint key {checkpoint_key!r}: the keys are {present}")
+    state = {PREFIXES.sub("", name): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not HEADS.match(name)}
+
+
+def _is_state_dict(state: Any) -> bool:
+    return isinstance(state, dict) and len(state) > 0 and all(isinstance(value, Tensor) for value in state.values())
+
+
+def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads what `backbone_state` returned: all of it, into all of the backbone but `num_batches_tracked`, if absent.
+
+    Raises:
+        InputError: names or shapes differ; the message counts them and gives the first three of each kind.
+    """
+    own = backbone.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    misshaped = [
+        f"{name} ({list(state[name].shape)} in the file, {list(value.shape)} in the backbone)"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    problems = [f"{len(found)} {kind}: {_first(found)}" for kind, found in kinds.items() if found]
+    if problems:
+        raise InputError(f"the weights do not fit the backbone ({len(own)} tensors); {'; '.join(problems)}")
+    backbone.load_state_dict(dict(state))
+
+
+def _first(names: list[str], n: int = 3) -> str:
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
+def image_size_of(state: dict[str, Tensor], patch_size: int) -> int | None:
+    """Side in pixels of the images that a ViT's positions were trained for; None if `state` is not a ViT's.
+
+    Raises:
+        InputError: the weights were trained with another patch size.
+    """
+    if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
+        return None
+    dim, *_, trained_patch_size = state["patch_embed.proj.weight"].shape
+    if trained_patch_size != patch_size:
+        raise InputError(f"patch size {patch_size}: the weights were trained with patch size {trained_patch_size}")
+    tokens = state["pos_embed"].numel() // dim
+    return isqrt(tokens) * patch_size  # the root of 1 + g*g rounds down to g

@@ -1,0 +1,358 @@
+"""Image folders: pretraining (labels unused) and classification (one sub-folder per class), and small built-in data."""
+
+import contextlib
+import gzip
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+
+from utils import InputError, get_rank, get_world_size, is_main_process
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
+UNLABELLED = -1
+
+Sample = tuple[str, int]  # path, label
+
+# What Pillow raises on files that are missing, cut short, damaged or no images.
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+# --- finding images --------------------------------------------------------------------------------------------------
+
+
+def list_images(root: str | os.PathLike) -> list[str]:
+    """Paths of all images below `root`, sorted; symbolic links are followed, hidden files and folders left out.
+
+    Raises InputError if the folder is missing, cannot be read, or has no images.
+    """
+    root = os.fspath(root)
+    _check_is_folder(root)
+    paths = []
+    try:
+        for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
+            subfolders[:] = [name for name in subfolders if _leads_on(folder, name)]
+            paths += [os.path.join(folder, name) for name in files if _is_image(name)]
+    except OSError as error:
+        raise InputError(f"image folder {root}: cannot be read ({error})") from error
+    if not paths:
+        raise InputError(f"image folder {root}: has no images ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(paths)
+
+
+def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
+    """Class names (the sub-folders, sorted) and (path, index of the class) for every image at any depth below them.
+
+    Raises InputError if the folder is missing, has no class folders, or has a class folder without images.
+    """
+    root = os.fspath(root)
+    _check_is_folder(root)
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
+    samples = [(path, label) for label, name in enumerate(classes) for path in list_images(os.path.join(root, name))]
+    return classes, samples
+
+
+def _check_is_folder(root):
+    if not os.path.isdir(root):
+        raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"image folder {root}: may not be read by this user")
+
+
+def _raise(error):
+    raise error
+
+
+def _is_image(name):
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _leads_on(folder, name):
+    """False for hidden folders and for links back to a folder above, which would never end."""
+    path = os.path.join(folder, name)
+    loops = os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
+    return not loops and not name.startswith(".")
+
+
+# --- reading images --------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Decode an image of any mode to RGB. Raises InputError naming the file and the reason if that fails."""
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(image)
+    except DECODE_ERRORS as error:
+        raise InputError(f"image {path}: cannot be read ({_reason(error)})") from error
+
+
+def _to_rgb(image):
+    """Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits (Pillow would clip it)."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class ImageDataset(Dataset):
+    """(transform(RGB image), label) for each (path, label) of `samples`.
+
+    The transform's random draws are a function of (seed, epoch, index): they depend on neither the number of workers
+    nor that of processes, a resumed run draws what an uninterrupted one would, and torch's generator is left as it was.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], transform: Callable, seed: int = 0, classes: Sequence[str] = ()
+    ) -> None:
+        self.samples, self.transform, self.seed, self.classes = list(samples), transform, seed, list(classes)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers must see it
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | list[torch.Tensor], int]:
+        """Raises InputError if the file cannot be decoded."""
+        path, label = self.samples[index]
+        image = read_image(path)
+        draw = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(draw))  # torch.manual_seed would seed GPUs as well
+            return self.transform(image), label
+
+
+def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
+    """Every world_size-th image from `rank` on: over all ranks each image once, without padding."""
+    return Subset(dataset, range(rank, len(dataset), world_size))
+
+
+# --- checking images -------------------------------------------------------------------------------------------------
+
+
+def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
+    """Decode every image once, the processes sharing the work; {path: reason} of those that cannot be used.
+
+    Prints the progress about every five seconds. All processes must call it, and all get the same answer.
+    """
+    own = paths[get_rank() :: get_world_size()]
+    bad: dict[str, str] = {}
+    start = reported = time.monotonic()
+    block = 512  # a pool's queue of a million images would fill the memory
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for first in range(0, len(own), block):
+            names = own[first : first + block]
+            bad |= {name: why for name, why in zip(names, pool.map(_why_unusable, names), strict=True) if why}
+            now, done = time.monotonic(), first + len(names)
+            if now - reported > 5 and is_main_process():
+                reported = now
+                print(f"checking images: {done} of {len(own)}, {done / (now - start):.0f} images/s", flush=True)
+    if get_world_size() == 1:
+        return bad
+    shares: list[dict[str, str]] = [{} for _ in range(get_world_size())]
+    dist.all_gather_object(shares, bad)
+    return {path: why for share in shares for path, why in share.items()}
+
+
+def _why_unusable(path):
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.draft("L", (1, 1))  # JPEG: the whole stream is read, but an eighth of the pixels computed
+            image.load()
+    except DECODE_ERRORS as error:
+        return _reason(error)
+    return f"size {size[0]} x {size[1]}" if 0 in size else None
+
+
+def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, threads: int = 8) -> list[Sample]:
+    """The samples whose images can be decoded.
+
+    Raises InputError naming the first that cannot, unless `skip_bad_images`, which drops them, and if none can.
+    """
+    bad = check_images([path for path, _ in samples], threads)
+    if not bad:
+        return list(samples)
+    first = "; ".join(f"{path} ({why})" for path, why in sorted(bad.items())[:3])
+    summary = f"{len(bad)} of {len(samples)} images cannot be read: {first}{'; ...' if len(bad) > 3 else ''}"
+    if len(bad) == len(samples):
+        raise InputError(summary)
+    if not skip_bad_images:
+        raise InputError(f"{summary} (--skip_bad_images true leaves them out)")
+    if is_main_process():
+        print(f"left out: {summary}", flush=True)
+    return [(path, label) for path, label in samples if path not in bad]
+
+
+def pretraining_dataset(
+    root: str | os.PathLike,
+    transform: Callable,
+    seed: int = 0,
+    skip_bad_images: bool = False,
+    threads: int = 8,
+    check: bool = True,
+) -> ImageDataset:
+    """All images below `root`, flat or nested, labelled -1. Raises InputError as list_images and keep_readable do."""
+    samples = [(path, UNLABELLED) for path in list_images(root)]
+    if check:
+        samples = keep_readable(samples, skip_bad_images, threads)
+    return ImageDataset(samples, transform, seed)
+
+
+def labelled_dataset(
+    root: str | os.PathLike,
+    transform: Callable,
+    seed: int = 0,
+    skip_bad_images: bool = False,
+    threads: int = 8,
+    check: bool = True,
+) -> ImageDataset:
+    """Images of <root>/<class>/ with their classes. Raises InputError as labelled_samples and keep_readable do."""
+    classes, samples = labelled_samples(root)
+    if check:
+        samples = keep_readable(samples, skip_bad_images, threads)
+    return ImageDataset(samples, transform, seed, classes)
+
+
+# --- small built-in data ---------------------------------------------------------------------------------------------
+
+# One split: images [N, H, W] uint8 and class numbers [N].
+Split = tuple[np.ndarray, np.ndarray]
+
+
+def write_digits(root: str | os.PathLike) -> None:
+    """scikit-learn's 1,797 handwritten digits as 8x8 PNG files <root>/{train,val}/<digit>/: 1,437 and 360 images.
+
+    Does nothing where they already are; raises InputError if `root` holds something else.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # grey levels 0..16 -> 0..255
+    train, val = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+    splits = {name: (images[index], digits.target[index]) for name, index in (("train", train), ("val", val))}
+    _write_image_folder(Path(root), splits, [str(digit) for digit in range(10)])
+
+
+def write_fashion_mnist(
+    root: str | os.PathLike,
+    source: str | os.PathLike,
+    download: bool = False,
+    train: int | None = None,
+    val: int | None = None,
+) -> None:
+    """Fashion-MNIST as 28x28 PNG files <root>/{train,val}/<class>/; `train`, `val`: images in all, balanced, or None.
+
+    `source` holds the idx files (.gz or not) directly or as torchvision lays them out; the network is used only with
+    `download`, which puts them there. Does nothing where the images already are; raises InputError if files are
+    missing or damaged, if `root` holds something else, or on a share that is not between 10 and the split's size.
+    """
+    splits, classes = _read_fashion_mnist(Path(source), download)
+    for name, share in (("train", train), ("val", val)):
+        if share is not None:
+            images, labels = splits[name]
+            index = _balanced_share(name, labels, share)
+            splits[name] = images[index], labels[index]
+    # The number keeps the order of the classes; "/" and blanks do not belong in a folder's name.
+    names = [f"{label}-{re.sub('[^a-z-]+', '-', name.lower())}" for label, name in enumerate(classes)]
+    _write_image_folder(Path(root), splits, names)
+
+
+def _read_fashion_mnist(source, download):
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        if download:
+            FashionMNIST(source, download=True)
+        raw = source / "FashionMNIST" / "raw"
+        raw = raw if raw.is_dir() else source
+        with tempfile.TemporaryDirectory() as scratch:
+            _unpack_idx_files(raw, Path(scratch) / "FashionMNIST" / "raw")
+            parts = {name: FashionMNIST(scratch, train=name == "train") for name in ("train", "val")}
+            splits = {name: (part.data.numpy(), part.targets.numpy()) for name, part in parts.items()}
+    except InputError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, zlib.error) as error:
+        raise InputError(f"Fashion-MNIST in {source}: cannot be read ({_reason(error)})") from error
+    return splits, FashionMNIST.classes
+
+
+def _unpack_idx_files(raw, folder):
+    """Link or unpack the four files in `raw` to `folder`, without .gz, where torchvision reads them."""
+    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    missing = [name for name in names if not (raw / name).exists() and not (raw / f"{name}.gz").exists()]
+    if missing:
+        raise InputError(f"Fashion-MNIST in {raw}: lacks {', '.join(missing)} (or .gz); --download fetches them")
+    folder.mkdir(parents=True)
+    for name in names:
+        if (raw / name).exists():
+            (folder / name).symlink_to((raw / name).resolve())
+        else:
+            with gzip.open(raw / f"{name}.gz") as packed, open(folder / name, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+
+
+def _balanced_share(name, labels, share):
+    """Indices of `share` images, drawn with a fixed seed, as many per class as evenly as that goes."""
+    classes = labels.max() + 1
+    if not classes <= share <= len(labels):
+        raise InputError(f"{name} {share}: must be between {classes} and {len(labels)} images")
+    order = np.random.default_rng(0).permutation(len(labels))
+    wanted = [share // classes + (label < share % classes) for label in range(classes)]
+    return np.sort(np.concatenate([order[labels[order] == label][:n] for label, n in enumerate(wanted)]))
+
+
+def _write_image_folder(root: Path, splits: dict[str, Split], class_names: list[str]) -> None:
+    """Write <root>/<split>/<class>/<number>.png, all or nothing; nothing to do if `root` has those images."""
+    wanted = Counter(f"{split}/{class_names[label]}" for split, (_, labels) in splits.items() for label in labels)
+    counts = ", ".join(f"{len(labels)} {split}" for split, (_, labels) in splits.items())
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        found = Counter(path.parent.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        if found != wanted:
+            raise InputError(f"output folder {root}: holds something else; choose a new or empty folder")
+        print(f"{root}: already complete ({counts} images)")
+        return
+    with _whole_folder(root) as folder:
+        for split, (images, labels) in splits.items():
+            for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+                path = folder / split / class_names[label] / f"{number:05}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    print(f"{root}: wrote {counts} images")
+
+
+@contextlib.contextmanager
+def _whole_folder(root: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `root` if no error occurs, and otherwise disappears."""
+    root = root.resolve()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
+        folder = Path(scratch) / root.name
+        folder.mkdir()
+        yield folder
+        folder.replace(root)

@@ -1,0 +1,97 @@
+# source scripts/common.sh   (the launch scripts do; every variable below can be set from the environment)
+# shellcheck shell=bash
+set -euo pipefail
+set -f # lists of flags, parts, ... are split at blanks without matching file names
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+die() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+# What and where
+: "${net_name:=CLeVER}" "${backbone_name:=vit_small}" "${PATCH:=16}"
+: "${DATASET:=IN100}" "${DATASET_PATH:=$ROOT/data/$DATASET}" # the folder with train/ and val/
+: "${Result_dir:=$ROOT/results}"
+: "${AUG_TYPE:=aug1_2}" # aug1 (BAug), aug1_2 (CAug), aug1_4_2 (CAug+)
+
+# Machine
+: "${GPU_num:=4}" "${GPU_num_LN:=2}" "${GPU_num_EVAL:=1}" # processes: pretraining, probe, evaluation
+DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_DEVICES is left alone
+: "${PORT_NUM:=29500}"                                    # another one for a second run on the same machine
+: "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for one process without a group
+
+# Pretraining
+: "${EPOCH:=200}" "${BATCH:=$((512 / GPU_num))}" # BATCH is per GPU: 128 on 4, 256 on 2
+: "${HP1:=0.8}" "${SEP_LAMBD:=1.0}" "${DVR_out_dim:=65536}"
+reg=${reg-_reg0.001}    # empty: no regulariser
+: "${PRETRAIN_FLAGS:=}" # more flags for main_dino.py, e.g. "--out_dim 1024 --warmup_epochs 1"
+
+# Linear probe and evaluation
+: "${EPOCH_LN:=100}" "${BATCH_LN:=128}" "${lr:=0.001}" "${n_last_blocks:=4}"
+[[ $net_name == dino ]] && : "${PARTS:=ALL}"
+: "${PARTS:=ALL main_part else_part}"
+: "${TEST_AUGS:=basic aug1 aug1_2 aug1_4_2}"
+: "${PROBE_FLAGS:=}" # more flags for eval_linear.py
+
+TRIAL_name=${net_name}_${backbone_name}_${BATCH}_${HP1}_${DVR_out_dim}_${SEP_LAMBD}${reg}
+RUN_DIR=$Result_dir/${DATASET}_ep$EPOCH/${net_name}_$backbone_name/$AUG_TYPE/$BATCH/$HP1/$TRIAL_name
+
+# launch N LOG script.py args...: on N processes; the output goes to the terminal and is appended to the file LOG.
+# DRY_RUN=1 prints the command and the name of the log instead.
+launch() {
+  local processes=$1 log=$2 script=$3 cores settings options=()
+  shift 3
+  if [[ $LAUNCHER != python ]]; then
+    options=(--nproc_per_node="$processes" --master_port="$PORT_NUM")
+  elif [[ $processes != 1 ]]; then
+    die "LAUNCHER=python starts one process, not $processes; use torchrun or python -m torch.distributed.launch"
+  fi
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  settings=(PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}")
+  [[ -z $DEVICES ]] || settings+=(CUDA_VISIBLE_DEVICES="$DEVICES")
+
+  # shellcheck disable=SC2086  # LAUNCHER is several words
+  set -- env "${settings[@]}" $LAUNCHER ${options[@]+"${options[@]}"} "$ROOT/$script" "$@"
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "$@"
+    printf '\nlog: %s\n' "$log"
+  else
+    mkdir -p "$(dirname "$log")"
+    "$@" 2>&1 | tee -a "$log"
+  fi
+}
+
+# probe_name PART: how the names of logs tell the parts apart.
+probe_name() {
+  case $1 in
+    ALL) echo linear ;;
+    main_part) echo "linear_hp$HP1" ;;
+    else_part) echo "linear_hp${HP1}_else" ;;
+    *) die "unknown part $1 in PARTS; valid: ALL main_part else_part" ;;
+  esac
+}
+
+# check_probe: stops unless the parts are known and this run has been pretrained.
+check_probe() {
+  local part
+  for part in $PARTS; do probe_name "$part" > /dev/null; done
+  [[ ${DRY_RUN:-0} == 1 || -f $RUN_DIR/checkpoint.pth ]] ||
+    die "no $RUN_DIR/checkpoint.pth: run scripts/pretrain.sh first, with the same variables (they make up that folder)"
+}
+
+# eval_linear N LOG PART flags...: the probe of one part of this run's network.
+eval_linear() {
+  local processes=$1 log=$2 part=$3 dataset_type=""
+  shift 3
+  [[ $DATASET != Imagenet && $DATASET != IN100 ]] || dataset_type="--dataset_type $DATASET"
+  # shellcheck disable=SC2086  # dataset_type and PROBE_FLAGS are several words
+  launch "$processes" "$log" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
+    --data_path "$DATASET_PATH" $dataset_type --output_dir "$RUN_DIR" --trial_name "$TRIAL_name" --net "$net_name" \
+    --hp1 "$HP1" --arch "$backbone_name" --patch_size "$PATCH" --lr "$lr" --epochs "$EPOCH_LN" \
+    --batch_size_per_gpu "$BATCH_LN" --n_last_blocks "$n_last_blocks" --else_part "$part" "$@" $PROBE_FLAGS
+}
+
+# Without an active environment that has torch, the one that setup.sh made.
+if ! python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' 2> /dev/null &&
+  [[ -x $ROOT/.venv/bin/python ]]; then
+  export PATH="$ROOT/.venv/bin:$PATH"
+fi

@@ -1,0 +1,88 @@
+"""Parameters and computation of the backbones, as the paper counts them.
+
+    python scripts/model_table.py
+    python scripts/model_table.py vit_tiny resnet18 convnext_tiny --img_size 96 --markdown models.md
+
+GFLOPs are fvcore's: one multiply-add is one, normalisation and pooling count, in train mode, per image.
+Attention counts because on a CPU it is two plain matrix products.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from backbones import BACKBONES, build_backbone  # noqa: E402
+from utils import InputError, check_positive, run_entry_point, write_text_atomically  # noqa: E402
+
+HEADER = ("backbone", "dimensions", "params (M)", "GFLOPs")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_flops(model: nn.Module, img_size: int) -> float:
+    """Multiply-adds of one forward pass of one image in train mode, on a CPU."""
+    try:
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError:
+        raise InputError("counting needs fvcore: pip install fvcore") from None
+    images = torch.randn(2, 3, img_size, img_size)  # two: batch norm refuses one image of one position
+    analysis = FlopCountAnalysis(model.train(), images)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return analysis.total() / len(images)
+
+
+def table_row(arch: str, img_size: int) -> tuple[str, ...]:
+    """One line of the table, as text."""
+    model = build_backbone(arch, img_size=img_size)
+    params, flops = count_parameters(model), count_flops(model, img_size)
+    return arch, str(model.embed_dim), f"{params / 1e6:.1f}", f"{flops / 1e9:.2f}"
+
+
+def as_text(rows: list[tuple[str, ...]]) -> str:
+    """Aligned columns."""
+    rows = [HEADER, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = []
+    for name, *numbers in rows:
+        cells = [name.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def as_markdown(rows: list[tuple[str, ...]]) -> str:
+    """The same as a Markdown table."""
+    rule = ("---", *["---:"] * (len(HEADER) - 1))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, rule, *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="ours or timm's; default: all of ours that run at this size")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the square images in pixels")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file, as Markdown")
+    args = parser.parse_args()
+    check_positive(args, "img_size")
+
+    rows = []
+    for arch in args.names or BACKBONES:
+        try:
+            rows.append(table_row(arch, args.img_size))
+        except InputError as error:
+            if args.names:
+                raise
+            print(f"{arch} left out: {error}", file=sys.stderr)
+    print(as_text(rows))
+    if args.markdown:
+        write_text_atomically(as_markdown(rows) + "\n", args.markdown)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

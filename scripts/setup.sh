@@ -1,0 +1,106 @@
+# source scripts/setup.sh   (bash scripts/setup.sh only installs; quickstart.sh and test.sh source this file)
+#
+# Afterwards `python` is one that imports every package: the active environment's where it does, else that of .venv.
+# EXTRA_MODULES: modules that must import besides those of requirements.txt (test.sh: "pytest ruff safetensors").
+# shellcheck shell=bash
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+REQUIREMENTS=("$ROOT/requirements.txt" "$ROOT/requirements-dev.txt") # the second one includes the first
+
+say() { echo "setup: $*"; }
+die() { echo "setup: $*" >&2; exit 1; }
+
+# is_ready PYTHON: does it import everything? Prints why not.
+# torch and torchvision are imported for real: a pair that does not match fails only then.
+is_ready() {
+  # shellcheck disable=SC2086  # EXTRA_MODULES: one word per module
+  "$1" - torch torchvision timm numpy PIL fvcore sklearn matplotlib ${EXTRA_MODULES:-} 2>&1 <<'PYTHON'
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("Python %d.%d, older than 3.10" % sys.version_info[:2])
+from importlib.util import find_spec
+
+missing = [name for name in sys.argv[1:] if find_spec(name) is None]
+if missing:
+    sys.exit("no " + ", ".join(missing))
+try:
+    import torch
+    import torchvision
+except (ImportError, OSError, RuntimeError) as error:
+    sys.exit("torch or torchvision does not load: " + str(error).splitlines()[0])
+if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 6):
+    sys.exit("torch " + torch.__version__ + ", older than 2.6")
+PYTHON
+}
+
+# find_base: prints the executable of a Python >= 3.10 that can make virtual environments.
+find_base() {
+  local name found old="" without_pip=""
+  for name in python3 python python3.13 python3.12 python3.11 python3.10; do
+    found=$("$name" -c 'import sys; print(sys.executable)' 2>/dev/null) || continue
+    if ! "$found" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+      old=$found
+    elif ! "$found" -c 'import ensurepip, venv' 2>/dev/null; then
+      without_pip=$found
+    else
+      echo "$found"
+      return
+    fi
+  done
+  if [[ $without_pip ]]; then
+    die "$without_pip cannot make virtual environments (no ensurepip). Debian, Ubuntu: apt install python3-venv;" \
+      "with conda: conda env create -f CLeVER.yml && conda activate CLeVER. Then run this again."
+  fi
+  die "needs Python >= 3.10, found ${old:-none}. With conda: conda env create -f CLeVER.yml && conda activate CLeVER"
+}
+
+# setup_venv: .venv with everything installed. The stamp, a copy of the requirements, is written last,
+# so an installation that was interrupted has none and is taken up again.
+setup_venv() {
+  local base reason stamp=$VENV/.installed-requirements
+  if [[ -e $VENV ]] && ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    say "$VENV is broken or unfinished, making it again"
+    rm -rf "$VENV"
+  fi
+  if [[ ! -e $VENV ]]; then
+    base=$(PATH=${PATH//"$VENV/bin:"/} find_base)
+    say "making the virtual environment $VENV with $base"
+    "$base" -m venv "$VENV" || die "could not make $VENV"
+  fi
+  if cat "${REQUIREMENTS[@]}" | cmp -s - "$stamp" && is_ready "$VENV/bin/python" >/dev/null; then
+    say "using $VENV, which has every package"
+    return
+  fi
+  rm -f "$stamp"
+  say "installing requirements.txt and requirements-dev.txt into $VENV (torch with CUDA: about 3 GB to download," \
+    "6 GB on disk; a tenth of that without CUDA: set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)"
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --requirement "${REQUIREMENTS[1]}" ||
+    die "the installation stopped, see above; run this again to continue it"
+  reason=$(is_ready "$VENV/bin/python") || die "installed, but $VENV/bin/python has a problem: $reason"
+  cat "${REQUIREMENTS[@]}" > "$stamp"
+}
+
+# setup: the active python or python3 where it has everything, else .venv.
+setup() {
+  local name reason
+  for name in python python3; do
+    command -v "$name" >/dev/null || continue
+    if reason=$(is_ready "$name"); then
+      say "using $(command -v "$name"), which has every package"
+      if [[ $name == python3 ]]; then # this machine has no usable command `python`: make one
+        mkdir -p "$ROOT/build/bin"
+        ln -sf "$(python3 -c 'import sys; print(sys.executable)')" "$ROOT/build/bin/python"
+        export PATH="$ROOT/build/bin:$PATH"
+      fi
+      return
+    fi
+    [[ -e $VENV ]] || say "not using $(command -v "$name"): $reason"
+  done
+  setup_venv
+  export PATH="$VENV/bin:$PATH"
+}
+
+setup

@@ -1,0 +1,67 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import InputError
+
+pytest.importorskip("fvcore")
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "model_table.py"
+
+
+@pytest.fixture(scope="module")
+def model_table():
+    spec = importlib.util.spec_from_file_location("model_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arch, dim, params, gflops",
+    [  # the paper's table
+        ("vit_tiny", "192", "5.5", "1.26"),
+        ("vit_small", "384", "21.7", "4.61"),
+        ("resnet18", "512", "11.2", "1.83"),
+        ("resnet50", "2048", "23.5", "4.14"),
+    ],
+)
+def test_numbers_of_the_paper(model_table, arch, dim, params, gflops):
+    assert model_table.table_row(arch, 224) == (arch, dim, params, gflops)
+
+
+def test_runs_from_any_folder_and_writes_markdown(tmp_path):
+    arguments = ["vit_micro", "resnet8", "--img_size", "32", "--markdown", "table.md"]
+    command = [sys.executable, SCRIPT, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[:3] for row in rows[1:]] == [["vit_micro", "128", "1.3"], ["resnet8", "128", "0.3"]]
+    markdown = (tmp_path / "table.md").read_text().splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown[2:]] == rows[1:]
+
+
+def test_without_names_what_does_not_run_at_the_size_is_left_out(model_table, monkeypatch, capsys):
+    monkeypatch.setattr(model_table, "BACKBONES", ["vit_tiny", "resnet8"])
+    monkeypatch.setattr(sys, "argv", ["model_table.py", "--img_size", "40"])
+    model_table.main()
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["backbone", "resnet8"]
+    assert "vit_tiny left out: image size 40" in printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["resnot"], "unknown arch 'resnot'"),
+        (["vit_tiny", "--img_size", "40"], "image size 40"),
+        (["--img_size", "0"], "img_size 0"),
+    ],
+)
+def test_bad_arguments(model_table, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["model_table.py", *arguments])
+    with pytest.raises(InputError, match=message):
+        model_table.main()

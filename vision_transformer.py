@@ -1,0 +1,210 @@
+"""Vision transformers (Dosovitskiy et al., arXiv 2010.11929) as DINO uses them: no classifier, any image size.
+
+Letters: B batch, C image channels, H W image size in pixels, p patch size, h w = H/p W/p patches,
+g trained patches per side, N patches (h*w), D width, T tokens (1 + N, [CLS] first), M heads, E = D/M width of a head.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+from utils import InputError
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, M, T, E]."""
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, M, T, T]
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What every token (row) attends to (column), rows sum to one: [B, M, T, T]."""
+        q, k, _ = self._split_heads(x)
+        return self._weights(q, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._split_heads(x)
+        if x.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v)  # [B, M, T, E]
+        else:  # faster than the fused form on a CPU, and fvcore counts it
+            attention = self._weights(q, k)
+            x = attention @ v  # [B, M, T, E]
+        return self.proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; each residual branch is dropped per sample with probability `drop_path`."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping square patches, [B, C, H, W] -> [B, D, h, w]."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        if H % self.patch_size or W % self.patch_size:
+            raise InputError(f"image size {H}x{W} is not a multiple of the patch size {self.patch_size}")
+        return self.proj(x)
+
+
+class VisionTransformer(nn.Module):
+    """ViT whose feature is [CLS] after the final norm, with DINO's state-dict names.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        img_size: side in pixels of the square images that positions are stored for. Other sizes interpolate them.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
+        checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        InputError: `img_size`, or later an image, is not a multiple of `patch_size`.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        img_size: int = 224,
+        drop_path_rate: float = 0.0,
+        checkpointing: bool = False,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        if img_size % patch_size:
+            raise InputError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.grid_size = img_size // patch_size
+        self.checkpointing = checkpointing
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        drop_paths = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path) for drop_path in drop_paths)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [CLS] after the final norm, [B, D]."""
+        x = self._tokens(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x[:, 0])
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Outputs of the last `n` blocks, oldest first, each [B, 1+N, D] through the final norm.
+
+        Raises:
+            InputError: there are fewer than `n` blocks.
+        """
+        if not 1 <= n <= len(self.blocks):
+            raise InputError(f"the last {n} blocks were asked for: choose 1 to {len(self.blocks)}")
+        x = self._tokens(x)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x)
+            if i >= len(self.blocks) - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention of the last block after the softmax, query by key: [B, M, 1+N, 1+N]."""
+        x = self._tokens(x)
+        *earlier, last = self.blocks
+        for block in earlier:
+            x = self._run(block, x)
+        return last.attn.weights(last.norm1(x))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """[CLS] and patches with their positions, [B, 1+N, D]."""
+        x = self.patch_embed(x)  # [B, D, h, w]
+        B, _, h, w = x.shape
+        x = x.flatten(2).transpose(1, 2)  # [B, N, D]
+        x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)  # [B, 1+N, D]
+        return x + self._positions(h, w)
+
+    def _positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings of an h by w grid, [1, 1+h*w, D].
+
+        Bicubic, and by scale factor as in DINO, not by size: torch uses the factor that it is given in the coordinate
+        map, so the 0.1, which guards the output size against rounding, shifts the samples a little too.
+        Weights trained with this form want it again.
+        """
+        g, D = self.grid_size, self.embed_dim
+        if h == w == g:
+            return self.pos_embed
+        cls, patches = self.pos_embed.split((1, g * g), dim=1)
+        patches = patches.reshape(1, g, g, D).permute(0, 3, 1, 2)  # [1, D, g, g]
+        scale = ((h + 0.1) / g, (w + 0.1) / g)
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # [1, D, h, w]
+        assert patches.shape[-2:] == (h, w)
+        return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
+
+    def _run(self, block: Block, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# Called with (patch_size=16, img_size=224, drop_path_rate=0.0, checkpointing=False).
+vit_micro = partial(VisionTransformer, embed_dim=128, depth=6, num_heads=4)  # for small images on a CPU
+vit_tiny = partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3)
+vit_small = partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6)
+vit_base = partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12)
