@@ -180,13 +180,12 @@ def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
 
 def _why_unusable(path):
     try:
-        with Image.open(path) as image:
-            size = image.size
+        with Image.open(path) as image:  # refuses images without pixels, too
             image.draft("L", (1, 1))  # JPEG: the whole stream is read, but an eighth of the pixels computed
             image.load()
     except DECODE_ERRORS as error:
         return _reason(error)
-    return f"size {size[0]} x {size[1]}" if 0 in size else None
+    return None
 
 
 def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, threads: int = 8) -> list[Sample]:
@@ -236,6 +235,14 @@ def labelled_dataset(
     if check:
         samples = keep_readable(samples, skip_bad_images, threads)
     return ImageDataset(samples, transform, seed, classes)
+
+
+def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
+    """Raise InputError unless both hold the same class folders: otherwise one number means two classes."""
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise InputError(f"train/ and val/ must hold the same class folders: only in one of them: {shown}")
 
 
 # --- small built-in data ---------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from datasets import labelled_dataset, shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
 from augmentations import PERTURBATIONS, eval_transform, probe_train_transform
+from datasets import check_same_classes, labelled_dataset, shard
 from features import (
     PARTS,
     FeatureExtractor,
@@ -39,7 +39,7 @@ CLASSES = {"Imagenet": 1000, "IN100": 100}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_backbone_arguments(parser)
     add = parser.add_argument
     add("--else_part", default="ALL", help="ALL, main_part (IR) or else_part (EF)")
@@ -73,7 +73,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--test_aug_type {args.test_aug_type!r}: must be one of {', '.join(PERTURBATIONS)}")
     if args.dataset_type is not None and args.dataset_type not in CLASSES:
         raise InputError(f"--dataset_type {args.dataset_type!r}: must be one of {', '.join(CLASSES)}")
-    utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr")
+    if os.sep in args.trial_name:
+        raise InputError(f"--trial_name {args.trial_name!r}: must hold no {os.sep}, it is a piece of a file's name")
+    utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
+    utils.check_not_negative(args, "num_workers", "seed")
     utils.check_writable(args.output_dir)
 
 
@@ -177,12 +180,10 @@ def write_result(path: Path, args: argparse.Namespace, pretrained: Pretrained, r
     print(f"wrote {path}")
 
 
-def train(args, pretrained, extractor, classifier, expected, val_features, val_labels, device) -> None:
+def train(args, pretrained, extractor, classifier, expected, dataset, val_features, val_labels, device) -> None:
     """Train the probe, or continue its own checkpoint; saves it every epoch and writes the result at the end."""
     name = probe_name(args, pretrained.hp1)
     path = Path(args.output_dir) / f"checkpoint_{name}.pth.tar"
-    transform = probe_train_transform(pretrained.img_size, pretrained.mean, pretrained.std)
-    dataset = build_dataset(args, "train", transform)
     world, rank = utils.get_world_size(), utils.get_rank()
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed)
     loader = build_loader(dataset, args, sampler=sampler)
@@ -190,6 +191,9 @@ def train(args, pretrained, extractor, classifier, expected, val_features, val_l
     start_epoch, best, result = 0, 0.0, {}
     if path.exists():
         state = load_probe(path, classifier, expected)
+        missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
+        if missing:
+            raise InputError(f"probe checkpoint {path}: cannot be continued, lacks {', '.join(sorted(missing))}")
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         start_epoch, best = state["epoch"], state["best_acc"]
@@ -245,8 +249,11 @@ def main() -> None:
     extractor = FeatureExtractor(
         pretrained.backbone, args.else_part, pretrained.hp1, args.n_last_blocks, args.avgpool_patchtokens
     )
-    transform = eval_transform(args.test_aug_type, pretrained.img_size, pretrained.mean, pretrained.std)
-    val = build_dataset(args, "val", transform)
+    views = pretrained.img_size, pretrained.mean, pretrained.std
+    val = build_dataset(args, "val", eval_transform(args.test_aug_type, *views))
+    dataset = None if args.evaluate else build_dataset(args, "train", probe_train_transform(*views))
+    if dataset is not None:
+        check_same_classes(dataset, val)
     utils.seed_everything(args.seed)
     classifier = LinearClassifier(extractor.dim, len(val.classes)).to(device)
     expected = {
@@ -261,7 +268,7 @@ def main() -> None:
     own = shard(val, utils.get_rank(), utils.get_world_size())
     features, labels = extract_features(extractor, build_loader(own, args), device)
     if not args.evaluate:
-        train(args, pretrained, extractor, classifier, expected, features, labels, device)
+        train(args, pretrained, extractor, classifier, expected, dataset, features, labels, device)
         return
     result = validate(classifier, features, labels)
     print(f"Accuracy of the network on the {result['num_test_images']} test images: {result['accuracy']:.2f}%")

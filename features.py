@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from backbones import backbone_state, build_backbone, image_size_of, load_backbone_weights
 from torch.utils.data import DataLoader
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import VITS, backbone_state, build_backbone, image_size_of, load_backbone_weights
 from heads import split_sizes
 from utils import InputError, TypedFloat, load_checkpoint, plain_args
 
@@ -110,15 +110,20 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
     """The backbone of --pretrained_weights; flags that contradict the checkpoint are an InputError."""
     checkpoint = load_checkpoint(args.pretrained_weights)
-    stored = plain_args(checkpoint.get("args", {})) if isinstance(checkpoint, dict) else {}
+    stored = plain_args(checkpoint.get("args", {}))
     arch = _agree("arch", args.arch, stored.get("arch"), "vit_small")
     patch_size = _agree("patch_size", args.patch_size, stored.get("patch_size"), 16)
     net = _agree("net", args.net, stored.get("net"), "dino")
     hp1 = _agree("hp1", args.hp1, stored.get("hp1") if net == "CLeVER" else None, 1.0 if net == "dino" else None)
     if hp1 is None:
         raise InputError("--hp1: the checkpoint does not say where IR and EF are cut; give the pretraining's hp1")
+    if not 0 < hp1 <= 1:
+        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
+    if args.img_size is not None and args.img_size < 1:
+        raise InputError(f"--img_size {args.img_size}: must be 1 or more")
     state = backbone_state(checkpoint, args.checkpoint_key)
-    trained_size = image_size_of(state, patch_size) or stored.get("global_crops_size") or 224
+    # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
+    trained_size = (image_size_of(state, patch_size) if arch in VITS else None) or stored.get("global_crops_size") or 224
     backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
     load_backbone_weights(backbone, state)
     digest = hashlib.sha256()
@@ -132,7 +137,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         img_size=args.img_size or trained_size,
         mean=tuple(stored.get("mean", IMAGENET_MEAN)),
         std=tuple(stored.get("std", IMAGENET_STD)),
-        epochs=checkpoint.get("epoch") if isinstance(checkpoint, dict) else None,
+        epochs=checkpoint.get("epoch"),
         fingerprint=digest.hexdigest()[:16],
     )
 

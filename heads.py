@@ -48,7 +48,7 @@ class _NormalizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, v, g, norm = ctx.saved_tensors
-        scaled = grad_y * (g.squeeze(1) / norm)  # B, K
+        scaled = grad_y * (g.squeeze(1) / norm).to(grad_y.dtype)  # B, K
         grad_x = (scaled @ v.to(scaled.dtype)).to(x.dtype)  # B, C
         grad_v = (scaled.T @ x.to(scaled.dtype)).to(v.dtype)  # K, C
         radial = torch.einsum("kc,kc->k", grad_v, v)  # the component of grad_v along v, which the norm removes

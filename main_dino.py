@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from backbones import backbone_state, build_backbone, load_backbone_weights
-from datasets import ImageDataset, labelled_dataset, pretraining_dataset, shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale, eval_transform
+from backbones import backbone_state, build_backbone, load_backbone_weights
+from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset, shard
 from features import FeatureExtractor, extract_features, knn_predict
 from heads import DINOHead, MultiCropWrapper, split_ir_ef, split_sizes
 from losses import CLeVERLoss, DINOLoss, head_regularizer
@@ -45,7 +45,7 @@ STRUCTURE = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("network").add_argument
     add("--net", default="CLeVER", help="dino, or CLeVER (IR and EF with a head each)")
     add("--arch", default="vit_small", help="a backbone of backbones.py or any timm model")
@@ -112,7 +112,7 @@ def parse_reg_lambd(text: str) -> float:
     """Weight in '_reg0.001' (the original's spelling), '0.001', or '' (none)."""
     number = re.sub(r"^_?reg", "", text.strip())
     try:
-        value = float(number or 0)
+        value = float(number) if text.strip() else 0.0
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
@@ -130,9 +130,14 @@ def check_args(args: argparse.Namespace) -> None:
         args, "out_dim", "DVR_out_dim", "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation",
         "patch_size", "global_crops_size", "local_crops_size", "print_freq", "knn_freq", "warmup_teacher_temp", "teacher_temp",
     )  # fmt: skip
-    for name in ("epochs", "local_crops_number", "num_workers", "warmup_epochs", "saveckp_freq", "lr", "clip_grad"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
+    utils.check_not_negative(
+        args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
+        "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "sep_lambd", "seed",
+    )  # fmt: skip
+    if not 0 < args.hp1 <= 1:
+        raise InputError(f"--hp1 {args.hp1}: must lie in (0, 1]")
+    if not all(map(math.isfinite, args.mean)) or not all(0 < value < math.inf for value in args.std):
+        raise InputError(f"--mean {args.mean}, --std {args.std}: must be finite numbers, those of --std greater than 0")
     if not 0 <= args.momentum_teacher <= 1:
         raise InputError(f"--momentum_teacher {args.momentum_teacher}: must lie in [0, 1]")
     if not 0 <= args.drop_path_rate < 1:
@@ -172,11 +177,10 @@ class Training:
         return state
 
     def load(self, state: dict) -> int:
-        """Restore a checkpoint's state; returns the epoch to go on with."""
-        self.student.load_state_dict(utils.strip_prefix(state["student"]))
-        self.teacher.load_state_dict(utils.strip_prefix(state["teacher"]))
-        self.criterion.load_state_dict(utils.strip_prefix(state["dino_loss"]))
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restore a checkpoint's state, ours or an original's; returns the epoch to go on with. InputError if it cannot."""
+        for name, module in (("student", self.student), ("teacher", self.teacher), ("dino_loss", self.criterion)):
+            utils.load_strictly(module, state[name], f"{name} of the checkpoint to continue from")
+        utils.load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
         return state["epoch"]
@@ -387,10 +391,15 @@ def train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype
 def build_knn(args: argparse.Namespace, pretrained_size: int):
     """Labelled train and val images for the k-NN check, under the evaluation transform."""
     transform = eval_transform("ori", pretrained_size, args.mean, args.std)
-    return [
-        labelled_dataset(os.path.join(args.knn_data, split), transform, args.seed, threads=args.num_workers)
+    datasets = [
+        labelled_dataset(
+            os.path.join(args.knn_data, split), transform, args.seed, skip_bad_images=args.skip_bad_images,
+            check=args.check_images, threads=args.num_workers,
+        )
         for split in ("train", "val")
-    ]
+    ]  # fmt: skip
+    check_same_classes(*datasets)
+    return datasets
 
 
 def knn_accuracy(backbone: nn.Module, datasets: list[ImageDataset], device: torch.device, args) -> float:
@@ -464,6 +473,7 @@ def main() -> None:
         except FloatingPointError as error:
             if utils.is_main_process():
                 utils.save_atomically(training.state(epoch, args), Path(args.output_dir) / "nonfinite.pth")
+            utils.barrier()  # the first process to end is the end of all, and the file may be large
             raise FloatingPointError(
                 f"{error}. The last good state is {args.output_dir}/checkpoint.pth; the state at the failure is nonfinite.pth"
             ) from error

@@ -1,14 +1,18 @@
 """Shared by all entry points: errors, processes, seeds, schedules, optimizers, checkpoints, progress."""
 
 import argparse
+import math
 import os
 import pickle
 import random
+import re
+import struct
 import sys
-import zipfile
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,8 +29,10 @@ def run_entry_point(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        lines = str(error).strip().splitlines()
+        # Checks fail in all processes alike; a data loading worker, whose message ends a traceback, fails in its own only.
+        if len(lines) > 1 or int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {lines[-1].removeprefix('utils.InputError: ')}", file=sys.stderr, flush=True)
         sys.exit(2)
     except FloatingPointError as error:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -35,6 +41,13 @@ def run_entry_point(main: Callable[[], None]) -> None:
     finally:
         if is_distributed():
             dist.destroy_process_group()
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises InputError instead of printing the usage: one line, of one process, as for every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists all arguments)")
 
 
 def bool_flag(text: str) -> bool:
@@ -49,7 +62,10 @@ class TypedFloat(float):
     """A float that prints as it was typed: file names hold lr and hp1 as the launch scripts spell them."""
 
     def __new__(cls, text: str):
-        number = super().__new__(cls, text)
+        try:
+            number = super().__new__(cls, text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         number.text = text
         return number
 
@@ -58,10 +74,17 @@ class TypedFloat(float):
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these arguments is greater than zero."""
+    """Raise InputError unless each of these arguments is greater than zero, and finite."""
     for name in names:
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must be greater than 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} {getattr(args, name)}: must be greater than 0, and finite")
+
+
+def check_not_negative(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError unless each of these arguments is zero or greater, and finite."""
+    for name in names:
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 0 or greater, and finite")
 
 
 # --- processes ---------------------------------------------------------------------------------------------------------
@@ -82,8 +105,9 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible")
+        processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all must see that one has no GPU
+        if processes > torch.cuda.device_count():
+            raise InputError(f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible")
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo", init_method=args.dist_url)
@@ -217,9 +241,9 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Write this step's rate to all groups and its weight decay to those that are decayed."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = float(lr)  # schedules hold numpy scalars, checkpoints plain values
         if not group.get("fixed_weight_decay"):
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = float(weight_decay)
 
 
 @torch.no_grad()
@@ -248,28 +272,38 @@ _SAFE_GLOBALS = [
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")},
 ]
+# What torch.load raises on files that are cut short or damaged, old formats included.
+_DAMAGE = (
+    RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
+    OSError, struct.error,
+)  # fmt: skip
 
 
-def load_checkpoint(path: str | Path) -> Any:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running any code it may hold.
 
     Tensors, plain values, argparse.Namespace and numpy scalars are read (the originals' files hold the last two).
-    Raises InputError if the file is missing, damaged, or holds anything else.
+    Raises InputError if the file is missing, damaged, holds anything else, or is no dict.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that reading may fail; if it does, the error says so
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "allowed global" not in str(error):
-            raise InputError(f"checkpoint {path}: damaged, or no checkpoint") from error
-        reason = str(error).split("Unsupported")[-1].split("\n")[0].strip(" :.")
-        raise InputError(
-            f"checkpoint {path}: holds something else than tensors, plain values, Namespace and numpy scalars ({reason})"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"checkpoint {path}: damaged or incomplete ({str(error).splitlines()[0][:100]})") from error
+        foreign = re.search(r"GLOBAL (\w[\w.]*)", str(error))
+        if foreign:
+            raise InputError(
+                f"checkpoint {path}: holds {foreign[1]}; only tensors, plain values, Namespace and numpy scalars are read"
+            ) from error
+        raise InputError(f"checkpoint {path}: damaged, or not written by torch.save") from error
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise InputError(f"checkpoint {path}: damaged or incomplete ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a dict")
+    return checkpoint
 
 
 def save_atomically(obj: Any, path: str | Path) -> None:
@@ -292,19 +326,42 @@ def write_text_atomically(text: str, path: str | Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise InputError unless files can be made in `folder` (or in the nearest parent there is); makes nothing itself."""
+    """Raise InputError unless files can be made in `folder` (or in the nearest parent there is); leaves nothing behind."""
     path = Path(folder).absolute()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--output_dir {folder}: is a file, not a folder")
-    while not path.exists():
-        path = path.parent
-    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {folder}: {path} cannot be written")
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--output_dir {folder}: is a file, not a folder")
+        while not path.exists():
+            path = path.parent
+        with tempfile.TemporaryFile(dir=path):  # permission bits do not tell of root, or of a read-only file system
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: {path} cannot be written ({error.strerror})") from error
 
 
 def strip_prefix(state: dict[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
     """State dict with `prefix` removed from the front of the names that have it (DistributedDataParallel adds it)."""
     return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+    """Load a state dict, whose names may begin with `module.`; InputError about `what` unless names and shapes are the same."""
+    try:
+        module.load_state_dict(strip_prefix(state))
+    except RuntimeError as error:
+        raise InputError(f"{what}: does not fit the arguments: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's moments but not the options of its groups: the script sets them, and the originals' lack some.
+
+    Raises InputError unless the groups are of the same sizes.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    found, expected = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], own))
+    if found != expected:
+        raise InputError(f"optimizer of the checkpoint to continue from: groups of {found} parameters, here {expected}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
 def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:

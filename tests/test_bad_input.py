@@ -1,0 +1,504 @@
+"""Every bad input of main_dino.py and eval_linear.py: one clear line, exit status 2, and nothing written."""
+
+import os
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from in_process import Outcome, assert_refused, pretrain, probe, snapshot, times
+from processes import TINY_NETWORK, launch, write_images, write_labelled_images
+
+# --- what the tests start from -----------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folders of images, checkpoints and probes, good and bad, by name."""
+    root = tmp_path_factory.mktemp("bad_input")
+    paths = {name: root / name for name in ("data", "two", "renamed", "hole", "empty", "textual", "clever", "dino", "probe")}
+    world = SimpleNamespace(root=root, **paths)
+    write_labelled_images(world.data, train=4, val=2)
+    for name in ("two", "renamed", "hole"):
+        shutil.copytree(world.data, getattr(world, name))
+    for split in ("train", "val"):
+        shutil.rmtree(world.two / split / "red")
+    (world.renamed / "val" / "red").rename(world.renamed / "val" / "blue")
+    (world.hole / "train" / "void").mkdir()
+    world.empty.mkdir()
+    world.textual.mkdir()
+    (world.textual / "notes.txt").write_text("no image")
+
+    for net, flags in (("clever", ("--net", "CLeVER")), ("dino", ("--net", "dino"))):
+        outcome = pretrain(world.data / "train", getattr(world, net), "--saveckp_freq", 0, *flags)
+        assert outcome.status == 0, outcome
+    assert probe(world.clever / "checkpoint.pth", world.data, world.probe).status == 0
+
+    world.checkpoint = world.clever / "checkpoint.pth"
+    world.probe_file = world.probe / "checkpoint_linear_0.001_1_.pth.tar"
+    state = torch.load(world.checkpoint, weights_only=True)
+    world.bare = root / "bare.pth"  # a state dict, which says nothing about its network
+    torch.save(state["teacher"], world.bare)
+    world.listed = root / "list.pth"
+    torch.save([1, 2], world.listed)
+    world.damaged = root / "damaged.pth"
+    world.damaged.write_bytes(world.checkpoint.read_bytes()[:-1000])
+    world.foreign = root / "foreign.pth"
+    torch.save({"teacher": np.ones(3)}, world.foreign)
+    world.file = root / "file"
+    world.file.write_text("in the way")
+    return world
+
+
+def words(world, text):
+    """`text` split at blanks, with the paths of `world` in place of {name}."""
+    return [word.format(**vars(world)) for word in text.split()]
+
+
+# --- main_dino.py ------------------------------------------------------------------------------------------------------
+
+# Flags, and what the message must hold: the name, the value, the valid choices.
+PRETRAINING = [
+    ("--data_path {root}/absent", "{root}/absent", "does not exist"),
+    ("--data_path {file}", "{file}", "is not a folder"),
+    ("--data_path {empty}", "{empty}", "has no images", ".jpg"),
+    ("--data_path {textual}", "{textual}", "has no images", ".jpg"),
+    ("--knn_data {root}/absent", "{root}/absent/train", "does not exist"),
+    ("--knn_data {hole}", "{hole}/train/void", "has no images"),
+    ("--knn_data {renamed}", "train/ and val/", "blue, red"),
+    ("--batch_size_per_gpu 13", "batch of 13 images", "larger than the data (12 images"),
+    ("--batch_size_per_gpu 4 --accumulation 4", "4 x 1 processes x 4 micro-batches", "(12 images"),
+    ("--epochs 3 --warmup_epochs 4", "--warmup_epochs 4", "3 epochs"),
+    ("--epochs 3 --warmup_teacher_temp_epochs 4", "--warmup_teacher_temp_epochs 4", "3 epochs"),
+    ("--net simclr", "'simclr'", "dino, CLeVER"),
+    ("--net DINO", "'DINO'", "dino, CLeVER"),
+    ("--arch vit_gigantic_99", "'vit_gigantic_99'", "vit_tiny", "resnet18"),
+    ("--aug aug9", "'aug9'", "aug1, aug1_2, aug1_4_2"),
+    ("--optimizer adam", "'adam'", "adamw, sgd, lars"),
+    ("--amp_dtype fp8", "'fp8'", "auto, bf16, fp16, fp32"),
+    ("--reg_lambd much", "'much'", "_reg0.001"),
+    ("--reg_lambd _reg", "'_reg'", "_reg0.001"),
+    ("--reg_lambd nan", "'nan'", ">= 0"),
+    ("--reg_lambd _reg-1", "'_reg-1'", ">= 0"),
+    ("--net dino --reg_lambd much", "'much'", "_reg0.001"),
+    ("--init_from {root}/absent.pth", "{root}/absent.pth", "no such file"),
+    ("--init_from {empty}", "{empty}", "no such file"),
+    ("--init_from {damaged}", "{damaged}", "damaged"),
+    ("--init_from {file}", "{file}", "damaged"),
+    ("--init_from {foreign}", "{foreign}", "holds numpy", "only tensors"),
+    ("--init_from {listed}", "{listed}", "list"),
+    ("--init_from {checkpoint} --arch resnet8", "weights do not fit", "missing", "unexpected"),
+    ("--init_from {checkpoint} --patch_size 16", "weights do not fit", "of another shape"),
+    ("--output_dir {file}", "{file}", "is a file"),
+    ("--output_dir {file}/below", "{file}/below", "cannot be written"),
+    ("--output_dir /proc/below", "/proc/below", "cannot be written"),
+    ("--patch_size 5", "patch size 5", "32"),
+    ("--patch_size 32", "--patch_size 32", "--local_crops_size 16"),
+    ("--arch vit_micro --patch_size 64", "patch size 64", "32"),
+    ("--use_fp16 perhaps", "--use_fp16", "'perhaps'", "true, false, on, off, 1, 0"),
+    ("--norm_last_layer 2", "--norm_last_layer", "'2'", "true, false, on, off, 1, 0"),
+    ("--epochs ten", "--epochs", "'ten'"),
+    ("--epochs 1.5", "--epochs", "'1.5'"),
+    ("--no_such_flag 1", "--no_such_flag", "--help"),
+    ("--momentum_teacher 1.1", "--momentum_teacher 1.1", "[0, 1]"),
+    ("--momentum_teacher nan", "--momentum_teacher nan", "[0, 1]"),
+    ("--drop_path_rate 1", "--drop_path_rate 1.0", "[0, 1)"),
+    ("--std 0.2 0 0.2", "--std [0.2, 0.0, 0.2]", "greater than 0"),
+    ("--mean nan 0 0", "--mean [nan, 0.0, 0.0]", "finite"),
+    ("--mean 0.5", "--mean", "3 arguments"),
+]
+PRETRAINING += [
+    (f"--{name} {value}", f"{name} {' '.join(str(float(v)) for v in value.split())}", "two increasing numbers in (0, 1]")
+    for name in ("global_crops_scale", "local_crops_scale")
+    for value in ("0.5", "0.2 0.4 0.6", "0.6 0.4", "0.5 0.5", "0 0.5", "0.5 1.5", "nan 1", "0.1 nan", "-0.5 0.5")
+]
+PRETRAINING += [(f"--hp1 {value}", f"hp1 {float(value)}", "(0, 1]") for value in ("0", "-0.5", "1.5", "nan", "inf")]
+PRETRAINING += [
+    ("--hp1 1", "hp1 1.0", "EF", "empty"),
+    ("--hp1 0.001", "hp1 0.001", "IR", "empty"),
+    ("--net dino --hp1 2", "hp1 2.0", "(0, 1]"),
+]
+PRETRAINING += [
+    (f"--{name} {value}", f"--{name} {value}", "greater than 0")
+    for name in (
+        "out_dim", "DVR_out_dim", "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation", "patch_size",
+        "global_crops_size", "local_crops_size", "print_freq",
+    )
+    for value in ("0", "-3")
+]  # fmt: skip
+PRETRAINING += [
+    (f"--{name} {value}", f"--{name} {value}", "0 or greater")
+    for name, value in (
+        ("epochs", "-1"), ("local_crops_number", "-1"), ("num_workers", "-1"), ("warmup_epochs", "-1"),
+        ("warmup_teacher_temp_epochs", "-1"), ("saveckp_freq", "-1"), ("seed", "-1"), ("lr", "-0.1"), ("lr", "nan"),
+        ("lr", "inf"), ("min_lr", "nan"), ("clip_grad", "nan"), ("weight_decay", "nan"), ("sep_lambd", "nan"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, mentioned", [(flags, mentioned) for flags, *mentioned in PRETRAINING])
+def test_pretraining_refuses(world, tmp_path, flags, mentioned):
+    before = times(world.root)
+    outcome = pretrain(world.data / "train", tmp_path / "out", *words(world, flags))
+    assert_refused(outcome, *(text.format(**vars(world)) for text in mentioned))
+    assert not (tmp_path / "out").exists() and times(world.root) == before
+
+
+def test_crops_that_patches_do_not_divide_are_refused_for_timms_models_too(world, tmp_path):
+    pytest.importorskip("timm")
+    flags = ("--arch", "vit_tiny_patch16_224", "--global_crops_size", 32, "--local_crops_size", 24)
+    outcome = pretrain(world.data / "train", tmp_path / "out", *flags)
+    assert_refused(outcome, "16 does not divide --local_crops_size 24")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, mentioned",
+    [
+        ("--arch resnet8", ("--arch resnet8", "vit_micro", "--output_dir")),
+        ("--net dino", ("--net dino", "CLeVER", "--output_dir")),
+        ("--hp1 0.5", ("--hp1 0.5", "0.8")),
+        ("--out_dim 48", ("--out_dim 48", "64")),
+        ("--DVR_out_dim 48", ("--DVR_out_dim 48", "32")),
+        ("--patch_size 16", ("--patch_size 16", "8")),
+        ("--head_hidden_dim 48", ("--head_hidden_dim 48", "64")),
+        ("--optimizer sgd", ("--optimizer sgd", "adamw")),
+        ("--local_crops_number 1", ("--local_crops_number 1", "2")),
+    ],
+)
+def test_a_run_cannot_be_continued_as_another(world, tmp_path, flags, mentioned):
+    shutil.copytree(world.clever, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    assert_refused(pretrain(world.data / "train", tmp_path / "out", "--epochs", 2, *words(world, flags)), *mentioned)
+    assert snapshot(tmp_path / "out") == before
+
+
+def other_keys(state):
+    del state["optimizer"], state["dino_loss"]
+    return "optimizer", "dino_loss"
+
+
+def silent_other_head(state):
+    state["args"] = {}
+    state["student"]["head.mlp.0.weight"] = state["student"]["head.mlp.0.weight"][:, :-1]
+    return "student", "head.mlp.0.weight"
+
+
+def missing_center(state):
+    del state["dino_loss"]["center2"]
+    return "dino_loss", "center2"
+
+
+def other_groups(state):
+    state["optimizer"]["param_groups"][0]["params"].pop()
+    return ("optimizer", "parameters")
+
+
+@pytest.mark.parametrize("change", [other_keys, silent_other_head, missing_center, other_groups])
+def test_a_checkpoint_with_other_content_is_not_continued(world, tmp_path, change):
+    state = torch.load(world.checkpoint, weights_only=True)
+    mentioned = change(state)
+    (tmp_path / "out").mkdir()
+    torch.save(state, tmp_path / "out" / "checkpoint.pth")
+    before = snapshot(tmp_path / "out")
+    assert_refused(pretrain(world.data / "train", tmp_path / "out", "--epochs", 2), "checkpoint", *mentioned)
+    assert snapshot(tmp_path / "out") == before
+
+
+# --- eval_linear.py ----------------------------------------------------------------------------------------------------
+
+PROBE = [
+    ("--data_path {root}/absent", "{root}/absent/val", "does not exist"),
+    ("--data_path {empty}", "{empty}/val", "does not exist"),
+    ("--data_path {data}/train/grey", "{data}/train/grey/val", "does not exist"),
+    ("--data_path {hole}", "{hole}/train/void", "has no images"),
+    ("--data_path {renamed}", "train/ and val/", "same class folders", "blue, red"),
+    ("--dataset_type IN100", "--dataset_type IN100", "100 classes", "holds 3"),
+    ("--dataset_type Imagenet", "--dataset_type Imagenet", "1000 classes", "holds 3"),
+    ("--dataset_type CUB", "'CUB'", "Imagenet, IN100"),
+    ("--num_labels 4", "--num_labels 4", "holds 3"),
+    ("--else_part DIR", "'DIR'", "ALL, main_part, else_part"),
+    ("--evaluate --else_part mainpart", "'mainpart'", "ALL, main_part, else_part"),
+    ("--test_aug_type aug9", "'aug9'", "ori, basic, aug1, aug1_2"),
+    ("--evaluate --test_aug_type aug9", "'aug9'", "ori, basic, aug1, aug1_2"),
+    ("--optimizer adamw", "'adamw'", "sgd", "lars"),
+    ("--net simclr", "'simclr'", "dino", "CLeVER"),
+    ("--net dino", "--net dino", "CLeVER"),
+    ("--arch resnet8", "--arch resnet8", "vit_micro"),
+    ("--arch vit_gigantic_99 --pretrained_weights {bare}", "'vit_gigantic_99'", "vit_tiny", "resnet18"),
+    ("--patch_size 16", "--patch_size 16", "8"),
+    ("--hp1 0.5", "--hp1 0.5", "0.8"),
+    ("--hp1 much", "--hp1", "'much'"),
+    ("--lr much", "--lr", "'much'"),
+    ("--lr 0", "--lr 0", "greater than 0"),
+    ("--lr nan", "--lr nan", "greater than 0"),
+    ("--n_last_blocks 99", "--n_last_blocks 99", "1..6"),
+    ("--n_last_blocks 0", "--n_last_blocks 0", "greater than 0"),
+    ("--batch_size_per_gpu 0", "--batch_size_per_gpu 0", "greater than 0"),
+    ("--val_freq 0", "--val_freq 0", "greater than 0"),
+    ("--epochs 0", "--epochs 0", "greater than 0"),
+    ("--num_workers -1", "--num_workers -1", "0 or greater"),
+    ("--seed -1", "--seed -1", "0 or greater"),
+    ("--img_size 0", "--img_size 0", "1 or more"),
+    ("--img_size 33", "33x33", "patch size 8"),
+    ("--avgpool_patchtokens perhaps", "--avgpool_patchtokens", "'perhaps'", "true, false, on, off, 1, 0"),
+    ("--trial_name a/b", "'a/b'", "/"),
+    ("--checkpoint_key ema", "'ema'", "student, teacher"),
+    ("--pretrained_weights {root}/absent.pth", "{root}/absent.pth", "no such file"),
+    ("--pretrained_weights {damaged}", "{damaged}", "damaged"),
+    ("--pretrained_weights {foreign}", "{foreign}", "holds numpy", "only tensors"),
+    ("--pretrained_weights {listed}", "{listed}", "list"),
+    ("--pretrained_weights {bare} --arch resnet8", "weights do not fit", "missing", "unexpected"),
+    ("--pretrained_weights {bare} --arch vit_micro", "patch size 16", "patch size 8"),
+    ("--pretrained_weights {bare} --arch vit_micro --patch_size 8 --net CLeVER", "--hp1", "pretraining's hp1"),
+    ("--pretrained_weights {dino}/checkpoint.pth --else_part main_part", "main_part", "dino", "only ALL"),
+    ("--pretrained_weights {dino}/checkpoint.pth --else_part else_part", "else_part", "dino", "only ALL"),
+    ("--evaluate", "checkpoint_linear_0.001_1_.pth.tar", "no such file"),
+    ("--evaluate --final_eval_weights {damaged}", "{damaged}", "damaged"),
+    ("--evaluate --final_eval_weights {foreign}", "{foreign}", "holds numpy"),
+    ("--evaluate --final_eval_weights {checkpoint}", "{checkpoint}", "no linear classifier"),
+    ("--evaluate --final_eval_weights {probe_file} --data_path {two}", "{probe_file}", "num_labels is 3", "here it is 2"),
+    ("--evaluate --final_eval_weights {probe_file} --else_part main_part", "part is ALL", "here it is main_part"),
+    ("--evaluate --final_eval_weights {probe_file} --else_part else_part", "part is ALL", "here it is else_part"),
+    ("--evaluate --final_eval_weights {probe_file} --n_last_blocks 2", "dim is 512", "here it is 256"),
+    ("--evaluate --final_eval_weights {probe_file} --checkpoint_key student", "{probe_file}", "backbone"),
+    ("--output_dir {file}", "{file}", "is a file"),
+    ("--output_dir {file}/below", "{file}/below", "cannot be written"),
+    ("--output_dir /proc/below", "/proc/below", "cannot be written"),
+]  # fmt: skip
+for _hp1, _words in (("0", "(0, 1]"), ("1.5", "(0, 1]"), ("nan", "(0, 1]"), ("1", "empty"), ("0.001", "empty")):
+    _flags = f"--pretrained_weights {{bare}} --arch vit_micro --patch_size 8 --net CLeVER --else_part else_part --hp1 {_hp1}"
+    PROBE.append((_flags, f"hp1 {_hp1}", _words))
+
+
+@pytest.mark.parametrize("flags, mentioned", [(flags, mentioned) for flags, *mentioned in PROBE])
+def test_probe_refuses(world, tmp_path, flags, mentioned):
+    before = times(world.root)
+    outcome = probe(world.checkpoint, world.data, tmp_path / "out", *words(world, flags))
+    assert_refused(outcome, *(text.format(**vars(world)) for text in mentioned))
+    assert not (tmp_path / "out").exists() and times(world.root) == before
+
+
+def test_pooled_backbones_have_no_patch_tokens(world, tmp_path):
+    assert pretrain(world.data / "train", tmp_path / "resnet", "--arch", "resnet8", "--epochs", 0).status == 0
+    weights = tmp_path / "resnet" / "checkpoint.pth"
+    outcome = probe(weights, world.data, tmp_path / "out", "--avgpool_patchtokens", "true")
+    assert_refused(outcome, "--avgpool_patchtokens true", "ViT")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_probe_of_other_weights_is_not_continued(world, tmp_path):
+    shutil.copytree(world.probe, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    assert_refused(probe(world.dino / "checkpoint.pth", world.data, tmp_path / "out"), "net is CLeVER", "here it is dino")
+    assert_refused(probe(world.checkpoint, world.two, tmp_path / "out"), "num_labels is 3", "here it is 2")
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_bare_classifier_is_evaluated_but_not_continued(world, tmp_path):
+    state = torch.load(world.probe_file, weights_only=True)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / world.probe_file.name
+    torch.save({"state_dict": state["state_dict"]}, path)
+    assert_refused(probe(world.checkpoint, world.data, tmp_path / "out"), str(path), "lacks", "scheduler")
+    assert probe(world.checkpoint, world.data, tmp_path / "out", "--evaluate").status == 0
+
+
+# --- images ------------------------------------------------------------------------------------------------------------
+
+
+def write_text(folder):
+    (folder / "bad.png").write_text("no image")
+
+
+def write_nothing(folder):
+    (folder / "bad.jpg").touch()
+
+
+def write_truncated_png(folder):
+    data = (folder / "00.png").read_bytes()
+    (folder / "bad.png").write_bytes(data[: len(data) // 2])
+
+
+def write_truncated_jpeg(folder):
+    from PIL import Image
+
+    Image.open(folder / "00.png").save(folder / "bad.jpg")
+    data = (folder / "bad.jpg").read_bytes()
+    (folder / "bad.jpg").write_bytes(data[: len(data) * 2 // 3])
+
+
+def write_ppm_without_width(folder):
+    (folder / "bad.ppm").write_bytes(b"P6 0 5 255\n")
+
+
+def write_ppm_without_height(folder):
+    (folder / "bad.ppm").write_bytes(b"P6 5 0 255\n")
+
+
+def write_bmp_without_width(folder):
+    header = (40).to_bytes(4, "little") + (0).to_bytes(4, "little") + (5).to_bytes(4, "little")
+    header += (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
+    (folder / "bad.bmp").write_bytes(b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + header)
+
+
+BAD_IMAGES = [
+    write_text, write_nothing, write_truncated_png, write_truncated_jpeg, write_ppm_without_width, write_ppm_without_height,
+    write_bmp_without_width,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", BAD_IMAGES)
+def test_an_unreadable_image_is_named(world, tmp_path, write):
+    shutil.copytree(world.data, tmp_path / "data")
+    write(tmp_path / "data" / "train" / "grey")
+    (bad,) = (tmp_path / "data" / "train" / "grey").glob("bad.*")
+    message = ("1 of 13 images cannot be read", str(bad), "--skip_bad_images")
+    assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out"), *message)
+    assert_refused(probe(world.checkpoint, tmp_path / "data", tmp_path / "out"), *message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images_can_be_left_out(world, tmp_path):
+    shutil.copytree(world.data, tmp_path / "data")
+    for folder, write in zip(("cyan", "grey", "red"), BAD_IMAGES, strict=False):
+        for split in ("train", "val"):
+            write(tmp_path / "data" / split / folder)
+    flags = ("--skip_bad_images", "true")
+    outcome = pretrain(tmp_path / "data" / "train", tmp_path / "pretrained", "--knn_data", tmp_path / "data", *flags)
+    assert outcome.status == 0 and "left out: 3 of 15 images" in outcome.stdout and "12 images," in outcome.stdout
+    assert (tmp_path / "pretrained" / "checkpoint.pth").exists()
+    outcome = probe(world.checkpoint, tmp_path / "data", tmp_path / "probe", *flags)
+    assert outcome.status == 0 and "left out: 3 of 15 images" in outcome.stdout
+    assert "on the 7 test images" in outcome.stdout
+
+
+def test_a_batch_must_be_filled_by_readable_images(world, tmp_path):
+    shutil.copytree(world.data, tmp_path / "data")
+    for path in list((tmp_path / "data" / "train").rglob("*.png"))[:10]:
+        path.write_text("no image")
+    flags = ("--skip_bad_images", "true", "--batch_size_per_gpu", 4)
+    assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out", *flags), "batch of 4", "(2 images")
+    for path in (tmp_path / "data" / "train").rglob("*.png"):
+        path.write_text("no image")
+    assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out", *flags), "12 of 12 images cannot be read")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_found_bad_during_training_is_named_in_one_line(world, tmp_path, workers):
+    shutil.copytree(world.data, tmp_path / "data")
+    bad = tmp_path / "data" / "train" / "grey" / "00.png"
+    bad.write_text("no image")
+    flags = ("--check_images", "false", "--num_workers", workers)
+    assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out", *flags), str(bad), "cannot be read")
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (12, 10)])
+def test_images_smaller_than_the_crop_are_enlarged(tmp_path, size):
+    from PIL import Image
+
+    for path in write_images(tmp_path / "data", 4).iterdir():
+        with Image.open(path) as image:
+            small = image.resize(size)
+        small.save(path)
+    assert pretrain(tmp_path / "data", tmp_path / "out", "--aug", "aug1_4_2").status == 0
+    assert (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+# --- damaged and hostile checkpoints -----------------------------------------------------------------------------------
+
+
+def test_a_truncated_checkpoint_is_refused_wherever_it_is_cut(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    for source, name in ((world.checkpoint, "checkpoint.pth"), (world.probe_file, world.probe_file.name)):
+        data, path = source.read_bytes(), tmp_path / "out" / name
+        for size in (0, 1, 4, 100, len(data) // 4, len(data) // 2, len(data) - 1000, len(data) - 1):
+            path.write_bytes(data[:size])
+            before = snapshot(tmp_path / "out")
+            if name == "checkpoint.pth":
+                outcome = pretrain(world.data / "train", tmp_path / "out", "--epochs", 2)
+            else:
+                outcome = probe(world.checkpoint, world.data, tmp_path / "out", "--evaluate")
+            assert_refused(outcome, str(path), "damaged")
+            assert snapshot(tmp_path / "out") == before
+        path.unlink()
+
+
+def as_zip(obj, path):
+    torch.save(obj, path)
+
+
+def as_legacy(obj, path):
+    torch.save(obj, path, _use_new_zipfile_serialization=False)
+
+
+def as_pickle(obj, path):
+    path.write_bytes(pickle.dumps(obj))
+
+
+@pytest.mark.parametrize("save", [as_zip, as_legacy, as_pickle])
+def test_code_in_a_checkpoint_does_not_run(world, tmp_path, save):
+    sprung = tmp_path / "sprung"
+    hostile = tmp_path / "hostile" / "checkpoint.pth"
+    hostile.parent.mkdir()
+    state = torch.load(world.checkpoint, weights_only=True)
+    save(state | {"extra": Trap(sprung)}, hostile)
+    before = snapshot(hostile.parent)
+    out = tmp_path / "out"
+    assert_refused(pretrain(world.data / "train", out, "--init_from", hostile), str(hostile))
+    assert_refused(pretrain(world.data / "train", hostile.parent), str(hostile))
+    assert_refused(probe(hostile, world.data, out), str(hostile))
+    assert_refused(probe(world.checkpoint, world.data, out, "--evaluate", "--final_eval_weights", hostile), str(hostile))
+    assert not sprung.exists() and not out.exists() and snapshot(hostile.parent) == before
+    if save is as_pickle:
+        pickle.loads(hostile.read_bytes())
+    else:
+        torch.load(hostile, weights_only=False)
+    assert sprung.exists()  # the trap does work
+
+
+def test_other_types_are_named(world, tmp_path):
+    torch.save({"teacher": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")
+    outcome = probe(tmp_path / "module.pth", world.data, tmp_path / "out")
+    assert_refused(outcome, "module.pth", "torch.nn.modules.linear.Linear", "only tensors, plain values")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permission bits do not bind root")
+def test_a_folder_without_write_permission(world, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    outcome = pretrain(world.data / "train", tmp_path / "locked" / "out")
+    assert_refused(outcome, "locked", "cannot be written")
+
+
+# --- real processes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_real_process_prints_one_line(world, tmp_path):
+    flags = ("--data_path", world.data / "train", "--output_dir", tmp_path / "out", "--use_fp16", "perhaps")
+    process = launch("", "main_dino.py", *TINY_NETWORK, *flags)
+    assert_refused(Outcome(process.returncode, process.stdout, process.stderr), "'perhaps'", "true, false")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_print_one_line(world, tmp_path):
+    flags = ("--data_path", world.data / "train", "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 7)
+    process = launch("torch.distributed.launch", "main_dino.py", *TINY_NETWORK, *flags, "--epochs", 1, "--num_workers", 0)
+    assert process.returncode != 0
+    assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: batch of 14 images (7 x 2 processes x 1 micro-batches): larger than the data (12 images in {world.data}/train)"
+    ]
+    assert "error: " not in process.stdout and not (tmp_path / "out").exists()

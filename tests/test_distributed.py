@@ -1,0 +1,194 @@
+"""Several processes do what one does: losses and weights, probes and their evaluation, and the end by a non-finite loss."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from golden import rel_error
+from processes import TINY_NETWORK, fork, free_port, launch, run, wait, write_images, write_labelled_images
+
+import eval_linear
+import main_dino
+import utils
+from telemetry import Progress
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+# --- pretraining -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "flat", 24)
+
+
+# With and without data loading processes. A full warm-up epoch, so that the steps of the second one are large.
+FLAGS = (*TINY_NETWORK, "--drop_path_rate", 0, "--lr", 0.032, "--freeze_last_layer", 0, "--momentum_teacher", 0.9)
+
+
+def test_two_processes_of_half_the_batch_are_one_of_the_whole(images, tmp_path):
+    flags = (*FLAGS, "--net", "CLeVER", "--data_path", images, "--epochs", 2)
+    two = launch(
+        "torch.distributed.launch", "main_dino.py", *flags, "--output_dir", tmp_path / "2", "--batch_size_per_gpu", 4,
+        "--num_workers", 0,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert "2 processes, 3 steps of 8 images" in two.stdout
+    assert len(re.findall(r"^epoch 1/2 3/3 ", two.stdout, re.MULTILINE)) == 1  # one voice
+    run("main_dino.py", *flags, "--output_dir", tmp_path / "1", "--batch_size_per_gpu", 8, "--num_workers", 1,
+        output=tmp_path / "output")  # fmt: skip
+
+    logs = [read_log(tmp_path / number) for number in "12"]
+    assert [[record["epoch"] for record in log] for log in logs] == [[0, 1], [0, 1]]
+    own = {"seconds", "memory_gib", "train_images_per_second", "train_feature_std_IR", "train_feature_std_EF"}
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - own:
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    states = [utils.load_checkpoint(tmp_path / number / "checkpoint.pth") for number in "12"]
+    start = main_dino.build_training(parse(*flags), torch.device("cpu"), torch.float32).student.state_dict()
+    moved = rel_error(states[0]["student"]["backbone.blocks.0.mlp.fc1.weight"], start["backbone.blocks.0.mlp.fc1.weight"])
+    assert moved > 0.01  # the steps are a thousand times larger than what is allowed between the two
+    for part in ("student", "teacher", "dino_loss"):
+        assert states[0][part].keys() == states[1][part].keys()
+        for name, value in states[0][part].items():
+            if not name.endswith("qkv.bias"):  # its key third has a gradient of zero, which Adam turns into noise
+                assert rel_error(states[1][part][name], value) < 1e-5, (part, name)
+
+
+def parse(*flags):
+    return main_dino.get_args_parser().parse_args(list(map(str, flags)))
+
+
+def test_a_non_finite_loss_stops_all_processes_and_leaves_the_last_good_checkpoint(images, tmp_path):
+    flags = (*FLAGS, "--net", "CLeVER", "--data_path", images, "--num_workers", 0, "--output_dir", tmp_path)
+    run("main_dino.py", *flags, "--epochs", 1, "--batch_size_per_gpu", 8, output=tmp_path / "output")
+    path = tmp_path / "checkpoint.pth"
+    state = utils.load_checkpoint(path)
+    state["student"]["head2.last_layer.weight_v"][3] = math.nan
+    utils.save_atomically(state, path)
+    before = path.read_bytes(), (tmp_path / "log.txt").read_text()
+
+    process = launch("torch.distributed.run", "main_dino.py", *flags, "--epochs", 3, "--batch_size_per_gpu", 4)
+    assert process.returncode != 0
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "epoch 1/3, step 1 of 3" in errors[0] and "loss_DVR is nan" in errors[0], process.stderr
+    assert "loss_DIR" not in errors[0] and str(path) in errors[0]
+    assert (path.read_bytes(), (tmp_path / "log.txt").read_text()) == before
+    assert utils.load_checkpoint(tmp_path / "nonfinite.pth")["epoch"] == 1
+
+
+def one_process_has_nan(rank, port, output):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    progress = Progress("epoch 7/9", 5, 1, torch.device("cpu"))
+    progress.update(loss=torch.tensor(1.0), center_norm=torch.tensor(2.0))
+    try:
+        progress.update(loss=torch.tensor(math.inf if rank == 1 else 1.0), center_norm=torch.tensor(2.0))
+    except FloatingPointError as error:
+        output.write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_value_that_is_not_finite_in_one_process_is_seen_by_all(tmp_path):
+    port = free_port()
+    outputs = [tmp_path / "0", tmp_path / "1"]
+    assert wait([fork(one_process_has_nan, rank, port, output) for rank, output in enumerate(outputs)]) == [0, 0]
+    assert [output.read_text() for output in outputs] == ["epoch 7/9, step 2 of 5: loss is inf"] * 2
+
+
+def one_process_is_refused(rank, output):
+    import contextlib
+    import os
+
+    def main():
+        if rank == 1:
+            raise utils.InputError("no such thing")
+
+    os.environ["RANK"] = str(rank)
+    utils.GRACE_SECONDS = 0.1
+    with open(output, "w") as stream, contextlib.redirect_stderr(stream):
+        utils.run_entry_point(main)
+
+
+def test_an_error_of_one_process_only_is_told(tmp_path):
+    outputs = [tmp_path / "0", tmp_path / "1"]
+    assert wait([fork(one_process_is_refused, rank, output) for rank, output in enumerate(outputs)]) == [0, 2]
+    assert [output.read_text() for output in outputs] == ["", "error: no such thing\n"]
+
+
+@pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
+@pytest.mark.parametrize("module", [main_dino, eval_linear])
+def test_both_spellings_of_the_local_rank(module, flag):
+    args = module.get_args_parser().parse_args([flag, "3", "--data_path", "x"] + ["--pretrained_weights", "x"] * (module is eval_linear))
+    assert args.local_rank == 3
+
+
+# --- the probe ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """An untrained CLeVER network, labelled images (12 and 13), and what its main_part probe got at the end of training."""
+    folder = tmp_path_factory.mktemp("probed")
+    data = write_labelled_images(folder / "data", train=4, val=4)
+    run("main_dino.py", *TINY_NETWORK, "--net", "CLeVER", "--data_path", data / "train", "--output_dir", folder,
+        "--epochs", 0, "--batch_size_per_gpu", 4, "--num_workers", 0, output=folder / "output")  # fmt: skip
+    flags = (
+        "--pretrained_weights", folder / "checkpoint.pth", "--data_path", data, "--else_part", "main_part",
+        "--epochs", 3, "--lr", 0.5, "--trial_name", "t",
+    )  # fmt: skip
+    run("eval_linear.py", *flags, "--output_dir", folder, "--batch_size_per_gpu", 4, "--num_workers", 1,
+        output=folder / "output")  # fmt: skip
+    return folder, flags, json.loads((folder / "linear_hp0.8_0.5_3_t.json").read_text())
+
+
+def evaluate(probed, folder, processes, perturbation, *more):
+    """JSON record and printed text of --evaluate with the probe in the fixture's folder."""
+    source, flags, _ = probed
+    name = "linear_hp0.8_0.5_3_t"
+    text = run("eval_linear.py", *flags, "--output_dir", folder, "--evaluate", "--test_aug_type", perturbation,
+               "--final_eval_weights", source / f"checkpoint_{name}.pth.tar", "--batch_size_per_gpu", 3, "--num_workers", 0,
+               *more, processes=processes, output=folder / "output")  # fmt: skip
+    return json.loads((folder / f"only_eval_{perturbation}_{name}.json").read_text()), text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_repeats_the_accuracy_of_training_and_counts_every_image_once(probed, processes, tmp_path):
+    result, text = evaluate(probed, tmp_path, processes, "ori")
+    trained = probed[2]
+    assert result["num_test_images"] == trained["num_test_images"] == 13
+    assert result["accuracy"] == trained["accuracy"]
+    assert result["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6)
+    assert f"Accuracy of the network on the 13 test images: {trained['accuracy']:.2f}%" in text
+    assert any(result["accuracy"] == 100 * hits / 13 for hits in range(14))
+
+
+def test_perturbed_images_depend_on_the_seed_alone(probed, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two", "seed")]
+    for folder in folders:
+        folder.mkdir()
+    one, _ = evaluate(probed, folders[0], 1, "aug1_2")
+    two, _ = evaluate(probed, folders[1], 2, "aug1_2")
+    other, _ = evaluate(probed, folders[2], 1, "aug1_2", "--seed", 1)
+    assert one["num_test_images"] == two["num_test_images"] == 13
+    assert one["accuracy"] == two["accuracy"]
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-6)
+    for record in (other, probed[2]):
+        assert record["test_loss"] != pytest.approx(one["test_loss"], rel=1e-3)
+
+
+def test_probe_trained_by_two_processes_is_that_of_one(probed, tmp_path):
+    source, flags, trained = probed
+    run("eval_linear.py", *flags, "--output_dir", tmp_path, "--batch_size_per_gpu", 2, "--num_workers", 0, processes=2,
+        output=tmp_path / "output")  # fmt: skip
+    name = "checkpoint_linear_hp0.8_0.5_3_t.pth.tar"
+    two, one = (utils.load_checkpoint(folder / name) for folder in (tmp_path, source))
+    assert one["state_dict"]["linear.weight"].norm() > 0.5  # far from its start
+    for key, value in one["state_dict"].items():
+        assert rel_error(two["state_dict"][key], value) < 1e-5, key
+    assert json.loads((tmp_path / "linear_hp0.8_0.5_3_t.json").read_text())["effective_lr"] == trained["effective_lr"]
