@@ -124,9 +124,7 @@ class ImageDataset(Dataset):
     nor that of processes, a resumed run draws what an uninterrupted one would, and torch's generator is left as it was.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], transform: Callable, seed: int = 0, classes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], transform: Callable, seed: int = 0, classes: Sequence[str] = ()) -> None:
         self.samples, self.transform, self.seed, self.classes = list(samples), transform, seed, list(classes)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers must see it
 

@@ -14,8 +14,18 @@ from torch.utils.data import DataLoader
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import VITS, backbone_state, build_backbone, image_size_of, load_backbone_weights
+from datasets import ImageDataset, shard
 from heads import split_sizes
-from utils import InputError, TypedFloat, load_checkpoint, plain_args
+from utils import (
+    InputError,
+    TypedFloat,
+    all_gather_rows,
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+    load_checkpoint,
+    plain_args,
+)
 
 PARTS = ("ALL", "main_part", "else_part")  # the whole representation, its IR, its EF
 
@@ -179,6 +189,30 @@ def knn_predict(
     scores = []
     for queries in F.normalize(features, dim=-1).split(chunk):
         similarity, nearest = (queries @ train.T).topk(k, dim=-1)  # B, k
-        votes = torch.zeros(len(queries), num_classes, device=queries.device)
+        votes = similarity.new_zeros(len(queries), num_classes)
         scores.append(votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp()))  # B, C
     return torch.cat(scores)
+
+
+def knn_accuracy(
+    backbone: nn.Module,
+    train: ImageDataset,
+    val: ImageDataset,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    k: int = 20,
+) -> float:
+    """Top-1 in percent of a k-NN classifier on a backbone's features; the processes share the images, each counts once."""
+    was_training = backbone.training
+    extractor = FeatureExtractor(backbone.eval())
+
+    def extract(dataset):
+        own = shard(dataset, get_rank(), get_world_size())
+        return extract_features(extractor, DataLoader(own, batch_size, num_workers=num_workers), device)
+
+    train_features, train_labels = map(all_gather_rows, extract(train))
+    features, labels = extract(val)
+    scores = knn_predict(train_features, train_labels, features, k, len(train.classes))
+    backbone.train(was_training)
+    return 100 * all_reduce_sum((scores.argmax(-1) == labels).sum().float()).item() / len(val)

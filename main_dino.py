@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 import utils
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale, eval_transform
 from backbones import backbone_state, build_backbone, load_backbone_weights
-from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset, shard
-from features import FeatureExtractor, extract_features, knn_predict
+from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset
+from features import knn_accuracy
 from heads import DINOHead, MultiCropWrapper, split_ir_ef, split_sizes
 from losses import CLeVERLoss, DINOLoss, head_regularizer
 from telemetry import CollapseWatch, Progress, append_log, epoch_line, feature_std, peak_memory_gib, truncate_log
@@ -234,11 +234,11 @@ def build_criterion(args: argparse.Namespace) -> DINOLoss:
     return CLeVERLoss(args.out_dim, args.DVR_out_dim, sep_lambd=args.sep_lambd, **common)
 
 
-def build_training(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype) -> Training:
+def build_training(args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype, resuming: bool = False) -> Training:
     """Networks (the teacher a copy of the student), loss, optimizer and gradient scaler on `device`."""
     utils.seed_everything(args.seed)
     student, teacher = build_network(args, args.drop_path_rate), build_network(args, drop_path_rate=0.0)
-    if args.init_from:
+    if args.init_from and not resuming:
         load_backbone_weights(student.backbone, backbone_state(utils.load_checkpoint(args.init_from)))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
@@ -388,9 +388,9 @@ def train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype
     return means | {"images_per_second": progress.rate}
 
 
-def build_knn(args: argparse.Namespace, pretrained_size: int):
+def build_knn(args: argparse.Namespace) -> list[ImageDataset]:
     """Labelled train and val images for the k-NN check, under the evaluation transform."""
-    transform = eval_transform("ori", pretrained_size, args.mean, args.std)
+    transform = eval_transform("ori", args.global_crops_size, args.mean, args.std)
     datasets = [
         labelled_dataset(
             os.path.join(args.knn_data, split), transform, args.seed, skip_bad_images=args.skip_bad_images,
@@ -400,21 +400,6 @@ def build_knn(args: argparse.Namespace, pretrained_size: int):
     ]  # fmt: skip
     check_same_classes(*datasets)
     return datasets
-
-
-def knn_accuracy(backbone: nn.Module, datasets: list[ImageDataset], device: torch.device, args) -> float:
-    """Top-1 of a 20-NN classifier on the teacher's features, percent. Every process scores its share of val."""
-    training_mode = backbone.training
-    extractor = FeatureExtractor(backbone.eval())
-    train, val = datasets
-    workers, batch = utils.worker_count(args.num_workers), args.batch_size_per_gpu
-    train_features, train_labels = extract_features(extractor, DataLoader(train, batch, num_workers=workers), device)
-    own = shard(val, utils.get_rank(), utils.get_world_size())
-    features, labels = extract_features(extractor, DataLoader(own, batch, num_workers=workers), device)
-    scores = knn_predict(train_features, train_labels, features, k=20, num_classes=len(train.classes))
-    correct = utils.all_reduce_sum((scores.argmax(-1) == labels).sum().float())
-    backbone.train(training_mode)
-    return 100 * correct.item() / len(val)
 
 
 def save(training: Training, epoch: int, args: argparse.Namespace) -> None:
@@ -434,10 +419,10 @@ def main() -> None:
     amp_dtype = utils.resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
 
     state = find_checkpoint(args)
-    training = build_training(args, device, amp_dtype)
+    training = build_training(args, device, amp_dtype, resuming=state is not None)
     dataset = build_dataset(args)
     loader = build_loader(dataset, args)
-    knn_datasets = build_knn(args, args.global_crops_size) if args.knn_data else None
+    knn_datasets = build_knn(args) if args.knn_data else None
     steps_per_epoch = len(loader) // args.accumulation
     schedules = build_schedules(args, steps_per_epoch)
 
@@ -478,7 +463,8 @@ def main() -> None:
                 f"{error}. The last good state is {args.output_dir}/checkpoint.pth; the state at the failure is nonfinite.pth"
             ) from error
         if knn_datasets and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
-            means["knn_top1"] = knn_accuracy(training.teacher.backbone, knn_datasets, device, args)
+            teacher, workers = training.teacher.backbone, utils.worker_count(args.num_workers)
+            means["knn_top1"] = knn_accuracy(teacher, *knn_datasets, device, args.batch_size_per_gpu, workers)
         for warning in watch.update(means):
             print(f"warning: {warning}")
         record = {f"train_{name}": value for name, value in means.items()}

@@ -9,6 +9,7 @@ import re
 import struct
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,22 +26,32 @@ class InputError(ValueError):
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError becomes one line on stderr (of the first process only) and exit status 2."""
+    """Run a script's main; an InputError becomes one line on stderr and exit status 2, a FloatingPointError status 1."""
     try:
         main()
     except InputError as error:
-        lines = str(error).strip().splitlines()
-        # Checks fail in all processes alike; a data loading worker, whose message ends a traceback, fails in its own only.
-        if len(lines) > 1 or int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {lines[-1].removeprefix('utils.InputError: ')}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        # What a data loading worker raises ends a traceback.
+        _give_up(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "), 2)
     except FloatingPointError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: not finite: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _give_up(f"not finite: {error}", 1)
     finally:
         if is_distributed():
             dist.destroy_process_group()
+
+
+GRACE_SECONDS = 10.0
+
+
+def _give_up(message: str, status: int) -> NoReturn:
+    """Print the message and exit: the first process at once, the others after GRACE_SECONDS.
+
+    A launcher ends all processes as soon as one has ended. So an error that all have is told once, whichever meets it
+    first, and an error that only one has is told as well.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(GRACE_SECONDS)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -109,6 +120,7 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         if processes > torch.cuda.device_count():
             raise InputError(f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible")
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo", init_method=args.dist_url)
     if not is_main_process():
@@ -158,6 +170,19 @@ def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [m, ...] of all processes one below the other; m may differ between them."""
+    if not is_distributed():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = int(max(counts))
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    shares = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shares, padded)
+    return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
 
 
 def seed_everything(*key: int) -> None:

@@ -1,0 +1,305 @@
+"""The linear probe: names of its files, its recipe, what it reaches on easy and on impossible data, and evaluation."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from in_process import pretrain, probe, snapshot
+from PIL import Image
+
+import eval_linear
+import utils
+
+
+def write_colours(folder, classes, train, val, mixed=False):
+    """Class folders a, b, ... of 16 x 16 noise in one hue per class; with `mixed`, every folder holds all hues alike."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            path = folder / split / "abcdefgh"[label]
+            path.mkdir(parents=True)
+            for number in range(count):
+                hue = (number if mixed else label) * 256 // classes % 256
+                pixels = np.full((16, 16, 3), (hue, 200, 200)) + rng.integers(-15, 16, (16, 16, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8), mode=None).convert("RGB")
+                image = Image.merge("HSV", image.split()).convert("RGB")
+                image.save(path / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return write_colours(tmp_path_factory.mktemp("colours") / "data", classes=3, train=24, val=10)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, colours):
+    """An untrained resnet8, as main_dino.py writes it with --epochs 0."""
+    folder = tmp_path_factory.mktemp("weights")
+    outcome = pretrain(colours / "train", folder, "--arch", "resnet8", "--global_crops_size", 16, "--epochs", 0)
+    assert outcome.status == 0, outcome
+    return folder / "checkpoint.pth"
+
+
+RECIPE = ("--lr", 5, "--batch_size_per_gpu", 24)  # rate 0.47 per step of 24 images
+
+
+def read_result(folder, name="linear_5_8_"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+# --- file names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lr", ["0.001", "1e-3", "1E-03", ".10", "5"])
+@pytest.mark.parametrize("hp1", ["0.8", "0.80", "8e-1", ".5"])
+def test_names_hold_lr_epochs_and_hp1_as_typed(lr, hp1):
+    words = ["--pretrained_weights", "x", "--data_path", "x", "--lr", lr, "--hp1", hp1, "--epochs", "7", "--trial_name", "t_1"]
+    names = {}
+    for part in ("ALL", "main_part", "else_part"):
+        args = eval_linear.get_args_parser().parse_args([*words, "--else_part", part])
+        assert args.lr == float(lr) and args.hp1 == float(hp1)
+        names[part] = eval_linear.probe_name(args, args.hp1)
+    assert names == {
+        "ALL": f"linear_{lr}_7_t_1",
+        "main_part": f"linear_hp{hp1}_{lr}_7_t_1",
+        "else_part": f"linear_hp{hp1}_else_{lr}_7_t_1",
+    }
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ((), "linear_0.001_1_"),
+        (("--else_part", "main_part"), "linear_hp0.8_0.001_1_"),
+        (("--lr", "1e-3", "--trial_name", "CLeVER_resnet8"), "linear_1e-3_1_CLeVER_resnet8"),
+        (("--lr", "1e-3", "--else_part", "main_part", "--hp1", "0.80", "--trial_name", "t"), "linear_hp0.80_1e-3_1_t"),
+        (("--lr", "1e-3", "--else_part", "else_part", "--hp1", "0.80", "--trial_name", "t"), "linear_hp0.80_else_1e-3_1_t"),
+    ],
+)
+def test_files_of_a_run_and_of_its_evaluation(weights, colours, tmp_path, flags, name):
+    assert probe(weights, colours, tmp_path, *flags).status == 0
+    assert set(snapshot(tmp_path)) == {f"checkpoint_{name}.pth.tar", f"{name}.json"}
+    outcome = probe(weights, colours, tmp_path, *flags, "--evaluate", "--test_aug_type", "aug1_2")
+    assert outcome.status == 0, outcome
+    assert set(snapshot(tmp_path)) == {f"checkpoint_{name}.pth.tar", f"{name}.json", f"only_eval_aug1_2_{name}.json"}
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(weights, colours, tmp_path_factory):
+    """A probe of 8 epochs: its folder, its output, and what passed through it."""
+    folder, seen = tmp_path_factory.mktemp("trained"), {"rates": []}
+
+    def load_pretrained(*arguments):
+        seen["pretrained"] = real_load(*arguments)
+        seen["before"] = {name: value.clone() for name, value in seen["pretrained"].backbone.state_dict().items()}
+        return seen["pretrained"]
+
+    def train_one_epoch(extractor, model, optimizer, *rest):
+        seen["rates"].append(optimizer.param_groups[0]["lr"])
+        seen["optimizer"] = optimizer
+        return real_train(extractor, model, optimizer, *rest)
+
+    real_load, real_train = eval_linear.load_pretrained, eval_linear.train_one_epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_linear, "load_pretrained", load_pretrained)
+        patch.setattr(eval_linear, "train_one_epoch", train_one_epoch)
+        outcome = probe(weights, colours, folder, *RECIPE, "--epochs", 8)
+    assert outcome.status == 0, outcome
+    return folder, outcome.stdout, seen
+
+
+def test_a_probe_separates_colours(trained):
+    folder, stdout, _ = trained
+    result = read_result(folder)
+    assert result["accuracy"] > 90 and result["best_accuracy"] >= result["accuracy"]
+    lines = re.findall(r"Accuracy at epoch (\d+) of the network on the 30 test images: ([\d.]+)%", stdout)
+    assert [int(epoch) for epoch, _ in lines] == list(range(8))
+    accuracies = [float(accuracy) for _, accuracy in lines]
+    assert result["accuracy"] == pytest.approx(accuracies[-1], abs=0.01)
+    assert result["best_accuracy"] == pytest.approx(max(accuracies), abs=0.01)
+    assert f"last {accuracies[-1]:.2f}%, best {max(accuracies):.2f}%" in stdout
+
+
+def test_the_best_epoch_is_reported_beside_the_last(weights, colours, tmp_path, monkeypatch):
+    """With a validation that worsens from epoch to epoch."""
+    accuracies = iter([70.0, 90.0, 80.0])
+    monkeypatch.setattr(eval_linear, "validate", lambda *_: {"accuracy": next(accuracies), "num_test_images": 30})
+    assert probe(weights, colours, tmp_path, *RECIPE, "--epochs", 3).status == 0
+    result = read_result(tmp_path, "linear_5_3_")
+    assert result["accuracy"] == 80 and result["best_accuracy"] == 90
+
+
+def test_the_backbone_stays_bit_identical(trained, weights):
+    _, _, seen = trained
+    after = seen["pretrained"].backbone.state_dict()
+    assert set(after) == set(seen["before"]) and any("running_mean" in name for name in after)
+    for name, value in seen["before"].items():
+        assert torch.equal(after[name], value), name
+    assert not seen["pretrained"].backbone.training
+    assert all(p.grad is None for p in seen["pretrained"].backbone.parameters())
+
+
+def test_rate_is_scaled_by_the_batch_and_falls_along_a_cosine_to_zero(trained):
+    folder, stdout, seen = trained
+    lr = 5 * 24 / 256
+    assert seen["rates"] == pytest.approx([lr * 0.5 * (1 + math.cos(math.pi * epoch / 8)) for epoch in range(8)])
+    (group,) = seen["optimizer"].param_groups
+    assert group["lr"] == pytest.approx(0, abs=1e-12)
+    assert isinstance(seen["optimizer"], torch.optim.SGD) and group["momentum"] == 0.9 and group["weight_decay"] == 0
+    assert f"lr {lr:.4g} for 24 images per step" in stdout
+    assert read_result(folder)["effective_lr"] == pytest.approx(lr)
+
+
+def test_result_holds_what_it_depends_on(trained, weights):
+    result = read_result(trained[0])
+    assert set(result) == {
+        "kind", "net", "arch", "part", "hp1", "pretrained_epochs", "test_aug_type", "accuracy", "test_loss", "num_test_images",
+        "best_accuracy", "effective_lr", "num_labels", "seed", "backbone", "args",
+    }  # fmt: skip
+    expected = {
+        "kind": "linear_probe", "net": "CLeVER", "arch": "resnet8", "part": "ALL", "hp1": 0.8, "pretrained_epochs": 0,
+        "test_aug_type": "ori", "num_test_images": 30, "num_labels": 3, "seed": 0,
+    }  # fmt: skip
+    assert {name: result[name] for name in expected} == expected
+    assert result["args"]["lr"] == 5.0 and result["args"]["pretrained_weights"] == str(weights)
+
+
+def test_labels_without_meaning_give_chance(weights, tmp_path):
+    """Every class folder holds the same share of each hue, so that no rule on hues beats one in three."""
+    data = write_colours(tmp_path / "data", classes=3, train=24, val=30, mixed=True)
+    assert probe(weights, data, tmp_path, *RECIPE, "--epochs", 8).status == 0
+    assert 18 < read_result(tmp_path)["accuracy"] < 50
+
+
+def test_lars_reaches_the_same(weights, colours, tmp_path):
+    flags = ("--optimizer", "lars", "--lr", 300, "--batch_size_per_gpu", 24, "--epochs", 8)
+    assert probe(weights, colours, tmp_path, *flags).status == 0
+    assert read_result(tmp_path, "linear_300_8_")["accuracy"] > 90
+    args = eval_linear.get_args_parser().parse_args(["--pretrained_weights", "x", "--data_path", "x", *map(str, flags)])
+    optimizer, _ = eval_linear.build_optimizer(args, eval_linear.LinearClassifier(4, 3))
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, utils.LARS) and (group["trust"], group["weight_decay"]) == (0.001, 0)
+    assert group["lr"] == 300 * 24 / 256 and group["adapt_1d"]
+
+
+def test_classifier_starts_small():
+    torch.manual_seed(0)
+    classifier = eval_linear.LinearClassifier(500, 200)
+    assert classifier.linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert classifier.linear.weight.mean().abs() < 2e-4 and not classifier.linear.bias.any()
+
+
+def test_same_seed_same_probe_and_another_seed_another(weights, colours, tmp_path):
+    states = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert probe(weights, colours, tmp_path / folder, *RECIPE, "--epochs", 2, "--seed", seed).status == 0
+        states.append(torch.load(tmp_path / folder / "checkpoint_linear_5_2_.pth.tar", weights_only=True)["state_dict"])
+    assert torch.equal(states[0]["linear.weight"], states[1]["linear.weight"])
+    assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
+
+
+def test_an_interrupted_probe_ends_as_an_uninterrupted_one(weights, colours, tmp_path, monkeypatch):
+    flags = (*RECIPE, "--epochs", 3)
+    assert probe(weights, colours, tmp_path / "whole", *flags).status == 0
+    real = eval_linear.train_one_epoch
+
+    def interrupted(extractor, model, optimizer, loader, epoch, *rest):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return real(extractor, model, optimizer, loader, epoch, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(eval_linear, "train_one_epoch", interrupted)
+        probe(weights, colours, tmp_path / "parts", *flags)
+    outcome = probe(weights, colours, tmp_path / "parts", *flags)
+    assert outcome.status == 0 and "from epoch 2" in outcome.stdout
+    whole, parts = (
+        torch.load(tmp_path / folder / "checkpoint_linear_5_3_.pth.tar", weights_only=True) for folder in ("whole", "parts")
+    )
+    assert torch.equal(whole["state_dict"]["linear.weight"], parts["state_dict"]["linear.weight"])
+    assert whole["best_acc"] == parts["best_acc"] and whole["epoch"] == parts["epoch"] == 3
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_repeats_the_training_runs_accuracy_and_line(trained, weights, colours):
+    folder, _, _ = trained
+    outcome = probe(weights, colours, folder, *RECIPE, "--epochs", 8, "--evaluate")
+    accuracy = read_result(folder)["accuracy"]
+    assert f"Accuracy of the network on the 30 test images: {accuracy:.2f}%" in outcome.stdout.splitlines()
+    assert read_result(folder, "only_eval_ori_linear_5_8_")["accuracy"] == accuracy
+
+
+def test_perturbed_evaluation_is_seeded(trained, weights, colours, tmp_path):
+    checkpoint = trained[0] / "checkpoint_linear_5_8_.pth.tar"
+    losses = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        flags = ("--evaluate", "--final_eval_weights", checkpoint, "--test_aug_type", "basic", "--seed", seed)
+        assert probe(weights, colours, tmp_path / folder, *flags).status == 0
+        losses.append(read_result(tmp_path / folder, "only_eval_basic_linear_0.001_1_")["test_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_an_originals_probe_is_evaluated(trained, weights, colours, tmp_path):
+    state = torch.load(trained[0] / "checkpoint_linear_5_8_.pth.tar", weights_only=True)
+    original = {
+        "epoch": 8,
+        "state_dict": {f"module.{name}": value for name, value in state["state_dict"].items()},
+        "optimizer": state["optimizer"],
+        "scheduler": state["scheduler"],
+        "best_acc": np.float64(99.0),
+    }
+    torch.save(original, tmp_path / "original.pth.tar")
+    outcome = probe(weights, colours, tmp_path, "--evaluate", "--final_eval_weights", tmp_path / "original.pth.tar")
+    assert outcome.status == 0, outcome
+    result = read_result(tmp_path, "only_eval_ori_linear_0.001_1_")
+    assert result["accuracy"] == read_result(trained[0])["accuracy"]
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 7])
+def test_top5_only_from_five_classes_on(classes):
+    """Image i has its true class at rank i, from 0, by hand-made logits."""
+    classifier = eval_linear.LinearClassifier(classes, classes)
+    classifier.load_state_dict({"linear.weight": torch.eye(classes), "linear.bias": torch.zeros(classes)})
+    logits = -torch.arange(float(classes)).expand(classes, -1)  # class 0 comes first, and so on
+    labels = torch.arange(classes)
+    result = eval_linear.validate(classifier, logits, labels)
+    assert result["accuracy"] == pytest.approx(100 / classes) and result["num_test_images"] == classes
+    assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    if classes < 5:
+        assert "top5" not in result
+    else:
+        assert result["top5"] == pytest.approx(500 / classes)
+
+
+def test_top5_reaches_the_result_file(weights, tmp_path):
+    data = write_colours(tmp_path / "data", classes=5, train=3, val=2)
+    assert probe(weights, data, tmp_path).status == 0
+    result = read_result(tmp_path, "linear_0.001_1_")
+    assert result["top5"] == 100 and result["num_labels"] == 5
+
+
+def test_validation_frequency(weights, colours, tmp_path):
+    outcome = probe(weights, colours, tmp_path, "--epochs", 5, "--val_freq", 2)
+    assert re.findall(r"Accuracy at epoch (\d+)", outcome.stdout) == ["1", "3", "4"]  # and after the last one
+
+
+@pytest.mark.parametrize("dataset_type, labels", [("IN100", 100), ("Imagenet", 1000)])
+def test_class_counts_of_the_named_data_sets(tmp_path, dataset_type, labels):
+    for split in ("train", "val"):
+        for label in range(labels):
+            folder = tmp_path / split / f"n{label:08}"
+            folder.mkdir(parents=True)
+            (folder / "0.png").touch()
+    words = ["--pretrained_weights", "x", "--data_path", str(tmp_path), "--check_images", "false", "--num_workers", "0"]
+    args = eval_linear.get_args_parser().parse_args([*words, "--dataset_type", dataset_type, "--num_labels", str(labels)])
+    assert len(eval_linear.build_dataset(args, "val", None).classes) == labels

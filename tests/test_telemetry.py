@@ -1,0 +1,155 @@
+"""Progress lines, averages, log.txt and the watch for collapse."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from telemetry import CollapseWatch, Progress, append_log, epoch_line, feature_std, truncate_log
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the device only says how late values are read
+
+
+def scalar(value):
+    return torch.tensor(float(value))
+
+
+# --- progress ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_averages_are_over_all_steps(device):
+    progress = Progress("epoch 0/1", 3, 8, device)
+    for loss in (1, 2, 6):
+        progress.update(loss=scalar(loss), entropy=scalar(10 * loss))
+    assert progress.finish() == {"loss": 3.0, "entropy": 30.0}
+    assert progress.done == 3
+
+
+def test_values_of_a_gpu_are_read_one_step_late():
+    late, now = Progress("e", 2, 1, CUDA), Progress("e", 2, 1, CPU)
+    for progress in (late, now):
+        progress.update(loss=scalar(1))
+    assert (late.done, now.done) == (0, 1)
+    late.update(loss=scalar(2))
+    assert late.done == 1 and late.totals == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("device, step_of_the_error", [(CPU, 2), (CUDA, 3)])
+def test_a_value_that_is_not_finite_is_named(device, step_of_the_error):
+    progress = Progress("epoch 4/9", 5, 1, device)
+    for step in (1, 2, 3):
+        losses = {"loss": scalar(math.nan if step == 2 else 1), "loss_DVR": scalar(1), "loss_DIR": scalar(-math.inf if step == 2 else 1)}
+        if step < step_of_the_error:
+            progress.update(**losses)
+            continue
+        with pytest.raises(FloatingPointError, match=r"^epoch 4/9, step 2 of 5: loss is nan, loss_DIR is -inf$"):
+            progress.update(**losses)
+        break
+
+
+def test_a_value_of_the_last_step_that_is_not_finite_is_named_at_the_end():
+    progress = Progress("epoch 4/9", 1, 1, CUDA)
+    progress.update(loss=scalar(math.nan))
+    with pytest.raises(FloatingPointError, match="step 1 of 1: loss is nan"):
+        progress.finish()
+
+
+def test_lines_come_every_print_freq_steps_and_at_the_end(capsys):
+    progress = Progress("epoch 2/5", 7, 4, CPU, print_freq=3)
+    for step in range(7):
+        progress.update(loss=scalar(step), half=scalar(0.5).bfloat16())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:3] for line in lines] == [
+        [f"epoch 2/5 {done}/7", f"loss {done - 1}", "half 0.5"] for done in (3, 6, 7)
+    ]
+    assert all("img/s" in line for line in lines) and lines[-1].endswith("left 0:00:00")
+
+
+def test_an_epoch_without_steps_has_no_averages():
+    assert Progress("e", 0, 1, CPU).finish() == {}
+
+
+def test_values_do_not_keep_the_graph():
+    progress = Progress("e", 2, 1, CUDA)
+    weight = torch.ones((), requires_grad=True)
+    progress.update(loss=weight * 2)
+    assert not progress._unread[0][1].requires_grad
+
+
+def test_epoch_line_has_losses_and_the_time_left():
+    record = {"train_loss": 1.23456, "train_lr": 1e-4, "epoch": 1, "seconds": 90.0, "memory_gib": 2.5}
+    line = epoch_line(1, 4, record)
+    assert line == "epoch 1/4 done in 90 s: loss 1.235  lr 0.0001  memory_gib 2.5  left 0:03:00"
+
+
+# --- log.txt -----------------------------------------------------------------------------------------------------------
+
+
+def test_truncate_log_drops_later_and_half_written_lines(tmp_path):
+    path = tmp_path / "log.txt"
+    for epoch in range(4):
+        append_log(path, {"train_loss": 0.1 + epoch, "epoch": epoch})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], lines[3][:-5]]))
+    truncate_log(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    append_log(path, {"train_loss": 7.0, "epoch": 3})
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    truncate_log(path, 1)
+    assert path.read_text() == lines[0]
+    truncate_log(path, 0)
+    assert path.read_text() == ""
+
+
+def test_truncate_log_without_a_log_makes_none(tmp_path):
+    truncate_log(tmp_path / "log.txt", 3)
+    assert not any(tmp_path.iterdir())
+
+
+# --- collapse ----------------------------------------------------------------------------------------------------------
+
+
+def test_feature_std_tells_constant_from_random_features():
+    torch.manual_seed(0)
+    assert feature_std(torch.randn(1, 96).expand(64, 96)).item() == pytest.approx(0, abs=1e-6)
+    assert feature_std(torch.randn(2048, 96)).item() == pytest.approx(1, abs=0.02)
+    z = torch.randn(2048, 96)
+    assert feature_std(100 * z).item() == pytest.approx(feature_std(z).item(), rel=1e-5)
+    assert 0.2 < feature_std(z + 2).item() < 0.6  # a common part takes its share: 1 / sqrt(1 + 2^2) = 0.45
+
+
+HEALTHY = {"loss_of_lnK": 0.8, "feature_std_IR": 0.6, "feature_std_EF": 0.5}
+
+
+@pytest.mark.parametrize(
+    "means, words",
+    [
+        ({"loss_of_lnK": 0.9999}, ("the loss sits at ln(out_dim)", "--warmup_epochs")),
+        ({"loss_of_lnK": 1.0002}, ("the loss sits at ln(out_dim)", "--warmup_epochs")),
+        ({"feature_std_EF": 1e-3}, ("feature_std_EF is 1.0e-03", "all images get the same features", "--lr")),
+    ],
+)
+def test_collapse_is_told_in_words_after_2_4_and_8_epochs(means, words):
+    watch = CollapseWatch()
+    warned = {epoch: found for epoch in range(1, 17) if (found := watch.update(HEALTHY | means))}
+    assert list(warned) == [2, 4, 8, 16]
+    for warnings in warned.values():
+        assert len(warnings) == 1 and all(word in warnings[0] for word in words)
+
+
+def test_a_healthy_epoch_ends_the_count():
+    watch = CollapseWatch()
+    bad = HEALTHY | {"loss_of_lnK": 1.0, "feature_std_IR": 0.0}
+    assert watch.update(bad) == []
+    assert len(watch.update(bad)) == 2
+    assert watch.update(HEALTHY) == []
+    assert watch.update(bad) == []
+    assert len(watch.update(HEALTHY | {"feature_std_IR": 0.0})) == 1
+
+
+@pytest.mark.parametrize("means", [{}, {"loss_of_lnK": 0.99}, {"loss_of_lnK": 1.01}, {"feature_std_IR": 0.02}])
+def test_epochs_that_are_no_collapse(means):
+    watch = CollapseWatch()
+    assert [watch.update(HEALTHY | means) for _ in range(4)] == [[]] * 4
