@@ -176,6 +176,7 @@ def write_result(path: Path, args: argparse.Namespace, pretrained: Pretrained, r
         "hp1": float(pretrained.hp1), "pretrained_epochs": pretrained.epochs, "test_aug_type": args.test_aug_type,
         **result, "seed": args.seed, "backbone": pretrained.fingerprint, "args": utils.plain_args(args),
     }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text_atomically(json.dumps(record, indent=1) + "\n", path)
     print(f"wrote {path}")
 

@@ -459,9 +459,8 @@ def main() -> None:
             if utils.is_main_process():
                 utils.save_atomically(training.state(epoch, args), Path(args.output_dir) / "nonfinite.pth")
             utils.barrier()  # the first process to end is the end of all, and the file may be large
-            raise FloatingPointError(
-                f"{error}. The last good state is {args.output_dir}/checkpoint.pth; the state at the failure is nonfinite.pth"
-            ) from error
+            last_good = f"the last good state is {args.output_dir}/checkpoint.pth" if epoch else "no epoch was finished"
+            raise FloatingPointError(f"{error}; {last_good}, the state at the failure nonfinite.pth beside it") from error
         if knn_datasets and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             teacher, workers = training.teacher.backbone, utils.worker_count(args.num_workers)
             means["knn_top1"] = knn_accuracy(teacher, *knn_datasets, device, args.batch_size_per_gpu, workers)

@@ -190,7 +190,7 @@ def seed_everything(*key: int) -> None:
 
     Seeding every epoch makes a resumed run draw what an uninterrupted one draws, without any state to save.
     """
-    words = np.random.SeedSequence(key).generate_state(2)
+    words = np.random.SeedSequence((len(key), *key)).generate_state(2)  # its own zeros at the end would not count
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
     np.random.seed(words[0])
     random.seed(int(words[1]))

@@ -7,7 +7,7 @@
 # Safe to run again: what is finished is reused, what was interrupted continues.
 #
 #   QUICK=long            more epochs of pretraining
-#   ARCH=vit_micro        a small ViT instead of the small ResNet (PATCH=4: side of its patches)
+#   ARCH=vit_micro        a small ViT instead of the small ResNet; slower, the finer the patches (PATCH=4; by default 8)
 #   DATA=fashion-mnist    instead of the digits: FASHION_MNIST_DIR holds its files, or DOWNLOAD=1 fetches them there
 #   SEED=1                another seed
 #   RESULT=results/mine   where the results go; by default results/quickstart, with a seed results/quickstart_seed<SEED>
@@ -29,7 +29,7 @@ case $DATA in
   digits) size=16 images=(digits) ;;
   fashion-mnist)
     : "${FASHION_MNIST_DIR:=data/torchvision}"
-    size=28 images=(fashion-mnist --source "$FASHION_MNIST_DIR" --train 2000 --val 1000)
+    size=24 images=(fashion-mnist --source "$FASHION_MNIST_DIR" --train 2000 --val 1000)
     [[ ${DOWNLOAD:-0} != 1 ]] || images+=(--download)
     ;;
   *) stop "DATA=$DATA: must be digits or fashion-mnist" ;;
@@ -41,7 +41,7 @@ SECONDS=0
 
 # Two processes on the CPU; on a machine with GPUs too, since the settings are made for it.
 export CUDA_VISIBLE_DEVICES="" DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PORT_NUM=${PORT_NUM:-29517}
-export DATASET=$DATA DATASET_PATH=data/$DATA Result_dir=$RESULT backbone_name=$ARCH PATCH=${PATCH:-4} AUG_TYPE=aug1_2
+export DATASET=$DATA DATASET_PATH=data/$DATA Result_dir=$RESULT backbone_name=$ARCH PATCH=${PATCH:-8} AUG_TYPE=aug1_2
 export GPU_num=2 BATCH=32 HP1=0.8 SEP_LAMBD=1.0 DVR_out_dim=256 reg=_reg0.001
 # What a small network on little data needs to leave ln(out_dim): batch norm in narrow heads, a sharp teacher that
 # follows quickly, a high rate, and views that are not too different. No local views: augmentation is half of the time.

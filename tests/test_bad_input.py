@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import Outcome, assert_refused, pretrain, probe, snapshot, times
+from PIL import Image
 from processes import TINY_NETWORK, launch, write_images, write_labelled_images
 
 # --- what the tests start from -----------------------------------------------------------------------------------------
@@ -333,8 +334,6 @@ def write_truncated_png(folder):
 
 
 def write_truncated_jpeg(folder):
-    from PIL import Image
-
     Image.open(folder / "00.png").save(folder / "bad.jpg")
     data = (folder / "bad.jpg").read_bytes()
     (folder / "bad.jpg").write_bytes(data[: len(data) * 2 // 3])
@@ -344,10 +343,6 @@ def write_ppm_without_width(folder):
     (folder / "bad.ppm").write_bytes(b"P6 0 5 255\n")
 
 
-def write_ppm_without_height(folder):
-    (folder / "bad.ppm").write_bytes(b"P6 5 0 255\n")
-
-
 def write_bmp_without_width(folder):
     header = (40).to_bytes(4, "little") + (0).to_bytes(4, "little") + (5).to_bytes(4, "little")
     header += (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
@@ -355,8 +350,7 @@ def write_bmp_without_width(folder):
 
 
 BAD_IMAGES = [
-    write_text, write_nothing, write_truncated_png, write_truncated_jpeg, write_ppm_without_width, write_ppm_without_height,
-    write_bmp_without_width,
+    write_text, write_nothing, write_truncated_png, write_truncated_jpeg, write_ppm_without_width, write_bmp_without_width,
 ]  # fmt: skip
 
 
@@ -409,8 +403,6 @@ def test_an_image_found_bad_during_training_is_named_in_one_line(world, tmp_path
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (12, 10)])
 def test_images_smaller_than_the_crop_are_enlarged(tmp_path, size):
-    from PIL import Image
-
     for path in write_images(tmp_path / "data", 4).iterdir():
         with Image.open(path) as image:
             small = image.resize(size)

@@ -40,7 +40,8 @@ def test_values_of_a_gpu_are_read_one_step_late():
 def test_a_value_that_is_not_finite_is_named(device, step_of_the_error):
     progress = Progress("epoch 4/9", 5, 1, device)
     for step in (1, 2, 3):
-        losses = {"loss": scalar(math.nan if step == 2 else 1), "loss_DVR": scalar(1), "loss_DIR": scalar(-math.inf if step == 2 else 1)}
+        loss, loss_dir = (math.nan, -math.inf) if step == 2 else (1, 1)
+        losses = {"loss": scalar(loss), "loss_DVR": scalar(1), "loss_DIR": scalar(loss_dir)}
         if step < step_of_the_error:
             progress.update(**losses)
             continue
