@@ -10,11 +10,12 @@ from functools import partial
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import resnet
 import vision_transformer as vit
-from utils import InputError
+from utils import InputError, load_checkpoint
 
 VITS: dict[str, Callable[..., nn.Module]] = {
     "vit_micro": vit.vit_micro,
@@ -102,6 +103,28 @@ def _call_with_known(function: Callable[..., nn.Module], **options: Any) -> nn.M
     return _call_with_known(function, **known)
 
 
+@torch.no_grad()
+def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
+    """InputError unless a timm model gives one feature vector for images of this size: some take a single size only."""
+    try:
+        features = backbone.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--arch {arch}: cannot take crops of {size} pixels ({reason})") from error
+    if features.shape != (1, backbone.embed_dim):
+        raise InputError(f"--arch {arch}: gives features of shape {list(features.shape)}, not [1, {backbone.embed_dim}]")
+    backbone.train()
+
+
+def synchronize_batch_norm(network: nn.Module, arch: str) -> nn.Module:
+    """Batch norm over all processes; timm's own conversion for its models, whose batch norms may hold an activation."""
+    if arch in BACKBONES:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(network)
+
+
 def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher") -> dict[str, Tensor]:
     """The backbone's weights in a checkpoint, under the backbone's own names.
 
@@ -149,6 +172,14 @@ def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None
     if problems:
         raise InputError(f"the weights do not fit the backbone ({len(own)} tensors); {'; '.join(problems)}")
     backbone.load_state_dict(dict(state))
+
+
+def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str | None = "teacher") -> None:
+    """Loads a backbone's weights from a checkpoint file. Raises InputError naming the file if they do not fit."""
+    try:
+        load_backbone_weights(backbone, backbone_state(load_checkpoint(path), checkpoint_key))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _first(names: list[str], n: int = 3) -> str:

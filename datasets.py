@@ -205,6 +205,12 @@ def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, thre
     return [(path, label) for path, label in samples if path not in bad]
 
 
+def _check(samples, skip_bad_images, threads, check):
+    if skip_bad_images and not check:
+        raise InputError("--skip_bad_images true with --check_images false: only the check finds the images to skip")
+    return keep_readable(list(samples), skip_bad_images, threads) if check else list(samples)
+
+
 def pretraining_dataset(
     root: str | os.PathLike,
     transform: Callable,
@@ -214,9 +220,7 @@ def pretraining_dataset(
     check: bool = True,
 ) -> ImageDataset:
     """All images below `root`, flat or nested, labelled -1. Raises InputError as list_images and keep_readable do."""
-    samples = [(path, UNLABELLED) for path in list_images(root)]
-    if check:
-        samples = keep_readable(samples, skip_bad_images, threads)
+    samples = _check(((path, UNLABELLED) for path in list_images(root)), skip_bad_images, threads, check)
     return ImageDataset(samples, transform, seed)
 
 
@@ -230,8 +234,7 @@ def labelled_dataset(
 ) -> ImageDataset:
     """Images of <root>/<class>/ with their classes. Raises InputError as labelled_samples and keep_readable do."""
     classes, samples = labelled_samples(root)
-    if check:
-        samples = keep_readable(samples, skip_bad_images, threads)
+    samples = _check(samples, skip_bad_images, threads, check)
     return ImageDataset(samples, transform, seed, classes)
 
 

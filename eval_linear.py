@@ -102,10 +102,10 @@ class LinearClassifier(nn.Module):
 def build_dataset(args: argparse.Namespace, split: str, transform):
     """The images of one split; InputError if the number of classes is not the promised one."""
     folder = os.path.join(args.data_path, split)
+    check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation has nothing to lose
     dataset = labelled_dataset(
-        folder, transform, args.seed, skip_bad_images=args.skip_bad_images, check=args.check_images,
-        threads=args.num_workers,
-    )  # fmt: skip
+        folder, transform, args.seed, skip_bad_images=args.skip_bad_images, check=check, threads=args.num_workers
+    )
     found = len(dataset.classes)
     for flag, expected in (("dataset_type", CLASSES.get(args.dataset_type)), ("num_labels", args.num_labels)):
         if expected is not None and found != expected:
@@ -162,9 +162,21 @@ def load_probe(path: str | Path, classifier: LinearClassifier, expected: dict) -
     found = checkpoint | dict(zip(("num_labels", "dim"), state["linear.weight"].shape, strict=True))
     for name, value in expected.items():
         if name in found and found[name] != value:
+            if name == "backbone":
+                raise InputError(f"probe checkpoint {path}: was trained on other backbone weights; delete it, or move it away")
             raise InputError(f"probe checkpoint {path}: its {name} is {found[name]}, here it is {value}")
     classifier.load_state_dict(state)
     return checkpoint
+
+
+def check_settings(args: argparse.Namespace, stored: dict, path: Path) -> None:
+    """InputError if the probe to continue was trained with other settings than those that its file name tells."""
+    for name in ("seed", "optimizer", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size"):
+        if name in stored and stored[name] != getattr(args, name):
+            raise InputError(
+                f"--{name} {getattr(args, name)}: the probe {path} was trained with {stored[name]}; continue it with that, "
+                "or give another --output_dir or --trial_name"
+            )
 
 
 def write_result(path: Path, args: argparse.Namespace, pretrained: Pretrained, result: dict) -> None:
@@ -173,8 +185,9 @@ def write_result(path: Path, args: argparse.Namespace, pretrained: Pretrained, r
         return
     record = {
         "kind": "linear_probe", "net": pretrained.net, "arch": pretrained.arch, "part": args.else_part,
-        "hp1": float(pretrained.hp1), "pretrained_epochs": pretrained.epochs, "test_aug_type": args.test_aug_type,
-        **result, "seed": args.seed, "backbone": pretrained.fingerprint, "args": utils.plain_args(args),
+        "hp1": float(pretrained.hp1), "pretrained_epochs": pretrained.epochs, "aug": pretrained.aug,
+        "test_aug_type": args.test_aug_type, **result, "seed": args.seed,
+        "backbone": pretrained.fingerprint, "args": utils.plain_args(args),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     utils.write_text_atomically(json.dumps(record, indent=1) + "\n", path)
@@ -195,6 +208,7 @@ def train(args, pretrained, extractor, classifier, expected, dataset, val_featur
         missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
         if missing:
             raise InputError(f"probe checkpoint {path}: cannot be continued, lacks {', '.join(sorted(missing))}")
+        check_settings(args, utils.plain_args(state.get("args", {})), path)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         start_epoch, best = state["epoch"], state["best_acc"]

@@ -21,6 +21,7 @@ from utils import (
     TypedFloat,
     all_gather_rows,
     all_reduce_sum,
+    broadcast_buffers,
     get_rank,
     get_world_size,
     load_checkpoint,
@@ -96,6 +97,7 @@ class Pretrained:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     epochs: int | None  # of pretraining so far; None if the checkpoint does not say
+    aug: str | None  # recipe of the pretraining, likewise
     fingerprint: str  # of the weights
 
 
@@ -131,6 +133,13 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
     if args.img_size is not None and args.img_size < 1:
         raise InputError(f"--img_size {args.img_size}: must be 1 or more")
+    try:
+        return _build_pretrained(args, checkpoint, stored, arch, patch_size, net, hp1, device)
+    except InputError as error:
+        raise InputError(f"--pretrained_weights {args.pretrained_weights}: {error}") from error
+
+
+def _build_pretrained(args, checkpoint, stored, arch, patch_size, net, hp1, device) -> Pretrained:
     state = backbone_state(checkpoint, args.checkpoint_key)
     # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
     trained_size = (image_size_of(state, patch_size) if arch in VITS else None) or stored.get("global_crops_size") or 224
@@ -148,6 +157,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         mean=tuple(stored.get("mean", IMAGENET_MEAN)),
         std=tuple(stored.get("std", IMAGENET_STD)),
         epochs=checkpoint.get("epoch"),
+        aug=stored.get("aug"),
         fingerprint=digest.hexdigest()[:16],
     )
 
@@ -205,6 +215,7 @@ def knn_accuracy(
 ) -> float:
     """Top-1 in percent of a k-NN classifier on a backbone's features; the processes share the images, each counts once."""
     was_training = backbone.training
+    broadcast_buffers(backbone)
     extractor = FeatureExtractor(backbone.eval())
 
     def extract(dataset):

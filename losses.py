@@ -7,6 +7,7 @@ Both losses are closed forms that visit every student view once (each pair on it
 10 crops). Their gradients are worked out together with their values and kept instead of activations.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -34,12 +35,13 @@ class _SumOverViews(torch.autograd.Function):
         all_targets = teacher.sum(0)  # B, K
         total = torch.zeros((), device=student.device)
         grad = torch.empty_like(student)  # V, B, K
+        # Half precision would lose entries divided by T before the loss scaling of backward: a power of two holds them up.
+        ctx.shift = 2.0 ** (round(math.log2(n_terms * temperature)) + 10) if student.dtype == torch.float16 else 1.0
         for v in range(views):
             targets, n = (all_targets - teacher[v], n_teacher - 1) if v < n_teacher else (all_targets, n_teacher)
             value, view_grad = view_loss(student[v].float() / temperature, targets, n)
             total += value
-            torch.mul(view_grad, 1 / (n_terms * temperature), out=view_grad)
-            grad[v] = view_grad
+            grad[v] = view_grad.mul_(ctx.shift / (n_terms * temperature))
         ctx.save_for_backward(grad)
         return total / n_terms
 
@@ -47,7 +49,7 @@ class _SumOverViews(torch.autograd.Function):
     def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
         # In place, to spare the memory of a second [V, B, K]; a second backward raises autograd's own error.
-        return grad.mul_(grad_output), None, None, None
+        return grad.mul_((grad_output / ctx.shift).to(grad.dtype)), None, None, None
 
 
 def _cross_entropy(logits, targets, n):

@@ -4,7 +4,7 @@ One process, GPU or CPU:
     python main_dino.py --net CLeVER --arch vit_small --data_path data/IN100/train --output_dir results/clever
 Four GPUs (torch.distributed.launch does as well as torchrun):
     torchrun --nproc_per_node=4 main_dino.py --net CLeVER --data_path data/IN100/train --output_dir results/clever
-A run whose output_dir holds a checkpoint.pth continues it, bit for bit.
+A run whose output_dir holds a checkpoint.pth continues it (on a CPU with as many processes: bit for bit).
 
 Letters: B batch, V views, D width of the backbone, K outputs of a head.
 """
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale, eval_transform
-from backbones import backbone_state, build_backbone, load_backbone_weights
+from backbones import BACKBONES, build_backbone, check_timm_size, load_backbone_file, synchronize_batch_norm
 from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset
 from features import knn_accuracy
 from heads import DINOHead, MultiCropWrapper, split_ir_ef, split_sizes
@@ -37,11 +37,12 @@ from telemetry import CollapseWatch, Progress, append_log, epoch_line, feature_s
 from utils import InputError, bool_flag
 
 NETS = ("dino", "CLeVER")
-# Arguments that fix what a checkpoint's tensors mean: a run cannot continue with others.
+# Arguments that fix what a checkpoint's tensors are: a run cannot continue with others.
 STRUCTURE = (
     "net", "arch", "patch_size", "out_dim", "use_bn_in_head", "norm_last_layer", "head_hidden_dim", "head_bottleneck_dim",
-    "global_crops_size", "local_crops_number", "optimizer", "hp1", "DVR_out_dim",
+    "global_crops_size", "optimizer",
 )  # fmt: skip
+CLEVER_STRUCTURE = (*STRUCTURE, "hp1", "DVR_out_dim")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -195,8 +196,7 @@ def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropW
         drop_path_rate=drop_path_rate,
         checkpointing=args.activation_checkpointing,
     )
-    if hasattr(backbone, "patch_embed") and hasattr(backbone.patch_embed, "patch_size"):
-        check_patches(args, backbone.patch_embed.patch_size)
+    check_crops(args, backbone)
     options = {
         "use_bn": args.use_bn_in_head,
         "norm_last_layer": args.norm_last_layer,
@@ -210,15 +210,18 @@ def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropW
     return MultiCropWrapper(backbone, head, head2, args.hp1)
 
 
-def check_patches(args: argparse.Namespace, patch_size: int | tuple[int, int]) -> None:
-    """InputError unless patches tile the crops."""
-    patch = patch_size if isinstance(patch_size, int) else patch_size[0]
+def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
+    """InputError unless the backbone takes crops of both sizes."""
     sizes = {"global_crops_size": args.global_crops_size}
     if args.local_crops_number:
         sizes["local_crops_size"] = args.local_crops_size
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[0]
     for name, size in sizes.items():
         if size % patch:
             raise InputError(f"--patch_size {patch} does not divide --{name} {size}")
+        if args.arch not in BACKBONES:
+            check_timm_size(args.arch, backbone, size)
 
 
 def build_criterion(args: argparse.Namespace) -> DINOLoss:
@@ -239,12 +242,12 @@ def build_training(args: argparse.Namespace, device: torch.device, amp_dtype: to
     utils.seed_everything(args.seed)
     student, teacher = build_network(args, args.drop_path_rate), build_network(args, drop_path_rate=0.0)
     if args.init_from and not resuming:
-        load_backbone_weights(student.backbone, backbone_state(utils.load_checkpoint(args.init_from)))
+        load_backbone_file(student.backbone, args.init_from)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     if utils.is_distributed() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
         if device.type == "cuda":
-            student, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(net) for net in (student, teacher))
+            student, teacher = (synchronize_batch_norm(net, args.arch) for net in (student, teacher))
         else:
             print("batch norm: statistics are each process's own (torch synchronises them on GPUs only)")
     student, teacher = student.to(device), teacher.to(device)
@@ -321,8 +324,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     if missing:
         raise InputError(f"checkpoint {path}: no checkpoint of this script, lacks {', '.join(sorted(missing))}")
     stored = utils.plain_args(state["args"])
-    names = STRUCTURE if args.net == "CLeVER" else STRUCTURE[:-2]
-    for name in names:
+    for name in CLEVER_STRUCTURE if args.net == "CLeVER" else STRUCTURE:
         if name in stored and stored[name] != getattr(args, name):
             raise InputError(
                 f"--{name} {getattr(args, name)}: the checkpoint in {args.output_dir} was made with {stored[name]}; "
@@ -334,12 +336,13 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     return state
 
 
-def compute_losses(training: Training, model: nn.Module, views: list[torch.Tensor], epoch: int, update_center: bool):
+def compute_losses(training: Training, model: nn.Module, views: list[torch.Tensor], epoch: int, update_center: bool, amp_dtype):
     """One forward pass of both networks: the loss terms and the telemetry by name, the loss first."""
     criterion, log_k = training.criterion, math.log(training.criterion.center.shape[1])
-    with torch.no_grad():
-        teacher_out, z = training.teacher(views[:2], return_features=True)  # 2*B, K; 2*B, D
-    student_out = model(views)  # V*B, K
+    with torch.autocast(views[0].device.type, amp_dtype, enabled=amp_dtype != torch.float32):  # not the losses
+        with torch.no_grad():
+            teacher_out, z = training.teacher(views[:2], return_features=True)  # 2*B, K; 2*B, D
+        student_out = model(views)  # V*B, K
     if training.student.head2 is None:
         loss = criterion(student_out, teacher_out, epoch, update_center)
         terms = {"loss": loss, "loss_of_lnK": loss / log_k, "feature_std": feature_std(z)}
@@ -349,6 +352,7 @@ def compute_losses(training: Training, model: nn.Module, views: list[torch.Tenso
         ir, ef = split_ir_ef(z, training.student.hp1)
         terms = {"loss": loss + reg, "loss_DIR": loss_dir, "loss_DVR": loss_dvr, "loss_student_reg": reg}
         terms |= {"loss_of_lnK": loss_dir / log_k, "feature_std_IR": feature_std(ir), "feature_std_EF": feature_std(ef)}
+        terms["center2_norm"] = criterion.center2.norm()
     return terms | {"teacher_entropy": criterion.teacher_entropy / log_k, "center_norm": criterion.center.norm()}
 
 
@@ -367,8 +371,7 @@ def train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype
         views = [view.to(device, non_blocking=True) for view in views]
         keep_local = contextlib.nullcontext() if stepping or model is training.student else model.no_sync()
         with keep_local:
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                terms = compute_losses(training, model, views, epoch, update_center=stepping)
+            terms = compute_losses(training, model, views, epoch, update_center=stepping, amp_dtype=amp_dtype)
             progress.update(**terms)
             training.scaler.scale(terms["loss"] / args.accumulation).backward()
         if not stepping:
@@ -445,7 +448,9 @@ def main() -> None:
 
     model = training.student
     if utils.is_distributed():
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        model = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
     del state
     watch = CollapseWatch()
     for epoch in range(start_epoch, args.epochs):
@@ -455,18 +460,19 @@ def main() -> None:
         dataset.set_epoch(epoch)
         try:
             means = train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype, args)
+            utils.check_weights(training.student, f"epoch {epoch}/{args.epochs}")
         except FloatingPointError as error:
             if utils.is_main_process():
                 utils.save_atomically(training.state(epoch, args), Path(args.output_dir) / "nonfinite.pth")
             utils.barrier()  # the first process to end is the end of all, and the file may be large
-            last_good = f"the last good state is {args.output_dir}/checkpoint.pth" if epoch else "no epoch was finished"
+            last_good = f"the last good state is {args.output_dir}/checkpoint.pth" if epoch else "no epoch had ended yet"
             raise FloatingPointError(f"{error}; {last_good}, the state at the failure nonfinite.pth beside it") from error
         if knn_datasets and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             teacher, workers = training.teacher.backbone, utils.worker_count(args.num_workers)
             means["knn_top1"] = knn_accuracy(teacher, *knn_datasets, device, args.batch_size_per_gpu, workers)
         for warning in watch.update(means):
             print(f"warning: {warning}")
-        record = {f"train_{name}": value for name, value in means.items()}
+        record = {name if name == "knn_top1" else f"train_{name}": value for name, value in means.items()}
         record |= {"epoch": epoch, "seconds": time.perf_counter() - start, "memory_gib": peak_memory_gib(device)}
         if utils.is_main_process():
             append_log(log, record)

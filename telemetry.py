@@ -30,12 +30,17 @@ class Progress:
         self.totals: dict[str, float] = {}
         self.done = 0
         self.start = time.perf_counter()
-        self._unread: list[tuple[list[str], torch.Tensor]] = []
+        self._unread: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
 
     def update(self, **values: torch.Tensor) -> None:
         """Take the 0-dim tensors of one step; a line is printed every `print_freq` steps and at the end."""
         stacked = torch.stack([v.detach().float() for v in values.values()])
-        self._unread.append((list(values), all_reduce_sum(stacked) / get_world_size()))
+        mean = all_reduce_sum(stacked) / get_world_size()
+        copied = None
+        if mean.is_cuda:  # the copy is asked for now and awaited a step later, on its own: the queue behind it runs on
+            mean, copied = mean.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._unread.append((list(values), mean, copied))
         while len(self._unread) > self.delay:
             self._read()
 
@@ -51,8 +56,10 @@ class Progress:
         return self.done * self.images_per_step / (time.perf_counter() - self.start)
 
     def _read(self) -> None:
-        names, stacked = self._unread.pop(0)
-        values = dict(zip(names, stacked.tolist(), strict=True))
+        names, mean, copied = self._unread.pop(0)
+        if copied is not None:
+            copied.synchronize()
+        values = dict(zip(names, mean.tolist(), strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             what = ", ".join(f"{name} is {values[name]}" for name in bad)
@@ -105,7 +112,7 @@ def truncate_log(path: str | Path, epoch: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["epoch"] < epoch:
+        if record.get("epoch", epoch) < epoch:
             kept.append(line)
     write_text_atomically("".join(line + "\n" for line in kept), path)
 
@@ -116,7 +123,7 @@ def feature_std(z: torch.Tensor) -> torch.Tensor:
 
 
 class CollapseWatch:
-    """Says in words when an epoch shows one of DINO's two collapses; again after 2, 4, 8, ... epochs of the same."""
+    """Says in words that 2, 4, 8, ... epochs in a row have shown one of DINO's two collapses."""
 
     def __init__(self):
         self.count: dict[str, int] = {}

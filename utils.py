@@ -1,4 +1,4 @@
-"""Shared by all entry points: errors, processes, seeds, schedules, optimizers, checkpoints, progress."""
+"""Shared by all entry points: errors, processes, seeds, schedules, optimizers, checkpoints."""
 
 import argparse
 import math
@@ -34,9 +34,9 @@ def run_entry_point(main: Callable[[], None]) -> None:
         _give_up(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "), 2)
     except FloatingPointError as error:
         _give_up(f"not finite: {error}", 1)
-    finally:
-        if is_distributed():
-            dist.destroy_process_group()
+    # Not after an error: the other processes may be waiting in a collective, and nccl would wait for them here.
+    if is_distributed():
+        dist.destroy_process_group()
 
 
 GRACE_SECONDS = 10.0
@@ -118,11 +118,15 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
     if cuda:
         processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all must see that one has no GPU
         if processes > torch.cuda.device_count():
-            raise InputError(f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible")
+            raise InputError(
+                f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible "
+                "(DEVICES of the launch scripts, or CUDA_VISIBLE_DEVICES)"
+            )
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=args.dist_url)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("nccl" if cuda else "gloo", args.dist_url, rank=rank, world_size=world_size)
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice per run, until the process ends
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -157,9 +161,9 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def worker_count(num_workers: int) -> int:
-    """At most as many data loading processes as there are cores: more only wait for each other."""
+    """Data loading processes of one process, at most its share of the machine's cores: more only wait for each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_workers, cores)
+    return min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -183,6 +187,13 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     shares = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(shares, padded)
     return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all processes the buffers of the first one, such as running statistics that are each process's own."""
+    if is_distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def seed_everything(*key: int) -> None:
@@ -284,6 +295,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, over parameters only; buffers are each network's own."""
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
+
+
+def check_weights(student: nn.Module, when: str) -> None:
+    """FloatingPointError if weights are not finite: a gradient can be so although its loss is, and it must not be saved."""
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in student.parameters()]))
+    if not norms.isfinite().all():
+        bad = [name for (name, _), norm in zip(student.named_parameters(), norms, strict=True) if not norm.isfinite()]
+        raise FloatingPointError(f"{when}, after its last step: weights {', '.join(bad[:3])}")
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,16 @@ import torch
 import torchvision
 from golden import CORE, fill_, tensor
 
-from backbones import BACKBONES, backbone_state, build_backbone, image_size_of, load_backbone_weights
+from backbones import (
+    BACKBONES,
+    backbone_state,
+    build_backbone,
+    check_timm_size,
+    image_size_of,
+    load_backbone_file,
+    load_backbone_weights,
+    synchronize_batch_norm,
+)
 from utils import InputError
 from vision_transformer import vit_micro
 
@@ -204,3 +213,31 @@ def test_image_size_of_a_resnet_is_unknown():
 def test_patch_size_that_contradicts_the_weights():
     with pytest.raises(InputError, match="patch size 16.*trained with patch size 8"):
         image_size_of(vit_micro(patch_size=8).state_dict(), 16)
+
+
+def test_synchronised_batch_norm_keeps_the_activations_of_timm_models():
+    """timm's batch norms may hold an activation, which torch's own conversion would drop."""
+    arch = "efficientnet_b0"
+    model = build_backbone(arch).eval()
+    activations = sum(type(getattr(m, "act", None)).__name__ == "SiLU" for m in model.modules())
+    assert activations > 10
+    converted = synchronize_batch_norm(model, arch)
+    kinds = {type(m).__name__ for m in converted.modules() if hasattr(m, "running_mean")}
+    assert kinds == {"SyncBatchNormAct"}
+    ours = synchronize_batch_norm(build_backbone("resnet8"), "resnet8")
+    assert {type(m).__name__ for m in ours.modules() if hasattr(m, "running_mean")} == {"SyncBatchNorm"}
+
+
+def test_timm_models_of_one_size_are_refused_for_other_crops():
+    mixer = build_backbone("mixer_s16_224")
+    check_timm_size("mixer_s16_224", mixer, 224)
+    with pytest.raises(InputError, match="mixer_s16.*crops of 96 pixels"):
+        check_timm_size("mixer_s16_224", mixer, 96)
+
+
+def test_the_file_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"teacher": build_backbone("resnet8").state_dict()}, path)
+    with pytest.raises(InputError, match="other.pth: the weights do not fit"):
+        load_backbone_file(build_backbone("vit_micro"), str(path))
+    load_backbone_file(build_backbone("resnet8"), str(path))

@@ -176,7 +176,6 @@ def test_crops_that_patches_do_not_divide_are_refused_for_timms_models_too(world
         ("--patch_size 16", ("--patch_size 16", "8")),
         ("--head_hidden_dim 48", ("--head_hidden_dim 48", "64")),
         ("--optimizer sgd", ("--optimizer sgd", "adamw")),
-        ("--local_crops_number 1", ("--local_crops_number 1", "2")),
     ],
 )
 def test_a_run_cannot_be_continued_as_another(world, tmp_path, flags, mentioned):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -161,7 +162,8 @@ def test_rate_is_scaled_by_the_batch_and_falls_along_a_cosine_to_zero(trained):
 def test_result_holds_what_it_depends_on(trained, weights):
     result = read_result(trained[0])
     assert set(result) == {
-        "kind", "net", "arch", "part", "hp1", "pretrained_epochs", "test_aug_type", "accuracy", "test_loss", "num_test_images",
+        "kind", "net", "arch", "part", "hp1", "pretrained_epochs", "aug", "test_aug_type", "accuracy", "test_loss",
+            "num_test_images",
         "best_accuracy", "effective_lr", "num_labels", "seed", "backbone", "args",
     }  # fmt: skip
     expected = {
@@ -180,14 +182,14 @@ def test_labels_without_meaning_give_chance(weights, tmp_path):
 
 
 def test_lars_reaches_the_same(weights, colours, tmp_path):
-    flags = ("--optimizer", "lars", "--lr", 300, "--batch_size_per_gpu", 24, "--epochs", 8)
+    flags = ("--optimizer", "lars", "--lr", 100, "--batch_size_per_gpu", 24, "--epochs", 25)
     assert probe(weights, colours, tmp_path, *flags).status == 0
-    assert read_result(tmp_path, "linear_300_8_")["accuracy"] > 90
+    assert read_result(tmp_path, "linear_100_25_")["accuracy"] > 90
     args = eval_linear.get_args_parser().parse_args(["--pretrained_weights", "x", "--data_path", "x", *map(str, flags)])
     optimizer, _ = eval_linear.build_optimizer(args, eval_linear.LinearClassifier(4, 3))
     (group,) = optimizer.param_groups
     assert isinstance(optimizer, utils.LARS) and (group["trust"], group["weight_decay"]) == (0.001, 0)
-    assert group["lr"] == 300 * 24 / 256 and group["adapt_1d"]
+    assert group["lr"] == 100 * 24 / 256 and group["adapt_1d"]
 
 
 def test_classifier_starts_small():
@@ -226,6 +228,13 @@ def test_an_interrupted_probe_ends_as_an_uninterrupted_one(weights, colours, tmp
     )
     assert torch.equal(whole["state_dict"]["linear.weight"], parts["state_dict"]["linear.weight"])
     assert whole["best_acc"] == parts["best_acc"] and whole["epoch"] == parts["epoch"] == 3
+
+
+@pytest.mark.parametrize("flag, value", [("--seed", 7), ("--batch_size_per_gpu", 5), ("--optimizer", "lars")])
+def test_a_finished_probe_is_not_passed_off_as_one_of_other_settings(trained, weights, colours, tmp_path, flag, value):
+    shutil.copytree(trained[0], tmp_path / "out")
+    outcome = probe(weights, colours, tmp_path / "out", *RECIPE, "--epochs", 8, flag, value)
+    assert outcome.status == 2 and f"{flag} {value}" in outcome.stderr and "--trial_name" in outcome.stderr
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------

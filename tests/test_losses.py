@@ -158,3 +158,17 @@ def test_head_regularizer_keeps_its_digits():
 def test_warm_up_of_the_temperature_longer_than_the_run_is_refused():
     with pytest.raises(InputError, match="11.*10 epochs"):
         DINOLoss(8, 2, 0.04, 0.07, 11, 10)
+
+
+def test_half_precision_gradients_keep_their_digits_near_the_uniform_output():
+    """At 65536 outputs their entries, divided by T, are below fp16's smallest step; loss scaling comes too late for them."""
+    torch.manual_seed(0)
+    out_dim, batch, scale = 65536, 16, 65536.0
+    logits = torch.randn(4 * batch, out_dim).mul_(0.01).half()
+    teacher = torch.randn(2 * batch, out_dim).mul_(0.01)
+    grads = []
+    for student in (logits.clone().requires_grad_(), logits.float().requires_grad_()):
+        (DINOLoss(out_dim, 4, 0.04, 0.04, 0, 1)(student, teacher, 0) * scale).backward()
+        grads.append(student.grad.float())
+    assert torch.isfinite(grads[0]).all() and rel_error(*grads) < 2e-3
+    assert ((grads[0] == 0) & (grads[1].abs() > 1e-3 * grads[1].abs().mean())).sum() == 0

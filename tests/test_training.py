@@ -231,3 +231,12 @@ def test_regulariser_reaches_both_heads():
     head_regularizer(training.student.head, training.student.head2).backward()
     for head in (training.student.head, training.student.head2):
         assert all(p.grad.abs().sum() > 0 for n, p in head.named_parameters() if p.requires_grad and "weight" in n)
+
+
+def test_weights_that_are_not_finite_are_named_before_they_are_saved():
+    training = main_dino.build_training(parse(*SMALL), CPU, torch.float32)
+    utils.check_weights(training.student, "epoch 0")
+    with torch.no_grad():
+        training.student.head2.mlp[0].bias[0] = math.inf
+    with pytest.raises(FloatingPointError, match="epoch 0.*head2.mlp.0.bias"):
+        utils.check_weights(training.student, "epoch 0")
