@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network").add_argument
     add("--net", default="CLeVER", help="dino, or CLeVER (IR and EF with a head each)")
     add("--arch", default="vit_small", help="a backbone of backbones.py or any timm model")
-    add("--patch_size", type=int, default=16, help="side of a ViT's patches, pixels")
+    add("--patch_size", type=int, default=16, help="side of a ViT's patches, pixels; names of timm imply it")
     add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
     add("--out_dim", type=int, default=65536, help="outputs of the head (of the IR head for CLeVER)")
     add("--norm_last_layer", type=bool_flag, default=True, help="keep the rows of the heads' last layers at length 1")

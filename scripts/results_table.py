@@ -19,7 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-NETS = ("random", "dino", "CLeVER")
+RANDOM = "random"
+NETS = (RANDOM, "dino", "CLeVER")
+DISTINGUISHING = {"arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}"}  # how a row's name tells them
 PARTS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}
 PERTURBATIONS = ("ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3")
 NEEDED = ("net", "arch", "part", "test_aug_type", "accuracy")
@@ -70,18 +72,23 @@ def rank(names: tuple[str, ...], name: str) -> tuple[int, str]:
 def build_table(records: list[dict]) -> tuple[dict[str, dict[str, float]], list[str], list[dict]]:
     """{row: {perturbation: accuracy}}, the perturbations in order, and the records that count.
 
-    `records` come oldest first: a later one replaces an earlier one of the same row and perturbation. The name of
-    the architecture is in the rows only where there are several.
+    `records` come oldest first: a later one replaces an earlier one of the same row and perturbation. A row's name tells
+    architecture, recipe, epochs and hp1 where networks of the same kind differ in them.
     """
-    several = len({record["arch"] for record in records}) > 1
+    nets = [RANDOM if record.get("pretrained_epochs") == 0 else record["net"] for record in records]
+    values: dict[tuple[str, str], set] = {}
+    for net, record in zip(nets, records, strict=True):
+        for name in DISTINGUISHING if net != RANDOM else ("arch",):
+            values.setdefault((net, name), set()).add(record.get(name))
+    archs = set().union(*(found for (_, name), found in values.items() if name == "arch"))
     chosen: dict[tuple, dict] = {}
     count: dict[tuple, int] = {}
-    for record in records:
-        net = "random" if record.get("pretrained_epochs") == 0 else record["net"]
+    for net, record in zip(nets, records, strict=True):
         part = PARTS.get(record["part"], record["part"])
-        arch = record["arch"] if several else ""
-        key = (arch, rank(NETS, net), rank(tuple(SHADES), part), rank(PERTURBATIONS, record["test_aug_type"]))
-        chosen[key] = {**record, "row": " ".join(filter(None, (net, arch, part)))}
+        differing = [name for name in DISTINGUISHING if len(archs if name == "arch" else values.get((net, name), ())) > 1]
+        variant = " ".join(DISTINGUISHING[name].format(record.get(name)) for name in differing)
+        key = (variant, rank(NETS, net), rank(tuple(SHADES), part), rank(PERTURBATIONS, record["test_aug_type"]))
+        chosen[key] = {**record, "row": " ".join(filter(None, (net, variant, part)))}
         count[key] = count.get(key, 0) + 1
     for key, record in chosen.items():
         if count[key] > 1:

@@ -75,8 +75,8 @@ setup_venv() {
     return
   fi
   rm -f "$stamp"
-  say "installing requirements.txt and requirements-dev.txt into $VENV (torch with CUDA: about 3 GB to download," \
-    "6 GB on disk; a tenth of that without CUDA: set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)"
+  say "installing requirements.txt and requirements-dev.txt into $VENV (about 3 GB to download, 6 GB on disk, most of it" \
+    "torch with CUDA)"
   "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --requirement "${REQUIREMENTS[1]}" ||
     die "the installation stopped, see above; run this again to continue it"
   reason=$(is_ready "$VENV/bin/python") || die "installed, but $VENV/bin/python has a problem: $reason"

@@ -20,12 +20,12 @@ def write(tmp_path):
     """write(file, accuracy, net, part, aug, ...) makes a result of eval_linear.py; every one is newer than the last."""
     clock = iter(range(1_000_000, 2_000_000))
 
-    def write(file, accuracy, net="CLeVER", part="ALL", aug="ori", epochs=20, arch="resnet8", **more):
+    def write(file, accuracy, net="CLeVER", part="ALL", aug="ori", epochs=20, arch="resnet8", recipe="aug1_2", **more):
         path = tmp_path / "runs" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "kind": "linear_probe", "net": net, "arch": arch, "part": part, "hp1": 0.8, "pretrained_epochs": epochs,
-            "test_aug_type": aug, "accuracy": accuracy, "num_test_images": 360, "num_labels": 10, "seed": 0,
+            "test_aug_type": aug, "aug": recipe, "accuracy": accuracy, "num_test_images": 360, "num_labels": 10, "seed": 0,
             "args": {"lr": 0.1}, **more,
         }  # fmt: skip
         path.write_text(json.dumps(record))
@@ -44,6 +44,21 @@ def table_of(tmp_path, capsys, *folders):
     assert printed.out.startswith(results["markdown"])
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in results["markdown"].splitlines()]
     return lines, results, printed.err
+
+
+def test_networks_of_the_same_kind_are_told_apart_by_what_differs(tmp_path, write, capsys):
+    """Only that: dino and CLeVER may differ in hp1, and an untrained network has no recipe."""
+    for recipe, accuracy in (("aug1", 70.0), ("aug1_2", 60.0)):
+        write(f"{recipe}/c.json", accuracy, recipe=recipe)
+    write("d.json", 50.0, net="dino", hp1=1.0)
+    write("r.json", 20.0, epochs=0, recipe="aug1_4_2")
+    lines, _, _ = table_of(tmp_path, capsys)
+    assert lines[2:] == [
+        ["random ALL", "20.0"],
+        ["dino ALL", "50.0"],
+        ["CLeVER aug1 ALL", "70.0"],
+        ["CLeVER aug1_2 ALL", "60.0"],
+    ]
 
 
 def test_rows_and_columns_have_an_order_and_gaps_a_dash(tmp_path, write, capsys):
