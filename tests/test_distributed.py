@@ -50,7 +50,7 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(images, tmp_path):
     assert [[record["epoch"] for record in log] for log in logs] == [[0, 1], [0, 1]]
     own = {"seconds", "memory_gib", "train_images_per_second", "train_feature_std_IR", "train_feature_std_EF"}
     for one, two in zip(*logs, strict=True):
-        assert one.keys() == two.keys() >= {"train_loss", "train_loss_DIR", "train_loss_DVR", "train_knn_top1"}
+        assert one.keys() == two.keys() >= {"train_loss", "train_loss_DIR", "train_loss_DVR", "knn_top1"}
         for name in one.keys() - own:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
     states = [utils.load_checkpoint(tmp_path / number / "checkpoint.pth") for number in "12"]
