@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import resnet
 import vision_transformer as vit
-from utils import InputError, load_checkpoint
+from utils import InputError, error_prefix, load_checkpoint
 
 VITS: dict[str, Callable[..., nn.Module]] = {
     "vit_micro": vit.vit_micro,
@@ -176,10 +176,9 @@ def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None
 
 def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str | None = "teacher") -> None:
     """Loads a backbone's weights from a checkpoint file. Raises InputError naming the file if they do not fit."""
-    try:
-        load_backbone_weights(backbone, backbone_state(load_checkpoint(path), checkpoint_key))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    checkpoint = load_checkpoint(path)
+    with error_prefix(path):
+        load_backbone_weights(backbone, backbone_state(checkpoint, checkpoint_key))
 
 
 def _first(names: list[str], n: int = 3) -> str:

@@ -22,6 +22,7 @@ from utils import (
     all_gather_rows,
     all_reduce_sum,
     broadcast_buffers,
+    error_prefix,
     get_rank,
     get_world_size,
     load_checkpoint,
@@ -133,18 +134,13 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
     if args.img_size is not None and args.img_size < 1:
         raise InputError(f"--img_size {args.img_size}: must be 1 or more")
-    try:
-        return _build_pretrained(args, checkpoint, stored, arch, patch_size, net, hp1, device)
-    except InputError as error:
-        raise InputError(f"--pretrained_weights {args.pretrained_weights}: {error}") from error
-
-
-def _build_pretrained(args, checkpoint, stored, arch, patch_size, net, hp1, device) -> Pretrained:
-    state = backbone_state(checkpoint, args.checkpoint_key)
-    # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
-    trained_size = (image_size_of(state, patch_size) if arch in VITS else None) or stored.get("global_crops_size") or 224
-    backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
-    load_backbone_weights(backbone, state)
+    with error_prefix(f"--pretrained_weights {args.pretrained_weights}"):
+        state = backbone_state(checkpoint, args.checkpoint_key)
+        # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
+        vit_size = image_size_of(state, patch_size) if arch in VITS else None
+        trained_size = vit_size or stored.get("global_crops_size") or 224
+        backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
+        load_backbone_weights(backbone, state)
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,6 +1,7 @@
 """Shared by all entry points: errors, processes, seeds, schedules, optimizers, checkpoints."""
 
 import argparse
+import contextlib
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,15 @@ def _give_up(message: str, status: int) -> NoReturn:
         time.sleep(GRACE_SECONDS)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Put "prefix: " before the message of an InputError raised inside, such as the name of the file at fault."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{prefix}: {error}") from error
 
 
 class ArgumentParser(argparse.ArgumentParser):
