@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import resnet
 import vision_transformer as vit
 from utils import InputError, error_prefix, load_checkpoint
+from vmamba import build_vssm, config_names, is_config_name, load_config
 
 VITS: dict[str, Callable[..., nn.Module]] = {
     "vit_micro": vit.vit_micro,
@@ -32,7 +33,8 @@ RESNETS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet.resnet18,
     "resnet50": resnet.resnet50,
 }
-BACKBONES: dict[str, Callable[..., nn.Module]] = {**VITS, **RESNETS}
+VSSMS: dict[str, Callable[..., nn.Module]] = {name: partial(build_vssm, name) for name in config_names()}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {**VITS, **RESNETS, **VSSMS}
 
 PREFIXES = re.compile(r"^((module|backbone)\.)+")
 # Heads of pretraining and classifiers; timm keeps the last layers of some backbones under the same name.
@@ -43,28 +45,43 @@ def build_backbone(
     arch: str,
     patch_size: int = 16,
     img_size: int = 224,
-    drop_path_rate: float = 0.0,
+    drop_path_rate: float | None = 0.0,
     checkpointing: bool = False,
 ) -> nn.Module:
     """A randomly initialised backbone with `.embed_dim`; forward takes [B, 3, H, W] to [B, D].
 
     Args:
-        arch: a name in `BACKBONES`, otherwise a timm model. The network is never asked for weights.
+        arch: a name in `BACKBONES` (of VMambas, `<folder>-<config>` means vmamba/configs/<folder>/<config>.yaml), otherwise
+            a timm model. The network is never asked for weights.
         patch_size: of our ViTs (timm's names imply it).
         img_size: side of the images that positions are stored for, where there are positions.
-        drop_path_rate: stochastic depth, where the architecture has it (our ResNets do not).
+        drop_path_rate: stochastic depth, where the architecture has it (our ResNets do not); None: `default_drop_path_rate`.
         checkpointing: trade time for memory by recomputing activations in the backward pass.
 
     Raises:
         InputError: unknown `arch`, a rate outside [0, 1), sizes that do not fit, checkpointing that timm does not have.
     """
+    if drop_path_rate is None:
+        drop_path_rate = default_drop_path_rate(arch)
     if not 0 <= drop_path_rate < 1:
         raise InputError(f"drop path rate {drop_path_rate}: choose a value in [0, 1)")
     if arch in VITS:
         return VITS[arch](patch_size, img_size, drop_path_rate, checkpointing)
     if arch in RESNETS:
         return RESNETS[arch](checkpointing)
+    if is_config_name(arch):
+        return build_vssm(arch, drop_path_rate, checkpointing)
     return _build_timm(arch, img_size, drop_path_rate, checkpointing)
+
+
+def is_ours(arch: str) -> bool:
+    """True if `arch` names a backbone of this repository, False if it can only be timm's."""
+    return arch in BACKBONES or is_config_name(arch)
+
+
+def default_drop_path_rate(arch: str) -> float:
+    """Stochastic depth in training unless something else is asked for: 0.1; for a VMamba its configuration's."""
+    return load_config(arch).drop_path_rate if is_config_name(arch) else 0.1
 
 
 def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: bool) -> nn.Module:
@@ -118,7 +135,7 @@ def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
 
 def synchronize_batch_norm(network: nn.Module, arch: str) -> nn.Module:
     """Batch norm over all processes; timm's own conversion for its models, whose batch norms may hold an activation."""
-    if arch in BACKBONES:
+    if is_ours(arch):
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     from timm.layers import convert_sync_batchnorm
 
@@ -131,7 +148,8 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "tea
     Args:
         checkpoint: of pretraining (ours, DINO's or CLeVER's: `{"teacher": {"module.backbone.X": tensor}}`), or a plain
             state dict, for which the key is not needed.
-        checkpoint_key: the entry that holds the state dict.
+        checkpoint_key: the entry that holds the state dict. `teacher` means `model` where there is none: so
+            ImageNet weights are released.
 
     Returns:
         names without any leading `module.` and `backbone.`; without heads (`head`, `head2`) and classifiers (`fc`).
@@ -140,7 +158,9 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "tea
         InputError: neither the key nor a plain state dict is there.
     """
     state = checkpoint
-    if checkpoint_key and checkpoint_key in checkpoint:
+    if checkpoint_key == "teacher" and "teacher" not in checkpoint and _is_state_dict(checkpoint.get("model")):
+        state = checkpoint["model"]
+    elif checkpoint_key and checkpoint_key in checkpoint:
         state = checkpoint[checkpoint_key]
     if not _is_state_dict(state):
         present = ", ".join(map(str, checkpoint)) or "none"
@@ -156,9 +176,13 @@ def _is_state_dict(state: Any) -> bool:
 def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None:
     """Loads what `backbone_state` returned: all of it, into all of the backbone but `num_batches_tracked`, if absent.
 
+    A backbone whose weights come in several layouts has `convert_state_dict`, which brings them into its own.
+
     Raises:
         InputError: names or shapes differ; the message counts them and gives the first three of each kind.
     """
+    if hasattr(backbone, "convert_state_dict"):
+        state = backbone.convert_state_dict(state)
     own = backbone.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]

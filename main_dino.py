@@ -28,7 +28,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale, eval_transform
-from backbones import BACKBONES, build_backbone, check_timm_size, load_backbone_file, synchronize_batch_norm
+from backbones import (
+    build_backbone,
+    check_timm_size,
+    default_drop_path_rate,
+    is_ours,
+    load_backbone_file,
+    synchronize_batch_norm,
+)
 from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset
 from features import knn_accuracy
 from heads import DINOHead, MultiCropWrapper, split_ir_ef, split_sizes
@@ -51,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--net", default="CLeVER", help="dino, or CLeVER (IR and EF with a head each)")
     add("--arch", default="vit_small", help="a backbone of backbones.py or any timm model")
     add("--patch_size", type=int, default=16, help="side of a ViT's patches, pixels; names of timm imply it")
-    add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
+    add("--drop_path_rate", type=float, help="stochastic depth of the student; default: 0.1, a VMamba's its configuration's")
     add("--out_dim", type=int, default=65536, help="outputs of the head (of the IR head for CLeVER)")
     add("--norm_last_layer", type=bool_flag, default=True, help="keep the rows of the heads' last layers at length 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch norm in the heads")
@@ -141,7 +148,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--mean {args.mean}, --std {args.std}: must be finite numbers, those of --std greater than 0")
     if not 0 <= args.momentum_teacher <= 1:
         raise InputError(f"--momentum_teacher {args.momentum_teacher}: must lie in [0, 1]")
-    if not 0 <= args.drop_path_rate < 1:
+    if args.drop_path_rate is not None and not 0 <= args.drop_path_rate < 1:
         raise InputError(f"--drop_path_rate {args.drop_path_rate}: must lie in [0, 1)")
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if 0 < args.epochs < getattr(args, name):
@@ -187,7 +194,7 @@ class Training:
         return state["epoch"]
 
 
-def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
+def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> MultiCropWrapper:
     """Backbone with the head of --net dino, or the two heads of --net CLeVER."""
     backbone = build_backbone(
         args.arch,
@@ -220,7 +227,7 @@ def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
     for name, size in sizes.items():
         if size % patch:
             raise InputError(f"--patch_size {patch} does not divide --{name} {size}")
-        if args.arch not in BACKBONES:
+        if not is_ours(args.arch):
             check_timm_size(args.arch, backbone, size)
 
 
@@ -418,6 +425,8 @@ def save(training: Training, epoch: int, args: argparse.Namespace) -> None:
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
+    if args.drop_path_rate is None:  # here, so that a checkpoint holds the rate itself
+        args.drop_path_rate = default_drop_path_rate(args.arch)
     device = utils.init_distributed(args)
     amp_dtype = utils.resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
 

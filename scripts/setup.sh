@@ -1,6 +1,8 @@
 # source scripts/setup.sh   (bash scripts/setup.sh only installs; quickstart.sh and test.sh source this file)
 #
 # Afterwards `python` is one that imports every package: the active environment's where it does, else that of .venv.
+# The compiled selective scan of VMamba is built in place (csrc/selective_scan) where there is a compiler; without one, all goes
+# on with plain PyTorch. SCAN_CUDA=1 builds its CUDA part as well (minutes), by default only where there is a GPU.
 # EXTRA_MODULES: modules that must import besides those of requirements.txt (test.sh: "pytest ruff safetensors").
 # shellcheck shell=bash
 set -euo pipefail
@@ -103,4 +105,30 @@ setup() {
   export PATH="$VENV/bin:$PATH"
 }
 
+# build_scan: builds the compiled scan unless it is there, of these sources. What fails is told and left.
+build_scan() {
+  local wanted cuda=0
+  [[ ! -e /dev/nvidiactl ]] || cuda=1
+  wanted=$(python - "$ROOT/csrc/selective_scan" "${SCAN_CUDA:-$cuda}" <<'PYTHON'
+import json
+import runpy
+import sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+script = runpy.run_path(str(folder / "setup.py"))
+facts = folder / script["PACKAGE"] / "build.json"
+built = json.loads(facts.read_text()) if facts.is_file() else {}
+done = built.get("sources_sha256") == script["sources_sha256"]() and (sys.argv[2] != "1" or "cuda" in built)
+print("no" if done else "yes")
+PYTHON
+  ) || { say "the selective scan is not compiled (see above): VMamba runs on plain PyTorch"; return; }
+  [[ $wanted == yes ]] || return 0
+  say "compiling the selective scan"
+  [[ ${SCAN_CUDA:-$cuda} == 0 ]] || cuda="" # asked for or likely useful: built if possible
+  SCAN_CUDA=${SCAN_CUDA:-$cuda} python "$ROOT/csrc/selective_scan/setup.py" --quiet build_ext --inplace ||
+    say "the selective scan is not compiled (see above): VMamba runs on plain PyTorch, several times slower"
+}
+
 setup
+build_scan

@@ -21,16 +21,26 @@ def model_table():
 
 
 @pytest.mark.parametrize(
-    "arch, dim, params, gflops",
+    "arch, dim, params, gflops, with_scan",
     [  # the paper's table
-        ("vit_tiny", "192", "5.5", "1.26"),
-        ("vit_small", "384", "21.7", "4.61"),
-        ("resnet18", "512", "11.2", "1.83"),
-        ("resnet50", "2048", "23.5", "4.14"),
+        ("vit_tiny", "192", "5.5", "1.26", "-"),
+        ("vit_small", "384", "21.7", "4.61", "-"),
+        ("resnet18", "512", "11.2", "1.83", "-"),
+        ("resnet50", "2048", "23.5", "4.14", "-"),
+        # 4.91 with the 0.77 M multiply-adds of a classifier of 1000 classes
+        ("vssm2-vmambav2_tiny_224", "768", "29.5", "4.84", "4.90"),
     ],
 )
-def test_numbers_of_the_paper(model_table, arch, dim, params, gflops):
-    assert model_table.table_row(arch, 224) == (arch, dim, params, gflops)
+def test_numbers_of_the_paper(model_table, arch, dim, params, gflops, with_scan):
+    assert model_table.table_row(arch, 224) == (arch, dim, params, gflops, with_scan)
+
+
+def test_scan_alone(model_table):
+    """4 directions of (9 N + 1) multiply-adds per position and channel; the projection of delta counts with the linears."""
+    model = model_table.build_backbone("vssm2-vmambav2_tiny_224")
+    flops, scan = model_table.count_flops(model, 32)
+    sizes = [(2, 96, 8), (2, 192, 4), (8, 384, 2), (2, 768, 1)]  # blocks, channels, side
+    assert scan == sum(blocks * 4 * channels * side**2 * 10 for blocks, channels, side in sizes)
 
 
 def test_runs_from_any_folder_and_writes_markdown(tmp_path):

@@ -1,0 +1,245 @@
+// The 2D scan: images, channels last, in four directions. No reordered copy of anything is made; a task keeps its block of
+// channels of one image in the second-level cache and walks over it four times.
+#pragma once
+
+#include "scan_block.h"
+
+namespace {
+
+// The positions of a direction: row by row, column by column, and both reversed.
+struct Walk {
+  int direction;
+  int64_t length;
+  const int32_t* by_columns;
+
+  int64_t operator()(int64_t step) const {
+    if (direction & 2) step = length - 1 - step;
+    return direction & 1 ? by_columns[step] : step;
+  }
+};
+
+template <typename T>
+class Scan2d {
+ public:
+  explicit Scan2d(const Scan2dArgs& args)
+      : args(args),
+        model{args.channels, args.rank, args.states, args.dt_weight, args.A, args.D, args.dt_bias},
+        length(args.height * args.width),
+        tiles(divide_up(length, TILE)),
+        width(args.rank + 2 * args.states),
+        by_columns(length * sizeof(int32_t)) {}
+
+  ScanStatus forward() {
+    const int64_t blocks = model.blocks();
+    const Groups samples = {args.batch, at_most(args.batch, divide_up(64, blocks))};
+    Arena arena = {nullptr};
+    Space(arena, *this, false);
+    const int64_t bytes = arena.used;
+    const Memory memory(bytes * args.threads);
+    if (!memory.base || !fill_columns()) return SCAN_OUT_OF_MEMORY;
+    parallel(samples.count * blocks, args.threads, [&](int64_t task, int thread) {
+      Arena own = {memory.base + thread * bytes};
+      const Space space(own, *this, false);
+      const int64_t group = task / blocks, channel = task % blocks * BLOCK;
+      pack_block(space, channel);
+      for (int64_t b = samples.first(group); b < samples.first(group + 1); ++b) forward_block(space, b, channel);
+    });
+    return SCAN_OK;
+  }
+
+  ScanStatus backward() {
+    const int64_t blocks = model.blocks(), size = 4 * model.gradient_size();
+    const int64_t sample_stride = round_up(length * 4 * width + LANES, 16);  // Tile: zeros may be added after the end
+    const Split groups = split(args.batch, blocks, 1, args.batch * sample_stride, blocks * size);
+    const int64_t group_stride = args.batch * sample_stride;
+    Arena arena = {nullptr};
+    Space(arena, *this, true);
+    const int64_t bytes = arena.used;
+    const int64_t pieces_size = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks * size;
+    const Memory memory(bytes * args.threads), sums(groups.blocks.count * group_stride * sizeof(float));
+    const Memory pieces(pieces_size * sizeof(float));
+    if (!memory.base || !sums.base || !pieces.base || !fill_columns()) return SCAN_OUT_OF_MEMORY;
+    float *const dproj = (float*)sums.base, *const dparameters = (float*)pieces.base;
+    if (args.batch == 0) memset(dparameters, 0, pieces_size * sizeof(float));
+
+    parallel(groups.samples.count * groups.blocks.count, args.threads, [&](int64_t task, int thread) {
+      Arena own = {memory.base + thread * bytes};
+      const Space space(own, *this, true);
+      const int64_t sample_group = task / groups.blocks.count, block_group = task % groups.blocks.count;
+      const int64_t first = groups.samples.first(sample_group), last = groups.samples.first(sample_group + 1);
+      float* const own_dproj = dproj + block_group * group_stride;
+      memset(own_dproj + first * sample_stride, 0, (last - first) * sample_stride * sizeof(float));
+      for (int64_t block = groups.blocks.first(block_group); block < groups.blocks.first(block_group + 1); ++block) {
+        float* const piece = dparameters + (sample_group * blocks + block) * size;
+        memset(piece, 0, size * sizeof(float));
+        pack_block(space, block * BLOCK);
+        for (int64_t b = first; b < last; ++b) backward_block(space, b, block * BLOCK, own_dproj + b * sample_stride, piece);
+      }
+    });
+
+    const int64_t count = length * 4 * width, chunk = 16384, chunks = divide_up(count, chunk);
+    parallel(args.batch * chunks, args.threads, [&](int64_t task, int) {
+      const int64_t b = task / chunks, begin = task % chunks * chunk;
+      add_groups(dproj + b * sample_stride + begin, groups.blocks.count, group_stride, at_most(count - begin, chunk),
+                 (T*)args.dproj + b * count + begin);
+    });
+    finish_gradients(model, dparameters, groups.samples.count, 4, args.threads, args.ddt_weight, args.dA, args.dD, args.ddt_bias);
+    return SCAN_OK;
+  }
+
+ private:
+  // What a thread works in.
+  struct Space {
+    Parameters parameters[4];
+    float *u, *y, *gy, *du;  // [L, BLOCK]
+    float *state, *carry;    // [N, BLOCK]
+    float *skip;             // [BLOCK]: D, summed over the directions
+    float *proj;             // [TILE, R + 2N rounded up]
+    Tile* tile;
+    Work* work;
+
+    Space(Arena& arena, const Scan2d& scan, bool backward) {
+      for (Parameters& each : parameters) each = take_parameters(arena, scan.model);
+      u = arena.take(scan.length * BLOCK);
+      y = arena.take(backward ? 0 : scan.length * BLOCK);
+      gy = arena.take(backward ? scan.length * BLOCK : 0);
+      du = arena.take(backward ? scan.length * BLOCK : 0);
+      state = arena.take(scan.args.states * BLOCK);
+      carry = arena.take(scan.args.states * BLOCK);
+      skip = arena.take(BLOCK);
+      proj = arena.take(TILE * round_up(scan.width, LANES));
+      tile = arena.take<Tile>(1);
+      work = arena.take<Work>(1);
+    }
+  };
+
+  bool fill_columns() {
+    int32_t* const to = (int32_t*)by_columns.base;
+    if (!to) return false;
+    for (int64_t i = 0, column = 0; column < args.width; ++column)
+      for (int64_t row = 0; row < args.height; ++row) to[i++] = (int32_t)(row * args.width + column);
+    return true;
+  }
+
+  Walk walk(int direction) const { return {direction, length, (const int32_t*)by_columns.base}; }
+
+  int64_t channels_from(int64_t channel) const { return at_most(args.channels - channel, BLOCK); }
+
+  float* saved(int64_t b, int direction, int64_t tile, int64_t n, int64_t channel) const {
+    return args.saved + (((b * 4 + direction) * tiles + tile) * args.states + n) * args.channels + channel;
+  }
+
+  void pack_block(const Space& space, int64_t channel) const {
+    const int64_t count = channels_from(channel);
+    memset(space.skip, 0, sizeof(float) * BLOCK);
+    for (int direction = 0; direction < 4; ++direction) {
+      pack(model, direction * args.channels + channel, count, space.parameters[direction]);
+      for (int64_t c = 0; args.D && c < count; ++c) space.skip[c] += args.D[direction * args.channels + channel + c];
+    }
+  }
+
+  // Finds the tile's positions; where proj is half precision its rows are converted.
+  void fill_tile(const Space& space, int64_t b, int direction, int64_t start, float* dproj) const {
+    const Walk position = walk(direction);
+    Tile& tile = *space.tile;
+    tile.count = (int)at_most(length - start, TILE);
+    for (int t = 0; t < tile.count; ++t) {
+      const int64_t at = position(start + t), row = (at * 4 + direction) * width;
+      tile.at[t] = at * BLOCK;
+      tile.proj[t] = proj_row((const T*)args.proj + b * length * 4 * width + row, space.proj + t * round_up(width, LANES));
+      tile.dproj[t] = dproj + row;
+    }
+    for (int t = tile.count; t % ROWS; ++t) tile.proj[t] = tile.proj[tile.count - 1];
+  }
+
+  const float* proj_row(const float* row, float*) const { return row; }
+
+  template <typename Half>
+  const float* proj_row(const Half* row, float* to) const {
+    for (int64_t i = 0; i < width; i += LANES) store(to + i, load_some(row + i, width - i));
+    return to;
+  }
+
+  // Rows of a [L, D] matrix of which `count` channels are the block's. The other lanes of the block are zeros.
+  template <typename From>
+  void load_block(const From* from, int64_t count, float scale, float* to) const {
+    for (int64_t i = 0; i < length; ++i)
+      for (int v = 0; v < VECS; ++v)
+        store(to + i * BLOCK + v * LANES, load_some(from + i * args.channels + v * LANES, count - v * LANES) * scale);
+  }
+
+  // to = scale * main + skip * other
+  template <typename To>
+  void store_block(const float* main, float scale, const float* skip, float skip_scale, const float* other, int64_t count, To* to) const {
+    for (int v = 0; v < VECS; ++v) {
+      const Vec D = load(skip + v * LANES) * skip_scale;
+      for (int64_t i = 0, at = v * LANES; i < length; ++i, at += BLOCK)
+        store_some(to + i * args.channels + v * LANES, load(main + at) * scale + D * load(other + at), count - v * LANES);
+    }
+  }
+
+  void forward_block(const Space& space, int64_t b, int64_t channel) const {
+    const int64_t count = channels_from(channel), block = b * length * args.channels + channel;
+    load_block((const T*)args.x + block, count, LN2, space.u);
+    memset(space.y, 0, sizeof(float) * length * BLOCK);
+    for (int direction = 0; direction < 4; ++direction) {
+      const Parameters& p = space.parameters[direction];
+      memset(space.state, 0, sizeof(float) * args.states * BLOCK);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        for (int64_t n = 0; n < args.states; ++n)
+          for (int64_t c = 0; c < BLOCK; c += LANES)
+            store_some(saved(b, direction, tile, n, channel + c), load(space.state + n * BLOCK + c), count - c);
+        fill_tile(space, b, direction, tile * TILE, nullptr);
+        project(*space.tile, p, args.rank, *space.work);
+        softplus<false>(space.tile->count, *space.work);
+        scan_forward(*space.tile, p, args.rank, args.states, space.u, space.y, space.state, *space.work);
+      }
+    }
+    store_block(space.y, 1.f, space.skip, LOG2E, space.u, count, args.y + block);
+  }
+
+  // `dproj` is that of the sample, `piece` holds the block's gradients of parameters in four directions.
+  void backward_block(const Space& space, int64_t b, int64_t channel, float* dproj, float* piece) const {
+    const int64_t count = channels_from(channel), block = b * length * args.channels + channel;
+    load_block((const T*)args.x + block, count, LN2, space.u);
+    load_block(args.gy + block, count, 1.f, space.gy);
+    memset(space.du, 0, sizeof(float) * length * BLOCK);
+    for (int direction = 0; direction < 4; ++direction) {
+      const Parameters& p = space.parameters[direction];
+      const Gradients grad = gradients(model, piece + direction * model.gradient_size());
+      memset(space.carry, 0, sizeof(float) * args.states * BLOCK);
+      for (int64_t tile = tiles - 1; tile >= 0; --tile) {
+        for (int64_t n = 0; n < args.states; ++n)
+          for (int64_t c = 0; c < BLOCK; c += LANES)
+            store(space.state + n * BLOCK + c, load_some(saved(b, direction, tile, n, channel + c), count - c));
+        fill_tile(space, b, direction, tile * TILE, dproj);
+        project(*space.tile, p, args.rank, *space.work);
+        softplus<true>(space.tile->count, *space.work);
+        scan_backward(*space.tile, p, args.rank, args.states, space.u, space.gy, space.du, space.state, space.carry, grad,
+                      *space.work);
+        project_backward(*space.tile, p, args.rank, *space.work, grad);
+      }
+    }
+    add_gradient_of_D(space, piece);
+    store_block(space.du, LN2, space.skip, 1.f, space.gy, count, (T*)args.dx + block);
+  }
+
+  // The sum over positions of u gy, the same for every direction.
+  void add_gradient_of_D(const Space& space, float* piece) const {
+    for (int v = 0; v < VECS; ++v) {
+      Vec sum = {};
+      for (int64_t at = v * LANES; at < length * BLOCK; at += BLOCK) sum += load(space.u + at) * load(space.gy + at);
+      for (int direction = 0; direction < 4; ++direction) {
+        float* const to = gradient_of_D(model, piece + direction * model.gradient_size()) + v * LANES;
+        store(to, load(to) + sum);
+      }
+    }
+  }
+
+  const Scan2dArgs& args;
+  const Model model;
+  const int64_t length, tiles, width;  // width of a row of proj
+  const Memory by_columns;
+};
+
+}  // namespace

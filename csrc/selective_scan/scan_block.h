@@ -1,0 +1,172 @@
+// What the 2D scan and the scan of sequences share around the tiles: memory, threads, packed parameters, sums over tasks.
+//
+// A task scans one group of channel blocks of one group of samples. How many groups there are depends on the shapes
+// alone, never on the number of threads, and sums over groups are taken in their order: results always have the same bits.
+#pragma once
+
+#include <stdlib.h>
+
+#include "scan_tile.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+inline int64_t round_up(int64_t value, int64_t to) { return divide_up(value, to) * to; }
+inline int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
+
+// Hands out pieces of one allocation; on a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <typename T = float>
+  T* take(int64_t count) {
+    T* const piece = (T*)(base + used);
+    used += round_up(count * (int64_t)sizeof(T), 64);
+    return piece;
+  }
+};
+
+// 64-byte aligned memory, freed at the end of the scope; null when there is not enough.
+struct Memory {
+  char* const base;
+  explicit Memory(int64_t bytes) : base((char*)aligned_alloc(64, round_up(bytes + 1, 64))) {}
+  ~Memory() { free(base); }
+  Memory(const Memory&) = delete;
+};
+
+// A state that decays for long would become subnormal, which some processors handle a hundred times slower.
+class FlushSubnormals {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+
+ public:
+  FlushSubnormals() { _mm_setcsr(before | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+  uint64_t before;
+
+ public:
+  FlushSubnormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" ::"r"(before | 1 << 24));
+  }
+  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" ::"r"(before)); }
+#endif
+};
+
+// body(task, thread) for every task, on at most so many threads.
+template <typename Body>
+void parallel(int64_t tasks, int64_t threads, const Body& body) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads((int)(threads < tasks ? threads : tasks < 1 ? 1 : tasks))
+  {
+    const FlushSubnormals flush;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+  }
+#else
+  const FlushSubnormals flush;
+  for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+#endif
+}
+
+// `total` things in groups of nearly equal size.
+struct Groups {
+  int64_t total, count;
+  int64_t first(int64_t group) const { return group * total / count; }
+};
+
+struct Split {
+  Groups samples, blocks;
+};
+
+// Enough tasks to keep the cores of a machine busy, cut so that the least has to be added up afterwards:
+// `block_cost` floats for every group of blocks, `sample_cost` floats for every group of samples.
+inline Split split(int64_t batch, int64_t blocks, int64_t directions, int64_t block_cost, int64_t sample_cost) {
+  constexpr int64_t TASKS = 32;
+  Split best = {};
+  int64_t least = INT64_MAX;
+  for (int64_t groups = 1; groups <= blocks; ++groups) {
+    const int64_t samples = at_most(divide_up(TASKS, groups * directions), batch);
+    const int64_t missing = TASKS - at_most(samples * groups * directions, TASKS);
+    const int64_t cost = groups * block_cost + samples * sample_cost + (missing << 40);
+    if (cost < least) {
+      least = cost;
+      best = {{batch, samples}, {blocks, groups}};
+    }
+  }
+  return best;
+}
+
+// Sizes that packing parameters needs, and the pointers that it reads. `weight`, D and bias may be null.
+struct Model {
+  int64_t channels, rank, states;
+  const float *weight, *A, *D, *bias;
+
+  int64_t blocks() const { return divide_up(channels, BLOCK); }
+  int64_t gradient_size() const { return (rank + states + 2) * BLOCK; }  // of one block in one direction
+};
+
+inline Parameters take_parameters(Arena& arena, const Model& m) {
+  return {arena.take(m.rank * BLOCK), arena.take(round_up(m.rank, LANES) * BLOCK), arena.take(BLOCK),
+          arena.take(m.states * BLOCK)};
+}
+
+// Parameters of `count` channels from row `first` (direction * D + channel) on; the block's other channels get zeros.
+inline void pack(const Model& m, int64_t first, int64_t count, const Parameters& p) {
+  const int64_t stride = round_up(m.rank, LANES);
+  memset(p.weight, 0, sizeof(float) * m.rank * BLOCK);
+  memset(p.weight_transposed, 0, sizeof(float) * stride * BLOCK);
+  memset(p.bias, 0, sizeof(float) * BLOCK);
+  memset(p.A, 0, sizeof(float) * m.states * BLOCK);
+  transpose(m.weight + first * m.rank, m.rank, count, m.rank, p.weight, BLOCK, LOG2E);
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t r = 0; r < m.rank; ++r) p.weight_transposed[c * stride + r] = LOG2E * m.weight[(first + c) * m.rank + r];
+  for (int64_t c = 0; m.bias && c < count; ++c) p.bias[c] = LOG2E * m.bias[first + c];
+  transpose(m.A + first * m.states, m.states, count, m.states, p.A, BLOCK, 1.f);
+}
+
+// A block's gradients of one direction lie in one piece of m.gradient_size() floats: weight, bias, A, then D.
+inline Gradients gradients(const Model& m, float* piece) {
+  return {piece, piece + m.rank * BLOCK, piece + (m.rank + 1) * BLOCK};
+}
+
+inline float* gradient_of_D(const Model& m, float* piece) { return piece + (m.rank + 1 + m.states) * BLOCK; }
+
+// Adds the pieces [groups, blocks, directions] of all groups of samples and writes them where the caller wants them.
+inline void finish_gradients(const Model& m, float* pieces, int64_t groups, int64_t directions, int64_t threads, float* dweight,
+                             float* dA, float* dD, float* dbias) {
+  const int64_t size = m.gradient_size(), stride = m.blocks() * directions * size;
+  parallel(m.blocks() * directions, threads, [&](int64_t task, int) {
+    const int64_t channel = task / directions * BLOCK, first = task % directions * m.channels + channel;
+    const int64_t count = at_most(m.channels - channel, BLOCK);
+    float* const sum = pieces + task * size;
+    for (int64_t group = 1; group < groups; ++group)
+      for (int64_t i = 0; i < size; i += LANES) store(sum + i, load(sum + i) + load(sum + group * stride + i));
+    const Gradients grad = gradients(m, sum);
+    transpose(grad.weight, BLOCK, m.rank, count, dweight + first * m.rank, m.rank, LOG2E);
+    transpose(grad.A, BLOCK, m.states, count, dA + first * m.states, m.states, LN2);
+    for (int64_t c = 0; dbias && c < count; ++c) dbias[first + c] = LOG2E * grad.bias[c];
+    for (int64_t c = 0; dD && c < count; ++c) dD[first + c] = LOG2E * gradient_of_D(m, sum)[c];
+  });
+}
+
+// to[i] = sum over groups of from[group * stride + i]
+template <typename T>
+void add_groups(const float* from, int64_t groups, int64_t stride, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    Vec sum = {};
+    for (int64_t group = 0; group < groups; ++group) sum += load_some(from + group * stride + i, count - i);
+    store_some(to + i, sum, count - i);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# bash scripts/gpu_check.sh   (on a machine with an NVIDIA GPU and nvcc: builds the CUDA scan, runs all tests, measures the scan)
+set -euo pipefail
+
+export SCAN_CUDA=1 EXTRA_MODULES="pytest ruff safetensors"
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+cd "$ROOT"
+python scripts/doctor.py
+python -m pytest -m "not slow or gpu" "$@"
+python scripts/bench_scan.py --device cuda --dtype bf16 --batch 64 64 --no-loop --output results/bench_scan_cuda.json

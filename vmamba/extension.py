@@ -1,0 +1,86 @@
+"""Finds and loads the compiled libraries of csrc/selective_scan, and says why when it cannot.
+
+They are plain shared libraries with a C interface (scan.h), so one build serves every version of Python and torch.
+First the installed package (`pip install ./csrc/selective_scan`) is looked at, then a build in place
+(`python csrc/selective_scan/setup.py build_ext --inplace`).
+"""
+
+import ctypes
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+ABI_VERSION = 1  # SCAN_ABI_VERSION of scan.h
+PACKAGE = "clever_selective_scan"
+IN_PLACE = Path(__file__).resolve().parent.parent / "csrc" / "selective_scan" / PACKAGE
+INSTALL = "pip install ./csrc/selective_scan"
+REBUILD = "pip install --force-reinstall ./csrc/selective_scan"
+
+
+class Unavailable(RuntimeError):
+    """A compiled library that cannot be used; the message gives the reason in one line, and what to do about it."""
+
+
+def folders() -> list[Path]:
+    """Where builds are, the one to prefer first; folders without a build are left out."""
+    spec = importlib.util.find_spec(PACKAGE)  # finds it without running its code
+    installed = [Path(location) for location in spec.submodule_search_locations or []] if spec else []
+    return [folder for folder in dict.fromkeys([*installed, IN_PLACE]) if (folder / "build.json").is_file()]
+
+
+def build_facts(folder: Path) -> dict:
+    """What setup.py wrote when it built the libraries: compiler, instruction sets, CUDA architectures or why there are none."""
+    return json.loads((folder / "build.json").read_text())
+
+
+def open_library(folder: Path, name: str) -> ctypes.CDLL:
+    """Loads lib<name>.so of one build.
+
+    Raises:
+        Unavailable: it was not built, does not load, or has another interface than this code expects.
+    """
+    path = folder / f"lib{name}.so"
+    if not path.is_file():
+        reason = build_facts(folder).get("not_built", {}).get(name, f"{path} is missing")
+        raise Unavailable(f"the build in {folder} has no {name} library: {reason}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} does not load: {' '.join(str(error).split())}") from error
+    try:
+        version = library.scan_abi_version()
+    except AttributeError as error:
+        raise Unavailable(f"{path} is not a selective-scan library (it has no scan_abi_version); {REBUILD}") from error
+    if version != ABI_VERSION:
+        raise Unavailable(f"{path} has interface version {version}, this code needs {ABI_VERSION}; {REBUILD}")
+    return library
+
+
+@cache
+def _find(name: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or the reasons why there is none."""
+    reasons = []
+    for folder in folders():
+        try:
+            return open_library(folder, name), None
+        except Unavailable as error:
+            reasons.append(str(error))
+    return None, "; ".join(reasons) or f"the compiled selective scan is not installed: {INSTALL}"
+
+
+def unavailable(name: str) -> str | None:
+    """None when the library `scan_cpu` or `scan_cuda` can be loaded, otherwise the reason in one line."""
+    return _find(name)[1]
+
+
+def load(name: str) -> ctypes.CDLL:
+    """The library `scan_cpu` or `scan_cuda`; looked for once.
+
+    Raises:
+        Unavailable: there is none that this code can use.
+    """
+    library, reason = _find(name)
+    if library is None:
+        raise Unavailable(reason)
+    return library

@@ -1,0 +1,283 @@
+"""The selective scan compiled for NVIDIA GPUs: csrc/selective_scan/scan_cuda.cu, called through ctypes.
+
+Letters: B batch, K directions, D channels of a direction, L = H*W positions, N states of a channel, R rank of delta.
+Semantics are those of `scan_torch.reference` and `reference_2d`. Float32 inside, whatever the type of the input.
+Kernels write sums over parts of the batch or of the channels, which are summed here: so no result varies between runs.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import extension
+
+LIBRARY = "scan_cuda"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
+CHANNELS = 16  # of an image that a block of threads takes, like all numbers here a constant of the .cuh files
+WARP_STEPS = 16  # positions of an image that a warp takes at a time
+LANE_STEPS = 4  # positions of a sequence that a lane takes at a time
+SEQUENCE_THREADS = 256  # of a block
+LONG = 1600  # positions of an image whose sum over directions (64 bytes each) leaves room for one block on a multiprocessor
+
+
+def _structure(name: str, sizes: str, pointers: str) -> type[ctypes.Structure]:
+    """A struct of scan_cuda.h: 64-bit sizes, then pointers, in the header's order."""
+    fields = [(size, ctypes.c_int64) for size in sizes.split()] + [(each, ctypes.c_void_p) for each in pointers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Images = _structure(
+    "ScanCudaImages",
+    "batch height width channels rank states type warps samples",
+    "x proj dt_weight A D dt_bias saved y gy dx scratch ddelta dBC sums stream",
+)
+Sequences = _structure(
+    "ScanCudaSequences",
+    "batch directions channels length states type softplus lanes",
+    "u delta A B C D delta_bias saved y gy du ddelta dB dC dA dD dbias carry stream",
+)
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """None when this backend can run (on tensors of that device), otherwise the reason in one line."""
+    if device is not None and device.type != "cuda":
+        return f"the CUDA scan works on CUDA tensors, not on {device.type}"
+    if reason := extension.unavailable(LIBRARY):
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device: check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+    with torch.cuda.device(device):
+        reason = _function("scan_cuda_unavailable", ctypes.c_char_p)()
+    if reason is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    return (
+        f"the library does not run on {name} (compute capability {major}.{minor}): {reason.decode()}; "
+        f"build it for this GPU: TORCH_CUDA_ARCH_LIST={major}.{minor} {extension.REBUILD}"
+    )
+
+
+def states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
+    """Shape that holds the state which enters each tile: of images and of sequences, whose tiles differ, and with D even."""
+    tile = min(_warps(length, states) * WARP_STEPS, _lanes(length) * LANE_STEPS)
+    return batch, directions, -(-length // tile), states, channels + channels % 2
+
+
+def _warps(length: int, states: int) -> int:
+    """Warps for a sample of an image: they divide its positions evenly, with few tiles and lanes that idle."""
+    most = 16 if length > LONG and states == 1 else 8
+    if states > 16:
+        most = 4 if states <= 64 else 1
+    pieces = -(-length // WARP_STEPS)
+    return -(-pieces // -(-pieces // most))
+
+
+def _lanes(length: int) -> int:
+    """Lanes of a warp for a sequence: a power of two, 32 at most."""
+    return min(32, 1 << (-(-length // LANE_STEPS) - 1).bit_length())
+
+
+def _function(name: str, result: type) -> ctypes.CFUNCTYPE:
+    function = getattr(extension.load(LIBRARY), name)
+    function.restype = result
+    return function
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[int]:
+    """Makes the device the current one; gives the handle of its current stream."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def _pointers(args: ctypes.Structure, tensors: dict[str, Tensor | None]) -> ctypes.Structure:
+    for name, tensor in tensors.items():
+        setattr(args, name, None if tensor is None else tensor.data_ptr())
+    return args
+
+
+def _call(name: str, args: ctypes.Structure, device: torch.device) -> None:
+    with _on(device) as args.stream:
+        reason = _function(name, ctypes.c_char_p)(ctypes.byref(args))
+    if reason:
+        raise RuntimeError(f"{name}: {reason.decode()}")
+
+
+def _aligned(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Copies of tensors that start at an odd place within another: kernels read 8 bytes at once."""
+    return {name: each.clone() if each is not None and each.data_ptr() % 8 else each for name, each in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+def _sequences(u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool) -> ctypes.Structure:
+    batch, directions, states, length = B.shape
+    return Sequences(
+        batch=batch,
+        directions=directions,
+        channels=A.shape[0] // directions,
+        length=length,
+        states=states,
+        type=TYPES[u.dtype],
+        softplus=delta_softplus,
+        lanes=_lanes(length),
+    )
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [B, K*D, L], and the states that backward needs; both float32.
+
+    u, delta: [B, K*D, L]; A: [K*D, N]; B, C: [B, K, N, L]; D, delta_bias: [K*D].
+    """
+    args = _sequences(u, A, B, delta_softplus)
+    y = A.new_empty(u.shape)
+    saved = A.new_empty(states_shape(args.batch, args.directions, args.channels, args.length, args.states))
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "saved": saved, "y": y}
+    _call("scan_cuda_sequences_forward", _pointers(args, tensors), u.device)
+    return y, saved
+
+
+def backward(
+    gy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    saved: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u, delta, A, B, C, D, delta_bias for the gradient gy [B, K*D, L] of y."""
+    args = _sequences(u, A, B, delta_softplus)
+    groups = -(-args.channels * args.lanes // SEQUENCE_THREADS)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dB, dC = A.new_empty((2, groups, *B.shape))
+    dA, carry = A.new_empty((2, args.batch, *A.shape))
+    dD, dbias = A.new_empty((2, args.batch, A.shape[0]))
+    inputs = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "saved": saved, "gy": gy}
+    outputs = {"du": du, "ddelta": ddelta, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "dbias": dbias, "carry": carry}
+    _call("scan_cuda_sequences_backward", _pointers(args, {**inputs, **outputs}), u.device)
+    return (
+        du,
+        ddelta,
+        dA.sum(0),
+        dB.sum(0).to(B.dtype),
+        dC.sum(0).to(C.dtype),
+        None if D is None else dD.sum(0),
+        None if delta_bias is None else dbias.sum(0),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def _images(x: Tensor, dt_weight: Tensor, A: Tensor) -> ctypes.Structure:
+    batch, height, width, channels = x.shape
+    warps = _warps(height * width, A.shape[-1])
+    return Images(
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        rank=dt_weight.shape[-1],
+        states=A.shape[-1],
+        type=TYPES[x.dtype],
+        warps=warps,
+        samples=max(1, 8 // warps) if A.shape[-1] <= 16 else 1,
+    )
+
+
+def _with_even_channels(
+    x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The same with one more channel, of zeros: kernels take pairs of channels. For widths that no model has."""
+    vectors = [None if each is None else pad(each.view(4, -1), (0, 1)).flatten() for each in (D, dt_bias)]
+    A = pad(A.view(4, -1, A.shape[-1]), (0, 0, 0, 1)).flatten(0, 1)
+    return pad(x, (0, 1)), proj, pad(dt_weight, (0, 0, 0, 1)), A, *vectors
+
+
+def forward_2d(
+    x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [B, H, W, D], and the states that backward needs; both float32.
+
+    x: [B, H, W, D]; proj: [B, H, W, 4, R + 2N]; dt_weight: [4, D, R]; A: [4*D, N]; D, dt_bias: [4*D].
+    """
+    if x.shape[-1] % 2:
+        y, saved = forward_2d(*_with_even_channels(x, proj, dt_weight, A, D, dt_bias))
+        return y[..., :-1].contiguous(), saved
+    args = _images(x, dt_weight, A)
+    y = A.new_empty(x.shape)
+    saved = A.new_empty(states_shape(args.batch, 4, args.channels, args.height * args.width, args.states))
+    inputs = _aligned({"x": x, "proj": proj, "dt_weight": dt_weight, "A": A, "D": D, "dt_bias": dt_bias})
+    _call("scan_cuda_images_forward", _pointers(args, {**inputs, "saved": saved, "y": y}), x.device)
+    return y, saved
+
+
+def backward_2d(
+    gy: Tensor,
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, proj, dt_weight, A, D, dt_bias for the gradient gy [B, H, W, D] of y."""
+    if x.shape[-1] % 2:
+        even = _with_even_channels(x, proj, dt_weight, A, D, dt_bias)
+        dx, dproj, ddt_weight, dA, *vectors = backward_2d(pad(gy, (0, 1)), *even, saved)
+        dA = dA.view(4, -1, A.shape[-1])[:, :-1].reshape(A.shape)
+        vectors = [None if each is None else each.view(4, -1)[:, :-1].flatten() for each in vectors]
+        return dx[..., :-1].contiguous(), dproj, ddt_weight[:, :-1].contiguous(), dA, *vectors
+    args = _images(x, dt_weight, A)
+    batch, channels, states, rank = args.batch, args.channels, args.states, args.rank
+    length = args.height * args.width
+    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # float16's range could be too small
+    dx = torch.empty_like(x)
+    ddelta = torch.empty((4, batch, length, channels), dtype=exact, device=x.device)
+    dBC = A.new_empty((-(-channels // CHANNELS), 4, batch, length, 2 * states))
+    sums = A.new_empty((-(-batch // args.samples), 4, states + 2, channels))
+    with _on(x.device):
+        scratch = A.new_empty(_function("scan_cuda_images_scratch", ctypes.c_int64)(ctypes.byref(args)))
+    inputs = _aligned({"x": x, "proj": proj, "dt_weight": dt_weight, "A": A, "D": D, "dt_bias": dt_bias, "gy": gy})
+    outputs = {"dx": dx, "ddelta": ddelta, "dBC": dBC, "sums": sums}
+    pointers = {**inputs, **outputs, "saved": saved, "scratch": scratch if scratch.numel() else None}
+    _call("scan_cuda_images_backward", _pointers(args, pointers), x.device)
+
+    with torch.autocast(x.device.type, enabled=False):  # which would round `exact` to half precision
+        dt = proj[..., :rank].reshape(batch, length, 4, rank).permute(2, 0, 1, 3).to(exact)  # [4, B, L, R]
+        ddt = torch.bmm(ddelta.view(4, batch * length, channels), dt_weight.to(exact))  # [4, B*L, R]
+        ddelta = ddelta.view(4 * batch, length, channels)
+        ddt_weight = torch.bmm(ddelta.mT, dt.reshape(4 * batch, length, rank))  # [4*B, D, R]
+    ddt_weight = ddt_weight.view(4, batch, channels, rank).sum(1, dtype=torch.float32)
+    dproj = torch.empty_like(proj)
+    columns = dproj.view(batch, length, 4, rank + 2 * states)
+    columns[..., :rank] = ddt.view(4, batch, length, rank).permute(1, 2, 0, 3)
+    columns[..., rank:] = dBC.sum(0).permute(1, 2, 0, 3)
+    sums = sums.sum(0)  # [4, N + 2, D]
+    dA = sums[:, :states].transpose(1, 2).reshape(4 * channels, states)
+    dD = None if D is None else sums[0, states + 1].repeat(4)
+    return dx, dproj, ddt_weight, dA, dD, None if dt_bias is None else sums[:, states].flatten()

@@ -1,0 +1,123 @@
+"""The block of the 2D selective scan (VMamba, arXiv 2401.10166, section 4), on channels-last tensors.
+
+Letters: B batch, H W positions, C channels of the block, D channels of the scan (ssm_ratio * C), K = 4 directions,
+N states of a channel, R rank of delta.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmamba.selective_scan import selective_scan_2d
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
+DIRECTIONS = 4  # row by row, column by column, and both reversed
+DT_MIN, DT_MAX, DT_FLOOR = 0.001, 0.1, 1e-4  # time steps at initialisation
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of [B, H, W, C]: torch computes on the permuted view, in its channels_last memory format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return super().forward(x).permute(0, 2, 3, 1)
+
+
+class SS2D(nn.Module):
+    """Projection, depthwise convolution, selective scan along four directions, norm, projection: [B, H, W, C] -> the same.
+
+    The scan's parameters and its sums are float32 under autocast too; forward type v0 also projects and scans in float32.
+
+    Args:
+        dim: C.
+        d_state: N.
+        ratio: D / C.
+        dt_rank: R; auto is ceil(C / 16).
+        act: after the convolution and on the gate: silu, gelu or relu.
+        kernel: side of the depthwise convolution, odd; 1 or less leaves it out.
+        conv_bias: of the convolution, which always has one in v0.
+        dropout: rate after the last projection.
+        forward_type: v05_noz; v05, which gates the scan's result with a second projection of the input; v0, gated as well.
+        backend: of the scan.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ratio: float = 1.0,
+        dt_rank: int | str = "auto",
+        act: str = "silu",
+        kernel: int = 3,
+        conv_bias: bool = False,
+        dropout: float = 0.0,
+        forward_type: str = "v05_noz",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        inner = int(ratio * dim)
+        rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        self.gated = forward_type != "v05_noz"
+        self.full_precision = forward_type == "v0"
+        self.backend = backend
+
+        # The order is the original's: an optimizer's state is stored by a parameter's position.
+        self.x_proj_weight = nn.Parameter(torch.empty(DIRECTIONS, rank + 2 * d_state, inner))
+        self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(DIRECTIONS * inner, 1))  # [K*D, N]
+        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(DIRECTIONS, inner, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(DIRECTIONS, inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.in_proj = nn.Linear(dim, 2 * inner if self.gated else inner, bias=False)
+        self.act = ACTIVATIONS[act]()
+        self.conv2d = nn.Identity()
+        if kernel > 1:
+            bias = conv_bias or forward_type == "v0"
+            self.conv2d = Conv2d(inner, inner, kernel, padding=kernel // 2, groups=inner, bias=bias)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self._init_projections()
+
+    @torch.no_grad()
+    def _init_projections(self) -> None:
+        """x_proj as torch's Linear; time steps log-uniform in [DT_MIN, DT_MAX], by the inverse of softplus."""
+        inner, rank = self.dt_projs_weight.shape[1:]
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
+        nn.init.uniform_(self.dt_projs_weight, -(rank**-0.5), rank**-0.5)
+        dt = torch.empty_like(self.dt_projs_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
+        self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)  # [B, H, W, D], or [B, H, W, 2D] with the gate
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+        x = self.act(self.conv2d(x))  # [B, H, W, D]
+        if self.full_precision:
+            with torch.autocast(x.device.type, enabled=False):
+                y = self._scan(at_least_float32(x))
+        else:
+            y = self._scan(x)
+        y = self.out_norm(y).to(x.dtype)  # the norm in float32, as the scan's result is
+        if self.gated:
+            y = y * self.act(gate)
+        return self.dropout(self.out_proj(y))  # [B, H, W, C]
+
+    def _scan(self, x: Tensor) -> Tensor:
+        """One projection gives all directions' dt, B and C of a position: no copy of x is reordered. float32."""
+        proj = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2N]
+        y = selective_scan_2d(
+            x.permute(0, 3, 1, 2),  # [B, D, H, W]
+            proj,
+            self.dt_projs_weight,
+            -torch.exp(at_least_float32(self.A_logs)),
+            self.Ds,
+            self.dt_projs_bias.flatten(),
+            backend=self.backend,
+        )
+        return y.permute(0, 2, 3, 1)  # [B, H, W, D]
