@@ -233,9 +233,20 @@ def labelled_dataset(
     check: bool = True,
 ) -> ImageDataset:
     """Images of <root>/<class>/ with their classes. Raises InputError as labelled_samples and keep_readable do."""
-    classes, samples = labelled_samples(root)
-    samples = _check(samples, skip_bad_images, threads, check)
-    return ImageDataset(samples, transform, seed, classes)
+    return dataset_of(*labelled_samples(root), transform, seed, skip_bad_images, threads, check)
+
+
+def dataset_of(
+    classes: Sequence[str],
+    samples: Sequence[Sample],
+    transform: Callable,
+    seed: int = 0,
+    skip_bad_images: bool = False,
+    threads: int = 8,
+    check: bool = True,
+) -> ImageDataset:
+    """A data set of these images, once they are checked. Raises InputError as keep_readable does."""
+    return ImageDataset(_check(samples, skip_bad_images, threads, check), transform, seed, classes)
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
@@ -244,6 +255,81 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
         raise InputError(f"train/ and val/ must hold the same class folders: only in one of them: {shown}")
+
+
+# --- downstream data -------------------------------------------------------------------------------------------------
+
+# torchvision's data sets: folder below the root, number of classes, attributes of the images and of their classes.
+TORCHVISION = {
+    "Flowers102": ("flowers-102", 102, "_image_files", "_labels"),
+    "Food101": ("food-101", 101, "_image_files", "_labels"),
+    "OxfordIIITPet": ("oxford-iiit-pet", 37, "_images", "_labels"),
+}
+
+
+def torchvision_samples(
+    name: str, root: str | os.PathLike, split: str, download: bool = False
+) -> tuple[list[str], list[Sample]]:
+    """Classes (their numbers) and samples of one split of a data set of torchvision; the network only with `download`.
+
+    Raises InputError if the data are missing or damaged, or if a class has no image.
+    """
+    from torchvision import datasets
+
+    folder, count, images, labels = TORCHVISION[name]
+    where = Path(root) / folder
+    if not where.is_dir() and not download:
+        raise InputError(f"{name}: no folder {where} (torchvision's layout); --download true fetches it")
+    try:
+        data = getattr(datasets, name)(root, split=split, download=download)
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{name} in {where}: cannot be read ({_reason(error)})") from error
+    samples = [(os.fspath(path), int(label)) for path, label in zip(getattr(data, images), getattr(data, labels), strict=True)]
+    found = {label for _, label in samples}
+    if found != set(range(count)):
+        raise InputError(f"{name} in {where}: its split {split} has images of {len(found)} classes, not of {count}")
+    return [str(label) for label in range(count)], samples
+
+
+def read_semi_list(path: str | os.PathLike) -> dict[str, str]:
+    """{<class>/<image>: class} of a list of images, one a line: <class>_<rest>, as in ImageNet, or <class>/<image>.
+
+    Raises InputError if there is no such list, if it is empty, or if it names an image twice.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"list of images {path}: cannot be read ({_reason(error)})") from error
+    if not lines:
+        raise InputError(f"list of images {path}: is empty")
+    classes = {}
+    for line in lines:
+        name, slash, _ = line.partition("/")
+        place, name = (line, name) if slash else (f"{line.split('_')[0]}/{line}", line.split("_")[0])
+        if place in classes:
+            raise InputError(f"list of images {path}: {line} stands in it twice")
+        classes[place] = name
+    return classes
+
+
+def listed_samples(path: str | os.PathLike, root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
+    """Classes of the folder `root`, and of its images those in the list, in the list's order.
+
+    Raises InputError if a listed class or image is not there, or if a class has no image in the list.
+    """
+    listed = read_semi_list(path)
+    classes, samples = labelled_samples(root)
+    start = len(os.path.join(root, ""))
+    found = {file[start:].replace(os.sep, "/"): (file, label) for file, label in samples}
+    for problem, names in (
+        (f"{root} lacks its class folders", sorted(set(listed.values()) - set(classes))),
+        (f"{root} lacks its images", [place for place in listed if place not in found]),
+        (f"it has no image of the class folders of {root}", sorted(set(classes) - set(listed.values()))),
+    ):
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise InputError(f"list of images {path}: {problem}: {shown} ({len(names)} in all)")
+    return classes, [found[place] for place in listed]
 
 
 # --- small built-in data ---------------------------------------------------------------------------------------------

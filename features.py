@@ -4,7 +4,10 @@ Letters: B batch, D width of the backbone, n number of last blocks, N patches, M
 """
 
 import argparse
+import datetime
 import hashlib
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -102,19 +105,25 @@ class Pretrained:
     fingerprint: str  # of the weights
 
 
-def _agree(name: str, given, stored, default):
+def agree(name: str, given, stored, default, what: str = "checkpoint was"):
     """The flag if given, else what the checkpoint says, else the default; InputError if the first two differ."""
     if given is not None and stored is not None and given != stored:
-        raise InputError(f"--{name} {given}: the checkpoint was made with {name} {stored}")
+        raise InputError(f"--{name} {given}: the {what} made with {name} {stored}")
     return next((value for value in (given, stored, default) if value is not None), None)
 
 
-def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that name the network under evaluation; what is not given comes from the checkpoint."""
-    parser.add_argument("--pretrained_weights", required=True, help="checkpoint, ours or an original's")
+def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = True, parts: bool = True) -> None:
+    """Flags that name the network under evaluation; what is not given comes from the checkpoint.
+
+    `required`: --pretrained_weights is; `parts`: flags for IR and EF and the size of the images too.
+    """
+    parser.add_argument("--pretrained_weights", required=required, help="checkpoint, ours or an original's")
     parser.add_argument("--checkpoint_key", default="teacher", help="which network of the checkpoint")
     parser.add_argument("--arch", help="default: the checkpoint's, else vit_small")
     parser.add_argument("--patch_size", type=int, help="default: the checkpoint's, else 16")
+    if not parts:
+        parser.set_defaults(net=None, hp1=None, img_size=None)
+        return
     parser.add_argument("--net", choices=["dino", "CLeVER"], help="default: the checkpoint's, else dino")
     parser.add_argument("--hp1", type=TypedFloat, help="default: the checkpoint's")
     parser.add_argument("--img_size", type=int, help="side of the images; default: the pretraining's global crops, else 224")
@@ -124,10 +133,10 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
     """The backbone of --pretrained_weights; flags that contradict the checkpoint are an InputError."""
     checkpoint = load_checkpoint(args.pretrained_weights)
     stored = plain_args(checkpoint.get("args", {}))
-    arch = _agree("arch", args.arch, stored.get("arch"), "vit_small")
-    patch_size = _agree("patch_size", args.patch_size, stored.get("patch_size"), 16)
-    net = _agree("net", args.net, stored.get("net"), "dino")
-    hp1 = _agree("hp1", args.hp1, stored.get("hp1") if net == "CLeVER" else None, 1.0 if net == "dino" else None)
+    arch = agree("arch", args.arch, stored.get("arch"), "vit_small")
+    patch_size = agree("patch_size", args.patch_size, stored.get("patch_size"), 16)
+    net = agree("net", args.net, stored.get("net"), "dino")
+    hp1 = agree("hp1", args.hp1, stored.get("hp1") if net == "CLeVER" else None, 1.0 if net == "dino" else None)
     if hp1 is None:
         raise InputError("--hp1: the checkpoint does not say where IR and EF are cut; give the pretraining's hp1")
     if not 0 < hp1 <= 1:
@@ -167,14 +176,66 @@ def check_part(part: str, net: str, hp1: float, dim: int) -> None:
     split_sizes(dim, hp1)
 
 
+def report(batches: Iterable[tuple], header: str, total: int, seconds: float = 5.0) -> Iterator[tuple]:
+    """Pass `batches` on; every few seconds and at the end, a line tells how many of `total` images, the rate and the time left.
+
+    A process counts its own share, without waiting for the others; the first one speaks for all.
+    """
+    start = last = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[0])
+        now = time.monotonic()
+        if done and (now - last >= seconds or done == total):
+            last, rate = now, done / max(now - start, 1e-9)
+            left = datetime.timedelta(seconds=round((total - done) / rate))
+            world = get_world_size()
+            share = f" of each of {world} processes" if world > 1 else ""
+            print(f"{header} {done}/{total}{share}  {rate * world:.{1 if rate < 10 else 0}f} img/s  left {left}", flush=True)
+
+
 @torch.no_grad()
-def extract_features(model: FeatureExtractor, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [M, dim] and labels [M] of this process's share of the data, which may be empty, on `device`."""
+def extract_features(
+    model: FeatureExtractor, loader: DataLoader, device: torch.device, header: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [M, dim] and labels [M] of this process's share of the data, which may be empty, on `device`.
+
+    With a `header` the progress is printed.
+    """
     features, labels = [torch.empty(0, model.dim, device=device)], [torch.empty(0, dtype=torch.long)]
-    for images, batch_labels in loader:
+    for images, batch_labels in report(loader, header, len(loader.dataset)) if header else loader:
         features.append(model(images.to(device, non_blocking=True)).float())
         labels.append(batch_labels)
     return torch.cat(features), torch.cat(labels).to(device)
+
+
+def gather_in_order(rows: torch.Tensor, total: int) -> torch.Tensor:
+    """The `total` rows of a dataset, in its order, from the rows of each process's `shard`; every process gets all."""
+    world = get_world_size()
+    order = torch.cat([torch.arange(rank, total, world) for rank in range(world)]).to(rows.device)
+    gathered = all_gather_rows(rows)
+    return torch.empty_like(gathered).index_copy_(0, order, gathered)
+
+
+def nearest_neighbors(train_features: torch.Tensor, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and indices [B, k] of the k training features most similar to each feature, most similar first.
+
+    Both sets are L2-normalised, M and B rows of D. k is cut to the training set's size.
+    """
+    return (features @ train_features.T).topk(min(k, len(train_features)), dim=-1)
+
+
+def knn_scores(similarity: torch.Tensor, labels: torch.Tensor, num_classes: int, temperature: float = 0.07) -> torch.Tensor:
+    """Class scores [B, C], in float64: each of k neighbours, of cosine s and a class, both [B, k], votes exp(s / temperature).
+
+    float64 holds the votes of temperatures from MIN_TEMPERATURE on.
+    """
+    votes = (similarity.double() / temperature).exp()  # B, k
+    return votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels, votes)  # B, C
+
+
+MIN_TEMPERATURE = 0.002  # exp(1 / 0.002) is 1e217
 
 
 def knn_predict(
@@ -191,12 +252,10 @@ def knn_predict(
     Features are L2-normalised here; a neighbour of cosine s votes exp(s / temperature). k is cut to the training set's size.
     """
     train = F.normalize(train_features, dim=-1)  # M, D
-    k = min(k, len(train))
     scores = []
     for queries in F.normalize(features, dim=-1).split(chunk):
-        similarity, nearest = (queries @ train.T).topk(k, dim=-1)  # B, k
-        votes = similarity.new_zeros(len(queries), num_classes)
-        scores.append(votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp()))  # B, C
+        similarity, nearest = nearest_neighbors(train, queries, k)  # B, k
+        scores.append(knn_scores(similarity, train_labels[nearest], num_classes, temperature))  # B, C
     return torch.cat(scores)
 
 

@@ -14,6 +14,9 @@ from torchvision.ops import StochasticDepth
 
 from utils import InputError
 
+# Tokens from which the fused attention is the faster one on a CPU too; it needs no matrix of T x T, gigabytes at 480 pixels.
+LONG = 1024
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
@@ -39,9 +42,14 @@ class Attention(nn.Module):
         q, k, _ = self._split_heads(x)
         return self._weights(q, k)
 
+    def cls_weights(self, x: Tensor) -> Tensor:
+        """The first row of `weights`, what [CLS] attends to, without the others: [B, M, T]."""
+        q, k, _ = self._split_heads(x)
+        return self._weights(q[:, :, :1], k)[:, :, 0]
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._split_heads(x)
-        if x.is_cuda:
+        if x.is_cuda or (x.shape[1] > LONG and not torch.is_grad_enabled()):
             x = F.scaled_dot_product_attention(q, k, v)  # [B, M, T, E]
         else:  # faster than the fused form on a CPU, and fvcore counts it
             attention = self._weights(q, k)
@@ -123,6 +131,7 @@ class VisionTransformer(nn.Module):
         self.num_heads = num_heads
         self.grid_size = img_size // patch_size
         self.checkpointing = checkpointing
+        self.positions_by = "factor"  # or "size": how positions are interpolated
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, embed_dim))
@@ -160,11 +169,23 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block after the softmax, query by key: [B, M, 1+N, 1+N]."""
+        return self.blocks[-1].attn.weights(self._last_attention_input(x))
+
+    def get_last_cls_attention(self, x: Tensor) -> Tensor:
+        """The row of [CLS] in it, over the patches, without computing the other rows: [B, M, N]."""
+        return self.blocks[-1].attn.cls_weights(self._last_attention_input(x))[:, :, 1:]
+
+    def get_last_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the patches in it, heads side by side: each [B, N, D]."""
+        return self.blocks[-1].attn.qkv(self._last_attention_input(x))[:, 1:].chunk(3, dim=-1)
+
+    def _last_attention_input(self, x: Tensor) -> Tensor:
+        """What the attention of the last block reads: [B, 1+N, D]."""
         x = self._tokens(x)
         *earlier, last = self.blocks
         for block in earlier:
             x = self._run(block, x)
-        return last.attn.weights(last.norm1(x))
+        return last.norm1(x)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """[CLS] and patches with their positions, [B, 1+N, D]."""
@@ -179,15 +200,17 @@ class VisionTransformer(nn.Module):
 
         Bicubic, and by scale factor as in DINO, not by size: torch uses the factor that it is given in the coordinate
         map, so the 0.1, which guards the output size against rounding, shifts the samples a little too.
-        Weights trained with this form want it again.
+        Weights trained with this form want it again; `positions_by` "size" is for those trained with the other one.
         """
         g, D = self.grid_size, self.embed_dim
         if h == w == g:
             return self.pos_embed
         cls, patches = self.pos_embed.split((1, g * g), dim=1)
         patches = patches.reshape(1, g, g, D).permute(0, 3, 1, 2)  # [1, D, g, g]
-        scale = ((h + 0.1) / g, (w + 0.1) / g)
-        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # [1, D, h, w]
+        if self.positions_by == "size":
+            patches = F.interpolate(patches, size=(h, w), mode="bicubic")  # [1, D, h, w]
+        else:
+            patches = F.interpolate(patches, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")  # [1, D, h, w]
         assert patches.shape[-2:] == (h, w)
         return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
 

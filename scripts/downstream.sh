@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# DATA_ROOT=/data net_name=CLeVER backbone_name=vit_small GPU_num=4 bash scripts/downstream.sh
+#
+# Downstream classification with a network that pretrain.sh made (eval_linear_ds.py): linear and ds_ft on CUB200, Flowers102,
+# Food101 and OxfordIIITPet, semi_1 and semi_10 on the data of the pretraining; each with ALL and main_part.
+# Give it pretrain.sh's variables: they make up the folder. DRY_RUN=1 only prints the commands.
+set -euo pipefail
+PARTS_DS=${PARTS:-} # before common.sh sets linear_probe.sh's default
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+SETS=(CUB200 Flowers102 Food101 OxfordIIITPet)
+: "${JOBS:=${SETS[*]/#/linear:} ${SETS[*]/#/ds_ft:} semi_1:$DATASET semi_10:$DATASET}" # mode:data
+: "${DATA_ROOT:=$ROOT/data}"             # holds flowers-102/, food-101/ and oxford-iiit-pet/, as torchvision lays them out
+: "${CUB200_PATH:=$DATA_ROOT/CUB200}"    # train/ and val/, made by make_cub200.py
+: "${SEMI_LISTS:=$DATASET_PATH}"         # holds ${DATASET}_1percent.txt and ${DATASET}_10percent.txt (make_semi_lists.py)
+: "${GPU_num_DS:=1}" "${BATCH_DS:=256}" "${EPOCH_DS:=200}" "${lr_DS:=0.001}" "${lrbk_DS:=0.001}" "${WD_DS:=1e-4}"
+: "${DS_FLAGS:=}" # more flags for eval_linear_ds.py
+[[ $net_name == dino ]] && : "${PARTS_DS:=ALL}"
+PARTS=${PARTS_DS:-ALL main_part}
+
+# downstream MODE DATA PART: one job.
+downstream() {
+  local mode=$1 data=$2 part=$3 path=$DATA_ROOT lrbk=$lrbk_DS wd=$WD_DS type=(--dataset_type "$2") list=() name
+  case $mode in
+    linear) lrbk=0 wd=0 ;;
+    ds_ft) ;;
+    semi_1 | semi_10) list=(--semi_list "$SEMI_LISTS/${data}_${mode#semi_}percent.txt") ;;
+    *) die "unknown mode $mode in JOBS; valid: linear ds_ft semi_1 semi_10" ;;
+  esac
+  case $data in
+    CUB200) path=$CUB200_PATH ;;
+    Flowers102 | Food101 | OxfordIIITPet) ;;
+    "$DATASET") path=$DATASET_PATH; [[ $data == Imagenet || $data == IN100 ]] || type=() ;;
+    *) die "unknown data $data in JOBS; valid: ${SETS[*]} $DATASET" ;;
+  esac
+  name=ds_${mode}_${data}_$(probe_name "$part")_${TRIAL_name}_sgd_lr${lr_DS}_lrbk${lrbk}_ep${EPOCH_DS}_bs${BATCH_DS}_li_aug1
+  # shellcheck disable=SC2086  # DS_FLAGS are several words
+  launch "$GPU_num_DS" "$RUN_DIR/ds/$name.txt" eval_linear_ds.py --ds_mode "$mode" ${type[@]+"${type[@]}"} \
+    --data_path "$path" ${list[@]+"${list[@]}"} --pretrained_weights "$RUN_DIR/checkpoint.pth" \
+    --output_dir "$RUN_DIR/ds/$name.pth.tar" --trial_name "$TRIAL_name" --net "$net_name" --hp1 "$HP1" \
+    --arch "$backbone_name" --patch_size "$PATCH" --lr "$lr_DS" --backbone_lr "$lrbk" --weight_decay "$wd" \
+    --epochs "$EPOCH_DS" --batch_size_per_gpu "$BATCH_DS" --n_last_blocks "$n_last_blocks" --else_part "$part" $DS_FLAGS
+}
+
+echo "downstream: $(wc -w <<< "$JOBS") jobs with $PARTS of $net_name $backbone_name, $EPOCH_DS epochs," \
+  "$GPU_num_DS x $BATCH_DS images, lr $lr_DS, backbone $lrbk_DS, in $RUN_DIR/ds"
+check_probe
+for job in $JOBS; do
+  for part in $PARTS; do
+    downstream "${job%%:*}" "${job#*:}" "$part"
+  done
+done

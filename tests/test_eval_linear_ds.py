@@ -1,0 +1,385 @@
+"""Downstream classification: names, golden values, what each mode trains, processes, resume, evaluation."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from downstream_world import downstream, flags_of, make_world, only, parse, result_of
+from golden import rel_error
+from in_process import assert_refused, call, snapshot
+from processes import launch, run
+from test_resume import assert_same
+from torchvision.ops import StochasticDepth
+
+import eval_linear_ds as ds
+import utils
+from backbones import build_backbone
+from classifier import LinearClassifier, validate
+from features import FeatureExtractor, Pretrained
+from vmamba import load_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """What passes through a run: the backbone before and at the end, rates per epoch, data sets, batches of images."""
+    seen = SimpleNamespace(rates=[], loaders=[], batches=[])
+
+    def build_extractor(*arguments):
+        seen.extractor = real_build(*arguments)
+        seen.before = {name: value.clone() for name, value in seen.extractor.backbone.state_dict().items()}
+        return seen.extractor
+
+    def train_one_epoch(frozen, model, optimizer, loader, *rest):
+        seen.rates.append([group["lr"] for group in optimizer.param_groups])
+        seen.optimizer, seen.model = optimizer, model
+        seen.loaders.append(loader)
+        return real_train(frozen, model, optimizer, loader, *rest)
+
+    real_build, real_train = ds.build_extractor, ds.train_one_epoch
+    monkeypatch.setattr(ds, "build_extractor", build_extractor)
+    monkeypatch.setattr(ds, "train_one_epoch", train_one_epoch)
+    return seen
+
+
+# --- names and golden values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (
+            "--ds_mode linear --dataset_type CUB200 --lr 0.001 --backbone_lr 0 --epochs 200 --batch_size_per_gpu 256",
+            "ds_linear_CUB200_linear_T_sgd_lr0.001_lrbk0_ep200_bs256_li_aug1",
+        ),
+        (
+            "--ds_mode semi_10 --dataset_type IN100 --lr 1e-3 --backbone_lr 0.0010 --else_part main_part",
+            "ds_semi_10_IN100_linear_hp0.80_T_sgd_lr1e-3_lrbk0.0010_ep100_bs128_li_aug1",
+        ),
+        (
+            "--ds_mode ds_ft --dataset_type Flowers102 --train_on_val true --else_part else_part",
+            "ds_ds_ft_Flowers102_trainval_linear_hp0.80_else_T_sgd_lr0.001_lrbk0.1_ep100_bs128_li_aug1",
+        ),
+        ("--data_path a/digits/", "ds_linear_digits_linear_T_sgd_lr0.001_lrbk0_ep100_bs128_li_aug1"),
+    ],
+)
+def test_names_of_checkpoints(words, name):
+    args = parse("--hp1", "0.80", "--trial_name", "T", "--output_dir", "out", *words.split())
+    assert ds.checkpoint_path(args, args.hp1) == Path(f"out/{name}.pth.tar")
+    args.output_dir = "elsewhere/mine.pth.tar"
+    assert ds.checkpoint_path(args, args.hp1) == Path("elsewhere/mine.pth.tar")
+
+
+def pretrained(arch):
+    backbone = build_backbone(arch).eval().requires_grad_(False)
+    return Pretrained(backbone, arch, "CLeVER", 0.8, 224, (0, 0, 0), (1, 1, 1), None, None, "")
+
+
+@pytest.mark.parametrize("mode", ["linear", "ds_ft"])
+@pytest.mark.parametrize(
+    "arch, whole, ir, ef",
+    [("vit_tiny", 768, 729, 39), ("vit_small", 1536, 1459, 77), ("resnet18", 512, 409, 103), ("resnet50", 2048, 1638, 410)],
+)
+def test_widths_of_the_classifier(arch, whole, ir, ef, mode):
+    network = pretrained(arch)
+    for part, width in (("ALL", whole), ("main_part", ir), ("else_part", ef)):
+        args = parse("--ds_mode", mode, "--else_part", part)
+        extractor = ds.build_extractor(args, network, CPU)
+        features = extractor(torch.zeros(1, 3, 32, 32))
+        assert extractor.dim == features.shape[1] == width
+        assert features.requires_grad == (mode == "ds_ft")
+
+
+@pytest.mark.parametrize("arch", ["vssm2-vmambav2_tiny_224", "vit_micro"])
+def test_only_a_vmamba_is_fine_tuned_with_stochastic_depth(arch):
+    network = pretrained(arch)
+    rates = []
+    for mode in ("linear", "ds_ft"):
+        backbone = ds.build_extractor(parse("--ds_mode", mode), network, CPU).backbone
+        assert_same(dict(backbone.state_dict()), dict(network.backbone.state_dict()))
+        rates.append(max((module.p for module in backbone.modules() if isinstance(module, StochasticDepth)), default=0))
+    assert rates == ([0, load_config(arch).drop_path_rate] if arch.startswith("vssm") else [0, 0])
+
+
+def test_rates_are_scaled_and_all_is_decayed():
+    classifier, backbone = LinearClassifier(128, 5), build_backbone("resnet8")
+    args = parse("--ds_mode", "ds_ft", "--lr", 0.5, "--backbone_lr", 0.001, "--weight_decay", 1e-4, "--batch_size_per_gpu", 16)
+    optimizer, scheduler = ds.build_optimizer(args, classifier, backbone)
+    head, body = optimizer.param_groups
+    assert (head["lr"], body["lr"]) == (0.03125, 6.25e-5)
+    assert [set(map(id, group["params"])) for group in (head, body)] == [
+        set(map(id, module.parameters())) for module in (classifier, backbone)
+    ]
+    assert {group["weight_decay"] for group in (head, body)} == {1e-4} and {g["momentum"] for g in (head, body)} == {0.9}
+    optimizer.step()
+    for _ in range(args.epochs):
+        scheduler.step()
+    assert head["lr"] == body["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_frozen_backbone_leaves_the_classifier_alone_and_undecayed():
+    optimizer, _ = ds.build_optimizer(parse("--lr", 0.5, "--batch_size_per_gpu", 16), LinearClassifier(8, 5), None)
+    [group] = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.03125, 0, 0.9)
+
+
+def test_defaults_of_the_original():
+    args = parse()
+    names = ("ds_mode", "epochs", "batch_size_per_gpu", "n_last_blocks", "val_freq", "checkpoint_key", "test_aug_type")
+    assert [getattr(args, name) for name in names] == ["linear", 100, 128, 4, 1, "teacher", "ori"]
+    assert args.lr == 0.001 and args.weight_decay == 0 and not args.download and args.else_part == "ALL"
+    assert parse("--ds_mode", "ds_ft").backbone_lr == 0.1
+
+
+def test_features_without_gradients_stay_the_same():
+    """TrainedExtractor is FeatureExtractor but for gradients."""
+    backbone, images = build_backbone("vit_micro", patch_size=8, img_size=32).eval(), torch.randn(2, 3, 32, 32)
+    for part in ("ALL", "main_part", "else_part"):
+        arguments = (backbone, part, 0.8, 2, True)
+        frozen, trained = FeatureExtractor(*arguments)(images), ds.TrainedExtractor(*arguments)(images)
+        assert torch.equal(frozen, trained) and trained.requires_grad and not frozen.requires_grad
+
+
+def test_mean_accuracy_per_class_by_hand():
+    """Class 0: 3 of 4 right, class 1: 1 of 1, class 2: no image, class 3: 0 of 2."""
+    classifier = LinearClassifier(4, 4)
+    classifier.load_state_dict({"linear.weight": torch.eye(4), "linear.bias": torch.zeros(4)})
+    predictions, labels = torch.tensor([0, 0, 0, 1, 1, 2, 0]), torch.tensor([0, 0, 0, 0, 1, 3, 3])
+    result = validate(classifier, F.one_hot(predictions, 4).float(), labels, per_class=True)
+    assert result["accuracy"] == pytest.approx(100 * 4 / 7)
+    assert result["mean_class_accuracy"] == pytest.approx(100 * (3 / 4 + 1 + 0) / 3)
+
+
+# --- what is trained ---------------------------------------------------------------------------------------------------
+
+
+def test_linear_leaves_the_backbone_bit_identical(world, watch, tmp_path):
+    outcome = downstream(world, world.resnet, tmp_path, "--epochs", 3)
+    assert outcome.status == 0, outcome
+    after = watch.extractor.backbone.state_dict()
+    assert any("running_mean" in name for name in after)
+    assert_same(after, watch.before)
+    assert "state_dict_model" not in utils.load_checkpoint(only(tmp_path, "*.pth.tar"))
+    assert outcome.stdout.count("test images 13/13") == 1  # their features are computed once
+    lr = 0.5 * 4 / 256
+    assert watch.rates == [[pytest.approx(lr * 0.5 * (1 + math.cos(math.pi * epoch / 3)))] for epoch in range(3)]
+
+
+@pytest.mark.parametrize("part", ["ALL", "main_part", "else_part"])
+@pytest.mark.parametrize("arch", ["vit", "resnet"])
+def test_fine_tuning_trains_everything(world, watch, tmp_path, arch, part):
+    flags = ("--ds_mode", "ds_ft", "--backbone_lr", 0.1, "--weight_decay", 1e-4, "--else_part", part)
+    outcome = downstream(world, getattr(world, arch), tmp_path, *flags)
+    assert outcome.status == 0, outcome
+    after = watch.extractor.backbone.state_dict()
+    same = [name for name, value in watch.before.items() if torch.equal(after[name], value)]
+    assert same == [] and all(value.isfinite().all() for value in after.values())
+    assert_same(utils.load_checkpoint(only(tmp_path, "*.pth.tar"))["state_dict_model"], dict(after))
+    assert outcome.stdout.count("test images 13/13") == 2
+
+
+def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
+    """All images are one batch, so that the run is two steps of SGD, the second with momentum."""
+    words = ("--ds_mode", "ds_ft", "--backbone_lr", 2, "--lr", 4, "--weight_decay", 0.01, "--batch_size_per_gpu", 12)
+    batches, start = [], {}
+    real = ds.train_one_epoch
+
+    def train_one_epoch(frozen, model, optimizer, loader, *rest):
+        batches.extend(loader)
+        start.setdefault("model", {name: value.clone() for name, value in model.named_parameters()})
+        assert model[0].backbone.training
+        return real(frozen, model, optimizer, batches[-1:], *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ds, "train_one_epoch", train_one_epoch)
+        assert downstream(world, world.resnet, tmp_path, *words).status == 0
+    assert [len(images) for images, _ in batches] == [12, 12]
+    sums = [set(images.sum((1, 2, 3)).tolist()) for images, _ in batches]
+    assert not sums[0] & sums[1]  # other views in each epoch
+
+    backbone, parameters = build_backbone("resnet8"), {name: value.requires_grad_() for name, value in start["model"].items()}
+    momentum = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for (images, labels), cosine in zip(batches, (1.0, 0.5), strict=True):
+        body = {name.removeprefix("0.backbone."): p for name, p in parameters.items() if name.startswith("0.")}
+        features = torch.func.functional_call(backbone.train(), body, images)
+        logits = features @ parameters["1.linear.weight"].T + parameters["1.linear.bias"]
+        gradients = torch.autograd.grad(F.cross_entropy(logits, labels), parameters.values())
+        for (name, p), gradient in zip(list(parameters.items()), gradients, strict=True):
+            rate = (2 if name.startswith("0.") else 4) * 12 / 256 * cosine
+            momentum[name] = 0.9 * momentum[name] + gradient + 0.01 * p.detach()
+            parameters[name] = (p.detach() - rate * momentum[name]).requires_grad_()
+    for name, p in watch.extractor.backbone.named_parameters():
+        assert rel_error(p, parameters[f"0.backbone.{name}"]) < 1e-4, name
+
+
+def test_both_metrics_last_and_best(world, tmp_path, monkeypatch):
+    values = iter([(70.0, 30.0), (90.0, 50.0), (80.0, 60.0)])
+
+    def worsening(*_, per_class):
+        accuracy, mean = next(values)
+        return {"accuracy": accuracy, "mean_class_accuracy": mean, "num_test_images": 13}
+
+    monkeypatch.setattr(ds, "validate", worsening)
+    outcome = downstream(world, world.resnet, tmp_path, "--epochs", 3)
+    result = result_of(tmp_path)
+    assert (result["accuracy"], result["best_accuracy"]) == (80, 90)
+    assert (result["mean_class_accuracy"], result["best_mean_class_accuracy"]) == (60, 60)
+    assert "Top-1 test accuracy: last 80.00%, best 90.00%" in outcome.stdout
+    assert "Mean accuracy per class: last 60.00%, best 60.00%" in outcome.stdout
+
+
+def test_the_result_file_and_the_lines(world, tmp_path):
+    outcome = downstream(world, world.vit, tmp_path, "--ds_mode", "ds_ft", "--else_part", "else_part", "--backbone_lr", 0.001)
+    result = result_of(tmp_path)
+    expected = {
+        "kind": "downstream", "net": "CLeVER", "arch": "vit_micro", "part": "else_part", "hp1": 0.8, "ds_mode": "ds_ft",
+        "dataset": "data", "num_labels": 3, "num_train_images": 12, "num_test_images": 13, "test_aug_type": "ori",
+        "effective_lr": 0.5 * 4 / 256, "effective_backbone_lr": 0.001 * 4 / 256, "seed": 0,
+    }  # fmt: skip
+    assert {name: result[name] for name in expected} == expected and result["args"]["ds_mode"] == "ds_ft"
+    assert {"accuracy", "mean_class_accuracy", "best_accuracy", "test_loss", "backbone"} <= set(result)
+    assert "epoch 1/2 3/3  loss" in outcome.stdout and " img/s  left " in outcome.stdout
+    assert "26 features, 3 classes, 12 training images, 4 per step, " in outcome.stdout
+
+
+# --- processes, resume, evaluation -------------------------------------------------------------------------------------
+
+# Runs eval_linear_ds.py and saves each process's backbone after it to <first argument>/<rank>.
+AND_SAVE = """
+import os, sys, torch, eval_linear_ds, utils
+torch.set_num_threads(1)
+folder, built, build = sys.argv.pop(1), [], eval_linear_ds.build_extractor
+eval_linear_ds.build_extractor = lambda *arguments: built.append(build(*arguments)) or built[0]
+utils.run_entry_point(eval_linear_ds.main)
+torch.save(built[0].backbone.state_dict(), os.path.join(folder, os.environ.get("RANK", "single")))
+"""
+FINE_TUNING = ("--ds_mode", "ds_ft", "--backbone_lr", 0.2, "--weight_decay", 1e-3, "--epochs", 3)
+
+
+def test_two_processes_of_torchrun_train_the_backbone_that_one_trains(world, tmp_path):
+    script = tmp_path / "and_save.py"
+    script.write_text(AND_SAVE)
+    flags = flags_of(world, world.vit, tmp_path / "two", *FINE_TUNING, "--batch_size_per_gpu", 2)
+    process = launch("torch.distributed.run", script, tmp_path, *flags)
+    assert process.returncode == 0, process.stderr
+    run("eval_linear_ds.py", *flags_of(world, world.vit, tmp_path / "one", *FINE_TUNING), output=tmp_path / "output")
+    ranks = [torch.load(tmp_path / rank, weights_only=True) for rank in "01"]
+    assert_same(dict(ranks[1]), dict(ranks[0]))
+    two, one = (utils.load_checkpoint(only(tmp_path / name, "*.pth.tar")) for name in ("two", "one"))
+    start = utils.load_checkpoint(world.vit)["teacher"]
+    for name, value in one["state_dict_model"].items():
+        moved = (value - start[f"backbone.{name}"]).norm()
+        assert moved > 0 and (two["state_dict_model"][name] - value).norm() < 1e-3 * moved + 1e-7, name
+        assert torch.equal(two["state_dict_model"][name], ranks[0][name])
+    assert rel_error(two["state_dict"]["linear.weight"], one["state_dict"]["linear.weight"]) < 1e-4
+    results = [result_of(tmp_path / name) for name in ("two", "one")]
+    assert results[0]["effective_backbone_lr"] == results[1]["effective_backbone_lr"]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    """A fine-tuned resnet8, by two processes whose batch norms are their own: only the buffers of the first one are saved."""
+    folder = tmp_path_factory.mktemp("tuned")
+    flags = flags_of(world, world.resnet, folder / "run", *FINE_TUNING, "--batch_size_per_gpu", 2)
+    text = run("eval_linear_ds.py", *flags, processes=2, output=folder / "output")
+    assert "batch norm: statistics are each process's own" in text
+    return folder / "run", flags
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluation_repeats_the_accuracies_to_the_last_digit(tuned, tmp_path, processes):
+    folder, flags = tuned
+    weights = only(folder, "*.pth.tar")
+    flags = (*flags, "--output_dir", tmp_path, "--evaluate", "--final_eval_weights", weights)
+    text = run("eval_linear_ds.py", *flags, processes=processes, output=tmp_path / "output")
+    result, trained = result_of(tmp_path, "only_eval_ori_ds_*.json"), result_of(folder)
+    for name in ("accuracy", "mean_class_accuracy", "num_test_images"):
+        assert result[name] == trained[name], name
+    assert result["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6)
+    assert f"Accuracy of the network on the 13 test images: {trained['accuracy']:.2f}%" in text.splitlines()
+
+
+def test_evaluation_of_a_frozen_backbones_classifier_and_perturbed(world, tmp_path):
+    assert downstream(world, world.resnet, tmp_path).status == 0
+    losses = []
+    for aug, more in (("ori", ()), ("aug1_2", ()), ("aug1_2", ()), ("aug1_2", ("--seed", 1))):
+        assert downstream(world, world.resnet, tmp_path, "--evaluate", "--test_aug_type", aug, *more).status == 0
+        losses.append(result_of(tmp_path, f"only_eval_{aug}_ds_*.json")["test_loss"])
+    trained = result_of(tmp_path)
+    assert losses[0] == trained["test_loss"] and losses[0] != losses[1] == losses[2] != losses[3]
+
+
+def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
+    """Their keys carry `module.` where the original wrapped the module, and they say less about themselves."""
+    folder, flags = tuned
+    state = utils.load_checkpoint(only(folder, "*.pth.tar"))
+    original = {name: state[name] for name in ("epoch", "optimizer", "scheduler", "state_dict_model")}
+    original["state_dict"] = {f"module.{name}": value for name, value in state["state_dict"].items()}
+    original["best_acc"] = np.float64(99)
+    path = tmp_path / "original.pth.tar"
+    torch.save(original, path)
+    evaluation = (*flags, "--output_dir", tmp_path, "--evaluate", "--final_eval_weights", path)
+    assert call(ds.main, *evaluation).status == 0
+    assert result_of(tmp_path, "only_eval_*.json")["accuracy"] == result_of(folder)["accuracy"]
+    frozen = ("--ds_mode", "linear", "--backbone_lr", 0, "--weight_decay", 0)
+    assert_refused(call(ds.main, *evaluation, *frozen), str(path), "fine-tuned backbone")
+    del original["state_dict_model"]
+    torch.save(original, path)
+    assert_refused(call(ds.main, *evaluation), str(path), "no fine-tuned backbone")
+
+
+@pytest.mark.parametrize("mode", ["linear", "semi_1"])
+def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path, mode):
+    more = ("--semi_list", world.listed, "--backbone_lr", 0.2, "--weight_decay", 1e-3) if mode == "semi_1" else ()
+    steps = {"linear": 6, "semi_1": 2}[mode]
+
+    def start(folder, kill_at=None):
+        flags = flags_of(world, world.resnet, folder, "--ds_mode", mode, "--epochs", 4, "--val_freq", 3, *more)
+        flags += ("--batch_size_per_gpu", 2, "--num_workers", 1)
+        return run("eval_linear_ds.py", *flags, output=tmp_path / "output", kill_at=kill_at)
+
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    start(whole)
+    start(folder, kill_at=f"epoch 2/4 {steps}/{steps} ")
+    assert utils.load_checkpoint(only(folder, "*"))["epoch"] == 2
+    assert "from epoch 2" in start(folder)
+    states = [utils.load_checkpoint(only(f, "*.pth.tar")) for f in (folder, whole)]
+    results = [result_of(f) for f in (folder, whole)]
+    for record in (*states, *results):
+        del record["args"]  # the output folders differ
+    assert ("state_dict_model" in states[0]) == (mode == "semi_1")
+    assert_same(states[0], states[1])
+    assert results[0] == results[1]
+    before = snapshot(folder)
+    start(folder)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--seed 1", "--seed 1"),
+        ("--weight_decay 0.5", "--weight_decay 0.5"),
+        ("--semi_list {other}", "training_images is 4 images"),
+        ("--pretrained_weights {dino} --net dino", "net is CLeVER"),
+    ],
+)
+def test_a_finished_run_is_not_passed_off_as_another(world, tmp_path, flags, words):
+    (tmp_path / "other").write_text("cyan/01.png\ncyan/02.png\ngrey/03.png\nred/01.png\n")
+    semi = ("--ds_mode", "semi_1", "--semi_list", world.listed, "--epochs", 1)
+    assert downstream(world, world.resnet, tmp_path / "out", *semi).status == 0
+    before = snapshot(tmp_path / "out")
+    more = flags.format(other=tmp_path / "other", dino=world.dino).split()
+    assert_refused(downstream(world, world.resnet, tmp_path / "out", *semi, *more), words)
+    assert snapshot(tmp_path / "out") == before
