@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from vmamba import extension, scan_cpp
 from vmamba.selective_scan import BACKENDS, PREFERENCE
 
-BUILD_SCRIPT = ROOT / "csrc" / "selective_scan" / "setup.py"
+BUILD_SCRIPT = Path(__file__).resolve().parents[1] / "csrc" / "selective_scan" / "setup.py"
 
 
 def row(name: str, text: str) -> None:
@@ -42,7 +41,8 @@ def build_script() -> ModuleType | None:
 def show_torch() -> None:
     row("Python", f"{platform.python_version()} ({sys.executable})")
     row("torch", f"{torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs only'}")
-    row("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, best instructions {torch.backends.cpu.get_cpu_capability()}")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    row("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, best instructions {instructions}")
     if not torch.cuda.is_available():
         row("GPU", "none that torch can use")
     for index in range(torch.cuda.device_count()):

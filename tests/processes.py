@@ -119,7 +119,7 @@ def run(script: str, *flags: object, output: Path, processes: int = 1, kill_at: 
 def fork(target, *args: object) -> multiprocessing.Process:
     """A process that runs a module's function `target(*args)`, forked from the server (started at the first call)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "processes", "main_dino", "eval_linear"])
+    context.set_forkserver_preload(["pytest", "processes", "main_dino", "eval_linear", "eval_linear_ds", "eval_knn"])
     with mock.patch.dict(os.environ, SETTINGS):
         forkserver.ensure_running()
         process = context.Process(target=target, args=args)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from utils import InputError
-from vmamba import scan_torch, selective_scan as module
+from vmamba import scan_torch
+from vmamba import selective_scan as module
 from vmamba.selective_scan import BACKENDS, choose_backend, scan_flops, selective_scan, selective_scan_2d
 
 GPU = torch.cuda.is_available()
@@ -56,7 +57,9 @@ def image(batch: int, channels: int, height: int, width: int, states: int, rank:
     ]
 
 
-def with_gradients(function, tensors: list[Tensor | None], device: str, dtype: torch.dtype, streams: tuple[int, ...]) -> list[Tensor]:
+def with_gradients(
+    function, tensors: list[Tensor | None], device: str, dtype: torch.dtype, streams: tuple[int, ...]
+) -> list[Tensor]:
     """y and the gradient of every tensor, for a fixed gradient of y; `streams`: the tensors that have the type `dtype`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     given = [

@@ -32,12 +32,12 @@ def _structure(name: str, sizes: str, pointers: str) -> type[ctypes.Structure]:
 
 Images = _structure(
     "ScanCudaImages",
-    "batch height width channels rank states type warps samples",
+    "device batch height width channels rank states type warps samples",
     "x proj dt_weight A D dt_bias saved y gy dx scratch ddelta dBC sums stream",
 )
 Sequences = _structure(
     "ScanCudaSequences",
-    "batch directions channels length states type softplus lanes",
+    "device batch directions channels length states type softplus lanes",
     "u delta A B C D delta_bias saved y gy du ddelta dB dC dA dD dbias carry stream",
 )
 
@@ -52,15 +52,17 @@ def unavailable(device: torch.device | None = None) -> str | None:
         return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
-    with torch.cuda.device(device):
-        reason = _function("scan_cuda_unavailable", ctypes.c_char_p)()
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    with torch.cuda.device(index):
+        reason = _function("scan_cuda_unavailable", ctypes.c_char_p)(ctypes.c_int64(index))
     if reason is None:
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
     return (
         f"the library does not run on {name} (compute capability {major}.{minor}): {reason.decode()}; "
-        f"build it for this GPU: TORCH_CUDA_ARCH_LIST={major}.{minor} {extension.REBUILD}"
+        f"build it for this GPU, with a CUDA toolkit that the driver supports: "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor} {extension.REBUILD}"
     )
 
 
@@ -115,6 +117,13 @@ def _aligned(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: each.clone() if each is not None and each.data_ptr() % 8 else each for name, each in tensors.items()}
 
 
+def _room_for_states(like: Tensor, batch: int, directions: int, channels: int, length: int, states: int, tile: int) -> Tensor:
+    """`saved`, of `states_shape`; what tiles of this length leave of it is 0, since operators return nothing undefined."""
+    saved = like.new_empty(states_shape(batch, directions, channels, length, states))
+    saved.view(-1)[batch * directions * channels * states * -(-length // tile) :].zero_()
+    return saved
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sequences
 
@@ -122,6 +131,7 @@ def _aligned(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 def _sequences(u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool) -> ctypes.Structure:
     batch, directions, states, length = B.shape
     return Sequences(
+        device=u.device.index,
         batch=batch,
         directions=directions,
         channels=A.shape[0] // directions,
@@ -149,7 +159,8 @@ def forward(
     """
     args = _sequences(u, A, B, delta_softplus)
     y = A.new_empty(u.shape)
-    saved = A.new_empty(states_shape(args.batch, args.directions, args.channels, args.length, args.states))
+    sizes = args.batch, args.directions, args.channels, args.length, args.states
+    saved = _room_for_states(A, *sizes, tile=args.lanes * LANE_STEPS)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "saved": saved, "y": y}
     _call("scan_cuda_sequences_forward", _pointers(args, tensors), u.device)
     return y, saved
@@ -196,6 +207,7 @@ def _images(x: Tensor, dt_weight: Tensor, A: Tensor) -> ctypes.Structure:
     batch, height, width, channels = x.shape
     warps = _warps(height * width, A.shape[-1])
     return Images(
+        device=x.device.index,
         batch=batch,
         height=height,
         width=width,
@@ -229,7 +241,8 @@ def forward_2d(
         return y[..., :-1].contiguous(), saved
     args = _images(x, dt_weight, A)
     y = A.new_empty(x.shape)
-    saved = A.new_empty(states_shape(args.batch, 4, args.channels, args.height * args.width, args.states))
+    sizes = args.batch, 4, args.channels, args.height * args.width, args.states
+    saved = _room_for_states(A, *sizes, tile=args.warps * WARP_STEPS)
     inputs = _aligned({"x": x, "proj": proj, "dt_weight": dt_weight, "A": A, "D": D, "dt_bias": dt_bias})
     _call("scan_cuda_images_forward", _pointers(args, {**inputs, "saved": saved, "y": y}), x.device)
     return y, saved

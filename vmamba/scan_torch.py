@@ -84,9 +84,7 @@ def reference_2d(x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tenso
     _, height, width, channels = x.shape
     rank, states = dt_weight.shape[-1], A.shape[-1]
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    streams = torch.stack(
-        [cross_scan(proj[..., k, :].to(kind))[:, k] for k in range(4)], dim=1
-    )  # [B, 4, R + 2N, L]
+    streams = torch.stack([cross_scan(proj[..., k, :].to(kind))[:, k] for k in range(4)], dim=1)  # [B, 4, R + 2N, L]
     dt, B, C = streams.split([rank, states, states], dim=2)
     delta = torch.einsum("kdr,bkrl->bkdl", dt_weight.to(kind), dt)
     u = cross_scan(x.to(kind))
@@ -95,7 +93,7 @@ def reference_2d(x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The chunked form: the backend `torch`. A direction at a time, so that what it works on stays in cache; [B, L, D], N one by one.
+# The chunked form: the backend `torch`. A direction at a time, so that it works in cache: [B, L, D], states one by one.
 
 CHUNK = 8  # positions that a step of Python passes over side by side; chunk ends are scanned the same way, 8 times fewer
 
@@ -214,7 +212,8 @@ def forward(
     K, kind = B.shape[1], _kind(u)
     raw = delta.to(kind) if delta_bias is None else delta.to(kind) + delta_bias[:, None]
     steps = _split_directions(softplus(raw) if delta_softplus else raw, K, kind)
-    parts = zip(_split_directions(u, K, kind), steps, A.chunk(K), *(_split_directions(each, K, kind) for each in (B, C)))
+    streams = [_split_directions(each, K, kind) for each in (B, C)]
+    parts = zip(_split_directions(u, K, kind), steps, A.chunk(K), *streams, strict=True)
     y = _join_directions([_scan(*part, reverse=False) for part in parts], u.to(kind))
     return (y if D is None else y.addcmul_(u.to(kind), D[:, None])), y.new_empty(0)
 
@@ -236,8 +235,8 @@ def backward(
     raw = delta.to(kind) if delta_bias is None else delta.to(kind) + delta_bias[:, None]
     tensors = (gy, u, softplus(raw) if delta_softplus else raw, B, C)
     gys, us, steps, Bs, Cs = (_split_directions(each, K, kind) for each in tensors)
-    grads = [_scan_backward(*part, reverse=False) for part in zip(gys, us, steps, A.chunk(K), Bs, Cs)]
-    du, ddelta, dA, dB, dC = (list(parts) for parts in zip(*grads))
+    grads = [_scan_backward(*part, reverse=False) for part in zip(gys, us, steps, A.chunk(K), Bs, Cs, strict=True)]
+    du, ddelta, dA, dB, dC = (list(parts) for parts in zip(*grads, strict=True))
     du, ddelta = _join_directions(du, u.to(kind)), _join_directions(ddelta, u.to(kind))
     dD = None if D is None else (gy * u).sum((0, 2))
     if D is not None:

@@ -49,8 +49,8 @@ def _power_of_two(number: int) -> int:
 
 
 def _positions(length: int) -> int:
-    """Positions of a tile."""
-    return min(max(_power_of_two(length), 2 * STEPS), 64)
+    """Positions of a tile; more of them under the interpreter, whose time is per operation."""
+    return min(max(_power_of_two(length), 2 * STEPS), 256 if _kernels().INTERPRETED else 64)
 
 
 def states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ def states_shape(batch: int, directions: int, channels: int, length: int, states
 
 
 def _block(channels: int, length: int) -> int:
-    """Channels of a tile; all of them under the interpreter, whose time is per operation."""
+    """Channels of a tile; all of them under the interpreter."""
     all_channels = _power_of_two(channels)
     return all_channels if _kernels().INTERPRETED else min(all_channels, TILE // _positions(length))
 
@@ -83,7 +83,7 @@ def _launch(
         getattr(_kernels(), kernel)[programs, directions // directions_in_turn](
             *tensors, length, height, width, channels, -(-length // positions), directions, *strides,
             N=states, N_POWER=_power_of_two(states), DIRECTIONS=directions_in_turn, SOFTPLUS=softplus,
-            T=STEPS, S=positions // STEPS, BC=block, INTERPRETED=_kernels().INTERPRETED,
+            T=STEPS, S=positions // STEPS, BC=block,
             num_warps=min(max(positions * block // ELEMENTS_PER_WARP, 1), 8),
         )  # fmt: skip
 

@@ -46,7 +46,8 @@ def selective_scan(
         delta_softplus: delta = softplus(delta + delta_bias).
         backend: auto, cuda, triton, cpp or torch.
 
-    Any strides. u, delta, B and C in float32, bfloat16 or float16 (float64: `torch` only); the rest, and all arithmetic, in float32.
+    Any strides. u, delta, B and C in float32, bfloat16 or float16 (float64: `torch` only); the rest, and all arithmetic,
+    in float32.
 
     Returns:
         y: [B, K*D, L], float32 (float64 for float64 input).

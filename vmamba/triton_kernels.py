@@ -33,21 +33,34 @@ def _then(P1, h1, Q1, q1, P2, h2, Q2, q2):
 
 
 @triton.jit
-def _scan(P, h, index, LENGTH: tl.constexpr, REVERSE: tl.constexpr, INTERPRETED: tl.constexpr):
+def _associative_scan(P, h, index, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
     """Inclusive (P, h) and exclusive (Q, q) scans of maps over axis 0, where `index` counts 0..LENGTH-1."""
-    Q, q = tl.zeros_like(P) + 1.0, tl.zeros_like(h)
-    if not INTERPRETED:
-        return tl.associative_scan((P, h, Q, q), 0, _then, reverse=REVERSE)
-    # The interpreter calls `_then` for each element of a tile: minutes instead of seconds.
-    P_all, h_all = Q, q
-    P_now, h_now = tl.sum(P * 0.0, 0, keep_dims=True) + 1.0, tl.sum(h * 0.0, 0, keep_dims=True)
-    for step in range(LENGTH):
-        here = index == (LENGTH - 1 - step if REVERSE else step)
-        Q, q = tl.where(here, P_now, Q), tl.where(here, h_now, q)
-        P_here = tl.sum(tl.where(here, P, 0.0), 0, keep_dims=True)
-        P_now, h_now = P_here * P_now, P_here * h_now + tl.sum(tl.where(here, h, 0.0), 0, keep_dims=True)
-        P_all, h_all = tl.where(here, P_now, P_all), tl.where(here, h_now, h_all)
-    return P_all, h_all, Q, q
+    return tl.associative_scan((P, h, tl.full(P.shape, 1.0, P.dtype), tl.zeros_like(h)), 0, _then, reverse=REVERSE)
+
+
+@triton.jit
+def _from(x, source, exists, otherwise):
+    """Elements `source` of axis 0, and `otherwise` where there is none."""
+    source = tl.broadcast_to(tl.where(exists, source, 0), x.shape)
+    return tl.where(exists, tl.gather(x, source, 0), otherwise)
+
+
+@triton.jit
+def _scan_by_doubling(P, h, index, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
+    """The same for the interpreter, whose associative_scan calls `_then` for each element: minutes instead of seconds."""
+    stride = 1
+    while stride < LENGTH:
+        source = index + stride if REVERSE else index - stride
+        exists = (source >= 0) & (source < LENGTH)
+        P, h = P * _from(P, source, exists, 1.0), P * _from(h, source, exists, 0.0) + h
+        stride *= 2
+    source = index + 1 if REVERSE else index - 1
+    exists = (source >= 0) & (source < LENGTH)
+    return P, h, _from(P, source, exists, 1.0), _from(h, source, exists, 0.0)
+
+
+INTERPRETED = not isinstance(_then, triton.JITFunction)  # TRITON_INTERPRET was set when this file was imported
+_scan = _scan_by_doubling if INTERPRETED else _associative_scan
 
 
 @triton.jit
@@ -86,7 +99,7 @@ def forward(
     x_batch, x_direction, delta_batch, delta_direction,
     bc_batch, bc_direction, bc_state, bc_position,
     N: tl.constexpr, N_POWER: tl.constexpr, DIRECTIONS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, INTERPRETED: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y, and the state that enters each tile, [B, K, tiles, N, D]. Grid: (B * channel blocks, K / DIRECTIONS).
 
@@ -114,7 +127,7 @@ def forward(
             inside_order = order < L  # T, S
             position = _positions(order, turn, L, height, width)
             inside = inside_order[:, :, None] & inside_c[None, None, :]
-            at = position[:, :, None] * channels + c[None, None, :]  # T, S, R
+            at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])  # T, S, R
             at_bc = position * bc_position  # T, S
 
             x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
@@ -132,8 +145,8 @@ def forward(
                 carry_n = _pick(carry, n_row == n)  # R
                 tl.store(states_k + (tile * N + n) * channels + c, carry_n, mask=inside_c)
 
-                P, h, _, _ = _scan(tl.exp2(dt * A_n), B_n * dtx, t, T, False, INTERPRETED)
-                P_all, h_all, Q, q = _scan(_pick(P, t == T - 1), _pick(h, t == T - 1), s, S, False, INTERPRETED)  # S, R
+                P, h, _, _ = _scan(tl.exp2(dt * A_n), B_n * dtx, t, T, False)
+                P_all, h_all, Q, q = _scan(_pick(P, t == T - 1), _pick(h, t == T - 1), s, S, False)  # S, R
                 h += P * (Q * carry_n + q)[None, :, :]
                 carry = tl.where(n_row == n, _pick(P_all * carry_n + h_all, s == S - 1), carry)
                 y_tile += C_n * h
@@ -151,7 +164,7 @@ def backward(
     x_batch, x_direction, delta_batch, delta_direction,
     bc_batch, bc_direction, bc_state, bc_position, dbc_block, dbc_batch, dbc_direction,
     N: tl.constexpr, N_POWER: tl.constexpr, DIRECTIONS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, INTERPRETED: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients. With a_l = exp(delta_l A), the gradient of h_l is g_l = C_l gy_l + r_{l+1}, and r_l = a_l g_l.
 
@@ -186,7 +199,7 @@ def backward(
             inside_order = order < L  # T, S
             position = _positions(order, turn, L, height, width)
             inside = inside_order[:, :, None] & inside_c[None, None, :]
-            at = position[:, :, None] * channels + c[None, None, :]  # T, S, R
+            at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])  # T, S, R
             at_bc = position * bc_position  # T, S
 
             x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
@@ -208,13 +221,13 @@ def backward(
 
                 a = tl.exp2(dt * (A_n * LOG2E))
                 b = dt * x_tile * B_n
-                P, h, Q, q = _scan(a, b, t, T, False, INTERPRETED)
+                P, h, Q, q = _scan(a, b, t, T, False)
                 P_chunk = _pick(P, t == T - 1)  # S, R
-                _, _, Q_chunk, q_chunk = _scan(P_chunk, _pick(h, t == T - 1), s, S, False, INTERPRETED)
+                _, _, Q_chunk, q_chunk = _scan(P_chunk, _pick(h, t == T - 1), s, S, False)
                 ah = a * (Q * (Q_chunk * h_in + q_chunk)[None, :, :] + q)  # a_l h_{l-1}
 
-                _, r, Q, q = _scan(a, a * (C_n * gy_tile), t, T, True, INTERPRETED)
-                P_all, r_all, Q_chunk, q_chunk = _scan(P_chunk, _pick(r, t == 0), s, S, True, INTERPRETED)
+                _, r, Q, q = _scan(a, a * (C_n * gy_tile), t, T, True)
+                P_all, r_all, Q_chunk, q_chunk = _scan(P_chunk, _pick(r, t == 0), s, S, True)
                 g = C_n * gy_tile + Q * (Q_chunk * r_in + q_chunk)[None, :, :] + q
                 carry = tl.where(n_row == n, _pick(P_all * r_in + r_all, s == 0), carry)
 
@@ -242,6 +255,3 @@ def backward(
         tl.store(dbias + channel, tl.sum(dbias_c, 0), mask=inside_c)
         if DIRECTIONS > 1:
             tl.debug_barrier()  # the next direction's sum_dx belongs to other threads
-
-
-INTERPRETED = not isinstance(forward, triton.JITFunction)  # TRITON_INTERPRET was set when this file was imported

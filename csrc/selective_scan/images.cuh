@@ -15,12 +15,12 @@
 #include "cuda_common.cuh"
 #include "scan_cuda.h"
 
-constexpr int LANES = 8;                    // of a row of threads
-constexpr int ROWS = WARP / LANES;          // of a warp
-constexpr int CHANNELS = 2 * LANES;         // of a block
-constexpr int WARP_STEPS = ROWS * STEPS;    // of a warp in a tile
-constexpr int MAX_THREADS = 16 * WARP;
-constexpr int DT_COLUMNS = 32;              // of dt in shared memory at a time
+constexpr int LANES = 8;                  // of a row of threads
+constexpr int ROWS = WARP / LANES;        // of a warp
+constexpr int CHANNELS = 2 * LANES;       // of a block
+constexpr int WARP_STEPS = ROWS * STEPS;  // of a warp in a tile
+constexpr int MAX_THREADS = 16 * WARP;    // of a block; half as many with several states
+constexpr int DT_COLUMNS = 32;            // of dt in shared memory at a time
 static_assert(LANES == 2 * STEPS, "each lane of a row loads, and sums, one of the row's B and C");
 
 // The sizes of ScanCudaImages and what the host derives from them. Offsets within a sample fit in an int.
@@ -40,14 +40,19 @@ __host__ __device__ inline ImageLayout image_layout(const ImagePlan& plan, int s
   const int warps = plan.warps * plan.samples;
   ImageLayout at{};
   at.dt_row = 4 * ((plan.rank < DT_COLUMNS ? plan.rank : DT_COLUMNS) | 1);  // 4 times odd: rows use different banks
-  at.weights = 0;                                                 // [R, 16]
-  at.dt = at.weights + plan.rank * CHANNELS;                           // [warps, ROWS, columns, STEPS]
-  at.bc = at.dt + warps * ROWS * at.dt_row;                       // [warps, ROWS, 2, STEPS]
-  at.carry = at.bc + warps * WARP;                                // [2, warps, LANES, 4]
-  at.reverse = at.carry + 2 * warps * LANES * 4;                  // [2, warps, LANES, 2]
-  at.totals = at.reverse + (backward ? 2 * warps * LANES * 2 : 0);            // [warps, N + 2, 16]
-  at.entering = at.totals + (backward ? warps * (states + 2) * CHANNELS : 0);  // [2, G, N, 16]
-  at.sums = at.entering + (backward ? 2 * plan.samples * states * CHANNELS : 0);  // [G, L, 16]
+  at.weights = 0;                                 // [R, 16]
+  at.dt = at.weights + plan.rank * CHANNELS;      // [warps, ROWS, columns, STEPS]
+  at.bc = at.dt + warps * ROWS * at.dt_row;       // [warps, ROWS, 2, STEPS]
+  at.carry = at.bc + warps * WARP;                // [2, warps, LANES, 4]
+  at.reverse = at.carry + 2 * warps * LANES * 4;  // backward: [2, warps, LANES, 2]
+  at.totals = at.reverse;                         // backward: [warps, N + 2, 16]
+  at.entering = at.reverse;                       // backward: [2, G, N, 16]
+  at.sums = at.reverse;                           // [G, L, 16]
+  if (backward) {
+    at.totals = at.reverse + 2 * warps * LANES * 2;
+    at.entering = at.totals + warps * (states + 2) * CHANNELS;
+    at.sums = at.entering + 2 * plan.samples * states * CHANNELS;
+  }
   at.size = at.sums + (plan.sums_shared ? plan.samples * plan.length * CHANNELS : 0);
   return at;
 }
@@ -171,10 +176,9 @@ struct Source {
   }
 };
 
-// Every lane of a row gets B and C of the row's steps, of which each lane has loaded one.
+// Every lane of a row gets B and C of the row's steps, of which each lane has loaded one. Between two calls the block meets.
 template <typename T>
 __device__ inline void exchange_bc(T mine, float* bc_row, int lane, float (&B)[STEPS], float (&C)[STEPS]) {
-  __syncwarp();
   bc_row[lane] = to_float(mine);
   __syncwarp();
   const float4 b = *reinterpret_cast<const float4*>(bc_row);
@@ -214,10 +218,10 @@ __device__ inline void scan_rows(Maps& maps, Maps& others, int row) {
   }
 }
 
-// The block's dt_weight of one direction, [R, 16]. Barriers on both sides: the direction before has to be through.
+// The block's dt_weight of one direction, [R, 16]. Nobody needs the direction before any more: the block met in its last tile.
+// The barrier also separates the sums of two directions.
 __device__ inline void load_weights(float* weights, const float* dt_weight, const ImagePlan& plan, int direction,
                                     int block_channel) {
-  __syncthreads();
   const int rank = plan.rank;
   for (int i = threadIdx.x; i < rank * CHANNELS; i += blockDim.x) {
     const int channel = block_channel + i / rank;

@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
 #pragma unroll
       for (int t = 0; t < STEPS; ++t) {
         const bool valid = step + t < source.end && place.exists;
-        const float2 gy_pair =
-            valid ? load_pair(args.gy + offset + source.path.position(step + t) * plan.channels).unpack() : make_float2(0.f, 0.f);
+        float2 gy_pair = make_float2(0.f, 0.f);
+        if (valid) gy_pair = load_pair(args.gy + offset + source.path.position(step + t) * plan.channels).unpack();
         const float2 x_pair = now.x[t].unpack();
         gy[t][0] = gy_pair.x, gy[t][1] = gy_pair.y;
         x[t][0] = x_pair.x, x[t][1] = x_pair.y;

@@ -44,7 +44,7 @@ class Scan1d {
     const Memory pieces(pieces_size * sizeof(float));
     if (!memory.base || !sums.base || !pieces.base) return SCAN_OUT_OF_MEMORY;
     float *const dBC = (float*)sums.base, *const dparameters = (float*)pieces.base;
-    memset(dparameters, 0, pieces_size * sizeof(float));
+    clear(dparameters, pieces_size);
 
     parallel(groups.samples.count * K * groups.blocks.count, args.threads, [&](int64_t task, int thread) {
       Arena own = {memory.base + thread * bytes};
@@ -54,8 +54,8 @@ class Scan1d {
       float* const dB = dBC + block_group * 2 * BC_size;
       for (int64_t b = groups.samples.first(sample_group); b < groups.samples.first(sample_group + 1); ++b) {
         const int64_t at = (b * K + direction) * args.states * length;
-        memset(dB + at, 0, args.states * length * sizeof(float));
-        memset(dB + BC_size + at, 0, args.states * length * sizeof(float));
+        clear(dB + at, args.states * length);
+        clear(dB + BC_size + at, args.states * length);
         for (int64_t block = groups.blocks.first(block_group); block < groups.blocks.first(block_group + 1); ++block) {
           float* const piece = dparameters + ((sample_group * blocks + block) * K + direction) * size;
           backward_block(space, place(space, b, direction, block), dB + at, dB + BC_size + at, piece);
@@ -110,7 +110,7 @@ class Scan1d {
     const int64_t sequence = b * args.directions + direction, channel = block * BLOCK;
     const int64_t count = at_most(args.channels - channel, BLOCK), first = direction * args.channels + channel;
     pack(model, first, count, space.parameters);
-    memset(space.skip, 0, sizeof(float) * BLOCK);
+    clear(space.skip, BLOCK);
     for (int64_t c = 0; args.D && c < count; ++c) space.skip[c] = args.D[first + c];
     for (float* each : {space.u, space.gy, (float*)space.work->delta}) memset(each, 0, sizeof(Rows));
     return {count, sequence * args.channels + channel, sequence * args.states,
@@ -136,13 +136,15 @@ class Scan1d {
     for (int t = 0; t < tile.count; ++t)
       for (int v = 0; v < BLOCK; v += LANES)
         store(work.delta[t] + v, load(work.delta[t] + v) + load(space.parameters.bias + v));
-    if (args.softplus) slope ? softplus<true>(tile.count, work) : softplus<false>(tile.count, work);
-    for (int i = 0; !args.softplus && slope && i < count * BLOCK; ++i) work.slope[0][i] = 1.f;
+    if (args.softplus)
+      slope ? softplus<true>(tile.count, work) : softplus<false>(tile.count, work);
+    else
+      for (int v = 0; v < TILE * BLOCK; v += LANES) store(&work.slope[0][0] + v, broadcast(1.f));
   }
 
   void forward_block(const Space& space, const Place& at) const {
     Work& work = *space.work;
-    memset(space.state, 0, sizeof(float) * args.states * BLOCK);
+    clear(space.state, args.states * BLOCK);
     for (int64_t start = 0, saved = at.saved; start < length; start += TILE) {
       load_tile(space, at, start, false);
       for (int64_t n = 0; n < args.states; ++n, saved += args.channels)
@@ -160,7 +162,7 @@ class Scan1d {
     const Gradients grad = gradients(model, piece);
     const int64_t states = args.states;
     Work& work = *space.work;
-    memset(space.carry, 0, sizeof(float) * states * BLOCK);
+    clear(space.carry, states * BLOCK);
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
       const int64_t start = tile * TILE, row = at.channel * length + start;
       load_tile(space, at, start, true);

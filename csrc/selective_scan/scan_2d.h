@@ -60,7 +60,7 @@ class Scan2d {
     const Memory pieces(pieces_size * sizeof(float));
     if (!memory.base || !sums.base || !pieces.base || !fill_columns()) return SCAN_OUT_OF_MEMORY;
     float *const dproj = (float*)sums.base, *const dparameters = (float*)pieces.base;
-    if (args.batch == 0) memset(dparameters, 0, pieces_size * sizeof(float));
+    if (args.batch == 0) clear(dparameters, pieces_size);
 
     parallel(groups.samples.count * groups.blocks.count, args.threads, [&](int64_t task, int thread) {
       Arena own = {memory.base + thread * bytes};
@@ -68,10 +68,10 @@ class Scan2d {
       const int64_t sample_group = task / groups.blocks.count, block_group = task % groups.blocks.count;
       const int64_t first = groups.samples.first(sample_group), last = groups.samples.first(sample_group + 1);
       float* const own_dproj = dproj + block_group * group_stride;
-      memset(own_dproj + first * sample_stride, 0, (last - first) * sample_stride * sizeof(float));
+      clear(own_dproj + first * sample_stride, (last - first) * sample_stride);
       for (int64_t block = groups.blocks.first(block_group); block < groups.blocks.first(block_group + 1); ++block) {
         float* const piece = dparameters + (sample_group * blocks + block) * size;
-        memset(piece, 0, size * sizeof(float));
+        clear(piece, size);
         pack_block(space, block * BLOCK);
         for (int64_t b = first; b < last; ++b) backward_block(space, b, block * BLOCK, own_dproj + b * sample_stride, piece);
       }
@@ -131,7 +131,7 @@ class Scan2d {
 
   void pack_block(const Space& space, int64_t channel) const {
     const int64_t count = channels_from(channel);
-    memset(space.skip, 0, sizeof(float) * BLOCK);
+    clear(space.skip, BLOCK);
     for (int direction = 0; direction < 4; ++direction) {
       pack(model, direction * args.channels + channel, count, space.parameters[direction]);
       for (int64_t c = 0; args.D && c < count; ++c) space.skip[c] += args.D[direction * args.channels + channel + c];
@@ -171,20 +171,22 @@ class Scan2d {
   // to = scale * main + skip * other
   template <typename To>
   void store_block(const float* main, float scale, const float* skip, float skip_scale, const float* other, int64_t count, To* to) const {
-    for (int v = 0; v < VECS; ++v) {
-      const Vec D = load(skip + v * LANES) * skip_scale;
-      for (int64_t i = 0, at = v * LANES; i < length; ++i, at += BLOCK)
-        store_some(to + i * args.channels + v * LANES, load(main + at) * scale + D * load(other + at), count - v * LANES);
-    }
+    Vec D[VECS];
+    for (int v = 0; v < VECS; ++v) D[v] = load(skip + v * LANES) * skip_scale;
+    for (int64_t i = 0; i < length; ++i, main += BLOCK, other += BLOCK, to += args.channels)
+      for (int v = 0; v < VECS; ++v) {
+        const Vec value = load(main + v * LANES) * scale + D[v] * load(other + v * LANES);
+        store_some(to + v * LANES, value, count - v * LANES);
+      }
   }
 
   void forward_block(const Space& space, int64_t b, int64_t channel) const {
     const int64_t count = channels_from(channel), block = b * length * args.channels + channel;
     load_block((const T*)args.x + block, count, LN2, space.u);
-    memset(space.y, 0, sizeof(float) * length * BLOCK);
+    clear(space.y, length * BLOCK);
     for (int direction = 0; direction < 4; ++direction) {
       const Parameters& p = space.parameters[direction];
-      memset(space.state, 0, sizeof(float) * args.states * BLOCK);
+      clear(space.state, args.states * BLOCK);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         for (int64_t n = 0; n < args.states; ++n)
           for (int64_t c = 0; c < BLOCK; c += LANES)
@@ -203,11 +205,11 @@ class Scan2d {
     const int64_t count = channels_from(channel), block = b * length * args.channels + channel;
     load_block((const T*)args.x + block, count, LN2, space.u);
     load_block(args.gy + block, count, 1.f, space.gy);
-    memset(space.du, 0, sizeof(float) * length * BLOCK);
+    clear(space.du, length * BLOCK);
     for (int direction = 0; direction < 4; ++direction) {
       const Parameters& p = space.parameters[direction];
       const Gradients grad = gradients(model, piece + direction * model.gradient_size());
-      memset(space.carry, 0, sizeof(float) * args.states * BLOCK);
+      clear(space.carry, args.states * BLOCK);
       for (int64_t tile = tiles - 1; tile >= 0; --tile) {
         for (int64_t n = 0; n < args.states; ++n)
           for (int64_t c = 0; c < BLOCK; c += LANES)

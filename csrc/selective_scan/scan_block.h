@@ -19,7 +19,7 @@ namespace {
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 inline int64_t round_up(int64_t value, int64_t to) { return divide_up(value, to) * to; }
-inline int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
+inline void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
 
 // Hands out pieces of one allocation; on a null base it only counts.
 struct Arena {
@@ -123,13 +123,16 @@ inline Parameters take_parameters(Arena& arena, const Model& m) {
 // Parameters of `count` channels from row `first` (direction * D + channel) on; the block's other channels get zeros.
 inline void pack(const Model& m, int64_t first, int64_t count, const Parameters& p) {
   const int64_t stride = round_up(m.rank, LANES);
-  memset(p.weight, 0, sizeof(float) * m.rank * BLOCK);
-  memset(p.weight_transposed, 0, sizeof(float) * stride * BLOCK);
-  memset(p.bias, 0, sizeof(float) * BLOCK);
-  memset(p.A, 0, sizeof(float) * m.states * BLOCK);
+  clear(p.bias, BLOCK);
+  if (count < BLOCK) {
+    clear(p.weight, m.rank * BLOCK);
+    clear(p.weight_transposed, stride * BLOCK);
+    clear(p.A, m.states * BLOCK);
+  }
   transpose(m.weight + first * m.rank, m.rank, count, m.rank, p.weight, BLOCK, LOG2E);
   for (int64_t c = 0; c < count; ++c)
-    for (int64_t r = 0; r < m.rank; ++r) p.weight_transposed[c * stride + r] = LOG2E * m.weight[(first + c) * m.rank + r];
+    for (int64_t r = 0; r < m.rank; r += LANES)
+      store(p.weight_transposed + c * stride + r, load_some(m.weight + (first + c) * m.rank + r, m.rank - r) * LOG2E);
   for (int64_t c = 0; m.bias && c < count; ++c) p.bias[c] = LOG2E * m.bias[first + c];
   transpose(m.A + first * m.states, m.states, count, m.states, p.A, BLOCK, 1.f);
 }

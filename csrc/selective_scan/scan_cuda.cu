@@ -10,10 +10,8 @@ const char* const TOO_LARGE = "the CUDA selective scan takes less than 2^31 numb
 
 const char* words(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-cudaError_t shared_limit(int& bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error ? error : cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+cudaError_t shared_limit(int64_t device, int& bytes) {
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, int(device));
 }
 
 int64_t divide_up(int64_t of, int64_t by) { return (of + by - 1) / by; }
@@ -62,7 +60,8 @@ const char* run_images(ScanCudaImages args, bool backward) {
   if (blocks == 0) return nullptr;
 
   int limit = 0;
-  if (const cudaError_t error = shared_limit(limit)) return words(error);
+  if (const cudaError_t error = cudaSetDevice(int(args.device))) return words(error);
+  if (const cudaError_t error = shared_limit(args.device, limit)) return words(error);
   const ImagePlan plan = plan_images(args, backward, limit);
   const int bytes = 4 * image_layout(plan, plan.states, backward).size;
   if (bytes > limit) return "the rank of delta or the number of states is too large for this device's shared memory";
@@ -84,6 +83,7 @@ const char* run_sequences(const ScanCudaSequences& args, bool backward) {
   const int64_t blocks = args.batch * args.directions * divide_up(args.channels, slots);
   if ((args.length + SEQUENCE_THREADS) >> 31 || blocks >> 31) return TOO_LARGE;
   if (blocks == 0) return nullptr;
+  if (const cudaError_t error = cudaSetDevice(int(args.device))) return words(error);
   SequenceKernel kernel = nullptr;
   if (args.type == SCAN_FLOAT32) kernel = sequence_kernel<float>(backward);
   if (args.type == SCAN_BFLOAT16) kernel = sequence_kernel<Bfloat16>(backward);
@@ -102,17 +102,17 @@ const char* scan_cuda_images_backward(const ScanCudaImages* args) { return run_i
 const char* scan_cuda_sequences_forward(const ScanCudaSequences* args) { return run_sequences(*args, false); }
 const char* scan_cuda_sequences_backward(const ScanCudaSequences* args) { return run_sequences(*args, true); }
 
-const char* scan_cuda_unavailable(void) {
+const char* scan_cuda_unavailable(int64_t device) {
   cudaFuncAttributes attributes;
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(image_kernel<float>(true, true)));
+  cudaError_t error = cudaSetDevice(int(device));
+  if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(image_kernel<float>(true, true)));
   cudaGetLastError();  // leaves no error behind for the next call to find
   return words(error);
 }
 
 int64_t scan_cuda_images_scratch(const ScanCudaImages* args) {
   int limit = 0;
-  if (args->type == SCAN_FLOAT32 || shared_limit(limit)) return 0;
+  if (args->type == SCAN_FLOAT32 || shared_limit(args->device, limit)) return 0;
   return plan_images(*args, true, limit).sums_shared ? 0 : args->batch * args->height * args->width * args->channels;
 }
 

@@ -1,7 +1,7 @@
 // The plain C interface of the CUDA library: what vmamba/scan_cuda.py fills, and scan_cuda.cu reads.
 //
 // Letters as in vmamba/scan_torch.py: B batch, K directions, D channels of a direction, L = H*W positions, N states of a
-// channel, R rank of delta. All tensors are contiguous, on the current device, and start at a multiple of 8 bytes. Pointers
+// channel, R rank of delta. All tensors are contiguous, on the same device, and start at a multiple of 8 bytes. Pointers
 // that may be null are marked "or null".
 // The numbers of `type` and SCAN_ABI_VERSION, which covers this file too, stand in scan.h.
 #pragma once
@@ -17,7 +17,7 @@ extern "C" {
 // Images, in four directions; D is even. G samples share a block of threads, with W warps each; a warp takes 16 positions and
 // 16 channels at a time, so a tile is of 16*W positions.
 struct ScanCudaImages {
-  int64_t batch, height, width, channels, rank, states, type;
+  int64_t device, batch, height, width, channels, rank, states, type;
   int64_t warps, samples;    // W and G; W*G <= 16, <= 8 unless N = 1
   const void *x, *proj;      // [B, H, W, D], [B, H, W, 4, R + 2N] of `type`
   const float* dt_weight;    // [4, D, R]
@@ -37,7 +37,7 @@ struct ScanCudaImages {
 // Sequences. S lanes of a warp share a channel, each with 4 positions in a row; a tile is of 4*S positions, a block has 256 / S
 // channels.
 struct ScanCudaSequences {
-  int64_t batch, directions, channels, length, states, type, softplus;
+  int64_t device, batch, directions, channels, length, states, type, softplus;
   int64_t lanes;                // S: 1, 2, 4, 8, 16 or 32
   const void *u, *delta;        // [B, K*D, L] of `type`
   const float* A;               // [K*D, N]
@@ -53,14 +53,14 @@ struct ScanCudaSequences {
   void* stream;
 };
 
-// Each returns null, or the reason in words.
+// Each returns null, or the reason in words, and leaves the device as the current one of this library's CUDA runtime.
 SCAN_EXPORT const char* scan_cuda_images_forward(const struct ScanCudaImages*);
 SCAN_EXPORT const char* scan_cuda_images_backward(const struct ScanCudaImages*);
 SCAN_EXPORT const char* scan_cuda_sequences_forward(const struct ScanCudaSequences*);
 SCAN_EXPORT const char* scan_cuda_sequences_backward(const struct ScanCudaSequences*);
-SCAN_EXPORT const char* scan_cuda_unavailable(void);  // why the current device cannot run this library
+SCAN_EXPORT const char* scan_cuda_unavailable(int64_t device);  // why it cannot run this library
 
-// How many floats backward needs as `scratch` on the current device.
+// How many floats backward needs as `scratch`.
 SCAN_EXPORT int64_t scan_cuda_images_scratch(const struct ScanCudaImages*);
 
 SCAN_EXPORT int scan_abi_version(void);

@@ -14,6 +14,8 @@
 #include <arm_neon.h>
 #endif
 
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -38,40 +40,42 @@ struct Float16 {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
-inline Vec broadcast(float value) { return value - Vec{}; }
+INLINE Vec broadcast(float value) { return value - Vec{}; }
 
 // The larger and the smaller of the two; NaN where `b` is NaN.
 #if defined(__AVX512F__)
-inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
-inline Vec smaller(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE Vec smaller(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
-inline Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
-inline Vec smaller(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE Vec smaller(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 #elif defined(__x86_64__)
-inline Vec larger(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
-inline Vec smaller(Vec a, Vec b) { return (Vec)_mm_min_ps((__m128)a, (__m128)b); }
+INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
+INLINE Vec smaller(Vec a, Vec b) { return (Vec)_mm_min_ps((__m128)a, (__m128)b); }
 #else
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 #endif
+
+INLINE int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
 
 // ---- loads and stores; lanes from `count` on are read as 0 and not written ----
 
-inline Vec load(const float* from) {
+INLINE Vec load(const float* from) {
   Vec value;
   memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline void store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
+INLINE void store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 
-inline Vec load(const BFloat16* from) {
+INLINE Vec load(const BFloat16* from) {
   HalfBits half;
   memcpy(&half, from, sizeof half);
   return (Vec)(__builtin_convertvector(half, Bits) << 16);
 }
 
-inline void store(BFloat16* to, Vec value) {
+INLINE void store(BFloat16* to, Vec value) {
   const Bits bits = (Bits)value;
   const Bits nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const HalfBits half = __builtin_convertvector(value == value ? nearest_even : (bits >> 16) | 0x40, HalfBits);
@@ -79,16 +83,16 @@ inline void store(BFloat16* to, Vec value) {
 }
 
 #if defined(__AVX512F__)
-inline Vec load(const Float16* from) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
-inline void store(Float16* to, Vec value) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, 0)); }
+INLINE Vec load(const Float16* from) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+INLINE void store(Float16* to, Vec value) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, 0)); }
 #elif defined(__F16C__)
-inline Vec load(const Float16* from) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-inline void store(Float16* to, Vec value) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, 0)); }
+INLINE Vec load(const Float16* from) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+INLINE void store(Float16* to, Vec value) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, 0)); }
 #elif defined(__aarch64__)
-inline Vec load(const Float16* from) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }
-inline void store(Float16* to, Vec value) { vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)value))); }
+INLINE Vec load(const Float16* from) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))); }
+INLINE void store(Float16* to, Vec value) { vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)value))); }
 #else
-inline Vec load(const Float16* from) {
+INLINE Vec load(const Float16* from) {
   HalfBits half;
   memcpy(&half, from, sizeof half);
   const Bits bits = __builtin_convertvector(half, Bits), exponent = bits & 0x7c00, magnitude = (bits & 0x7fff) << 13;
@@ -99,7 +103,7 @@ inline Vec load(const Float16* from) {
   return (Vec)((Bits)value | (bits & 0x8000) << 16);
 }
 
-inline void store(Float16* to, Vec value) {
+INLINE void store(Float16* to, Vec value) {
   const Bits bits = (Bits)value, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   const Bits normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const Vec shift = broadcast(0.5f);  // adding it leaves the digits of a subnormal number in the lowest bits, rounded
@@ -113,7 +117,7 @@ inline void store(Float16* to, Vec value) {
 #endif
 
 template <typename T>
-inline Vec load_some(const T* from, int64_t count) {
+INLINE Vec load_some(const T* from, int64_t count) {
   if (count >= LANES) return load(from);
   T some[LANES] = {};
   for (int64_t lane = 0; lane < count; ++lane) some[lane] = from[lane];
@@ -121,7 +125,7 @@ inline Vec load_some(const T* from, int64_t count) {
 }
 
 template <typename T>
-inline void store_some(T* to, Vec value, int64_t count) {
+INLINE void store_some(T* to, Vec value, int64_t count) {
   if (count >= LANES) return store(to, value);
   T some[LANES];
   store(some, value);
@@ -136,40 +140,40 @@ struct Quad {
   Vec a, b, c, d;
 };
 
-inline Quad operator+(Quad x, Quad y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
-inline Quad operator-(Quad x, Quad y) { return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d}; }
-inline Quad operator*(Quad x, Quad y) { return {x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
-inline Quad operator/(Quad x, Quad y) { return {x.a / y.a, x.b / y.b, x.c / y.c, x.d / y.d}; }
-inline Quad operator+(Quad x, float y) { return {x.a + y, x.b + y, x.c + y, x.d + y}; }
-inline Quad operator-(Quad x, float y) { return {x.a - y, x.b - y, x.c - y, x.d - y}; }
-inline Quad operator*(Quad x, float y) { return {x.a * y, x.b * y, x.c * y, x.d * y}; }
+INLINE Quad operator+(Quad x, Quad y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+INLINE Quad operator-(Quad x, Quad y) { return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d}; }
+INLINE Quad operator*(Quad x, Quad y) { return {x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
+INLINE Quad operator/(Quad x, Quad y) { return {x.a / y.a, x.b / y.b, x.c / y.c, x.d / y.d}; }
+INLINE Quad operator+(Quad x, float y) { return {x.a + y, x.b + y, x.c + y, x.d + y}; }
+INLINE Quad operator-(Quad x, float y) { return {x.a - y, x.b - y, x.c - y, x.d - y}; }
+INLINE Quad operator*(Quad x, float y) { return {x.a * y, x.b * y, x.c * y, x.d * y}; }
 
 template <typename F, typename... Quads>
-inline Quad map(F f, Quads... x) {
+INLINE Quad map(F f, Quads... x) {
   return {f(x.a...), f(x.b...), f(x.c...), f(x.d...)};
 }
 
-inline Quad load4(const float* from) {
+INLINE Quad load4(const float* from) {
   return {load(from), load(from + LANES), load(from + 2 * LANES), load(from + 3 * LANES)};
 }
 
-inline void store4(float* to, Quad value) {
+INLINE void store4(float* to, Quad value) {
   store(to, value.a);
   store(to + LANES, value.b);
   store(to + 2 * LANES, value.c);
   store(to + 3 * LANES, value.d);
 }
 
-inline Quad at_least(float low, Quad x) {
+INLINE Quad at_least(float low, Quad x) {
   return map([low](Vec v) { return larger(broadcast(low), v); }, x);
 }
 
-inline Quad at_most(float high, Quad x) {
+INLINE Quad at_most(float high, Quad x) {
   return map([high](Vec v) { return smaller(broadcast(high), v); }, x);
 }
 
 // 2^x for -127 <= x <= 128, relative error 1.5e-7; exactly 0 at -127 and infinite at 128.
-inline Quad exp2_clipped(Quad x) {
+INLINE Quad exp2_clipped(Quad x) {
   constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits then hold
   const Quad shifted = x + SHIFT;
   const Quad f = x - (shifted - SHIFT);
@@ -181,10 +185,10 @@ inline Quad exp2_clipped(Quad x) {
   return map([](Vec v, Vec exponent) { return (Vec)((Bits)v + ((Bits)exponent << 23)); }, p, shifted);
 }
 
-inline Quad exp2(Quad x) { return exp2_clipped(at_most(128.f, at_least(-127.f, x))); }
+INLINE Quad exp2(Quad x) { return exp2_clipped(at_most(128.f, at_least(-127.f, x))); }
 
 // softplus in units of ln 2, log2(1 + 2^x), relative error 2e-7; `e` becomes 2^-|x|.
-inline Quad softplus2(Quad x, Quad& e) {
+INLINE Quad softplus2(Quad x, Quad& e) {
   const Quad minus_abs = map([](Vec v) { return (Vec)((Bits)v | 0x80000000u); }, x);
   e = exp2_clipped(at_least(-127.f, minus_abs));
   Quad p = e * 7.5489912e-3f - 4.2566235e-2f;  // minimax of log2(1 + e) / e on [0, 1]
@@ -199,7 +203,7 @@ inline Quad softplus2(Quad x, Quad& e) {
 }
 
 // Derivative of softplus2, 1 / (1 + 2^-x), from the e that it gave.
-inline Quad softplus2_slope(Quad x, Quad e) {
+INLINE Quad softplus2_slope(Quad x, Quad e) {
   return map([](Vec x, Vec e) { return x >= 0.f ? broadcast(1.f) : e; }, x, e) / (e + 1.f);
 }
 
@@ -213,18 +217,18 @@ inline Quad softplus2_slope(Quad x, Quad e) {
 
 // Lanes are taken in blocks of SPAN: `evens` interleaves the even-numbered blocks of a and b, `odds` the odd-numbered ones.
 template <int SPAN, int... I>
-inline Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
+INLINE Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return SHUFFLE(a, b, (I & SPAN ? LANES + I - SPAN : I)...);
 }
 
 template <int SPAN, int... I>
-inline Vec odds(Vec a, Vec b, std::integer_sequence<int, I...>) {
+INLINE Vec odds(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return SHUFFLE(a, b, (I & SPAN ? LANES + I : I + SPAN)...);
 }
 
 // v[i][j] and v[j][i] change places.
 template <int SPAN = LANES / 2>
-inline void transpose(Vec* v) {
+INLINE void transpose(Vec (&v)[LANES]) {
   constexpr std::make_integer_sequence<int, LANES> lanes;
   for (int i = 0; i < LANES; ++i) {
     if (i & SPAN) continue;
@@ -237,26 +241,34 @@ inline void transpose(Vec* v) {
 
 // Lane i of the result is the sum of the lanes of v[i]; v is used up.
 template <int SPAN = LANES / 2>
-inline Vec lane_sums(Vec* v) {
+INLINE Vec lane_sums(Vec* v) {
   constexpr std::make_integer_sequence<int, LANES> lanes;
   for (int i = 0; i < SPAN; ++i) v[i] = evens<SPAN>(v[i], v[i + SPAN], lanes) + odds<SPAN>(v[i], v[i + SPAN], lanes);
   if constexpr (SPAN > 1) return lane_sums<SPAN / 2>(v);
   return v[0];
 }
 
+template <typename From, typename To>
+INLINE void transpose_square(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride,
+                             float scale) {
+  Vec v[LANES] = {};
+  for (int64_t i = 0; i < rows; ++i) v[i] = load_some(from + i * from_stride, columns) * scale;
+  transpose(v);
+  for (int64_t i = 0; i < columns; ++i) store_some(to + i * to_stride, v[i], rows);
+}
+
 // to[column][row] = scale * from[row][column]; strides in elements.
 template <typename From, typename To>
 void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride, float scale) {
-  for (int64_t row = 0; row < rows; row += LANES) {
-    const int64_t high = rows - row < LANES ? rows - row : LANES;
+  for (int64_t row = 0; row < rows; row += LANES)
     for (int64_t column = 0; column < columns; column += LANES) {
-      const int64_t wide = columns - column < LANES ? columns - column : LANES;
-      Vec v[LANES] = {};
-      for (int64_t i = 0; i < high; ++i) v[i] = load_some(from + (row + i) * from_stride + column, wide) * scale;
-      transpose(v);
-      for (int64_t i = 0; i < wide; ++i) store_some(to + (column + i) * to_stride + row, v[i], high);
+      const From* const a = from + row * from_stride + column;
+      To* const b = to + column * to_stride + row;
+      if (row + LANES <= rows && column + LANES <= columns)  // all sizes constant: stays in registers
+        transpose_square(a, from_stride, LANES, LANES, b, to_stride, scale);
+      else
+        transpose_square(a, from_stride, at_most(rows - row, LANES), at_most(columns - column, LANES), b, to_stride, scale);
     }
-  }
 }
 
 }  // namespace

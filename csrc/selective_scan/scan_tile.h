@@ -69,7 +69,7 @@ inline void project(const Tile& tile, const Parameters& p, int64_t rank, Work& w
 
 template <bool SLOPE>
 inline void softplus(int count, Work& work) {
-  float *const delta = work.delta[0], *const slope = work.slope[0];
+  float *const delta = &work.delta[0][0], *const slope = &work.slope[0][0];
   for (int i = 0; i < count * BLOCK; i += 4 * LANES) {
     const Quad x = load4(delta + i);
     Quad e;

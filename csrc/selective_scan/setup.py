@@ -230,28 +230,33 @@ def build_cuda(library: Path, environ: Mapping[str, str]) -> dict:
 
 
 def build(folder: Path, environ: Mapping[str, str]) -> None:
-    """Builds the libraries into `folder`, and build.json that tells how.
+    """Builds the libraries into `folder`, and build.json that tells how. An older build stays there if this one fails.
 
     Raises:
         BuildError: no CPU library, or no CUDA library with SCAN_CUDA=1.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("lib*.so"), folder / "build.json"]:
-        old.unlink(missing_ok=True)
-    facts = {"abi": abi_version(), "sources_sha256": sources_sha256(), "not_built": {}}
-    facts["cpu"] = build_cpu(folder / "libscan_cpu.so", environ)
-    switch = environ.get("SCAN_CUDA", "")
-    try:
-        if switch == "0":
-            raise BuildError("left out (SCAN_CUDA=0)")
-        facts["cuda"] = build_cuda(folder / "libscan_cuda.so", environ)
-    except BuildError as error:
-        if switch == "1":
-            raise BuildError(f"SCAN_CUDA=1, but there is no CUDA library: {error}") from error
-        say(f"no CUDA library: {error}")
-        facts["not_built"]["scan_cuda"] = str(error).splitlines()[0]
-    (folder / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
-    say(f"built {', '.join(sorted(path.name for path in folder.glob('lib*.so')))} in {folder}")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        new = Path(name)
+        facts = {"abi": abi_version(), "sources_sha256": sources_sha256(), "not_built": {}}
+        facts["cpu"] = build_cpu(new / "libscan_cpu.so", environ)
+        switch = environ.get("SCAN_CUDA", "")
+        try:
+            if switch == "0":
+                raise BuildError("left out (SCAN_CUDA=0)")
+            facts["cuda"] = build_cuda(new / "libscan_cuda.so", environ)
+        except BuildError as error:
+            if switch == "1":
+                raise BuildError(f"SCAN_CUDA=1, but there is no CUDA library: {error}") from error
+            say(f"no CUDA library: {error}")
+            facts["not_built"]["scan_cuda"] = str(error).splitlines()[0]
+        (new / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
+        built = sorted(path.name for path in new.glob("lib*.so"))
+        for old in folder.glob("lib*.so"):
+            old.unlink()
+        for path in new.iterdir():
+            path.replace(folder / path.name)
+    say(f"built {', '.join(built)} in {folder}")
 
 
 class BuildLibraries(build_ext):
