@@ -20,13 +20,18 @@ SEQUENCE_NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 IMAGE_NAMES = ("x", "proj", "dt_weight", "A", "D", "dt_bias")
 
 
-def _backend(name: str):
+def _backend(name: str, quick: bool):
+    """A case of a backend; skipped where it cannot run, and slow where Triton is interpreted, unless little is computed."""
     device = "cpu" if name == "cpp" else DEVICE
     reason = BACKENDS[name].unavailable(torch.device(device))
-    return pytest.param(name, device, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"), id=name)
+    marks = [pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")]
+    if name == "triton" and not GPU and not quick:
+        marks.append(pytest.mark.slow)
+    return pytest.param(name, device, marks=marks, id=name)
 
 
-every_backend = pytest.mark.parametrize(("backend", "device"), [_backend(name) for name in BACKENDS])
+every_backend = pytest.mark.parametrize(("backend", "device"), [_backend(name, quick=False) for name in BACKENDS])
+every_backend_quickly = pytest.mark.parametrize(("backend", "device"), [_backend(name, quick=True) for name in BACKENDS])
 
 
 def draw(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
@@ -100,7 +105,7 @@ def check_image(tensors: list[Tensor | None], backend: str, device: str) -> None
 # ---- numbers
 
 
-@every_backend
+@every_backend_quickly
 @pytest.mark.parametrize("name", ["scan0", "scan1"])
 def test_golden_numbers_of_the_original(backend: str, device: str, name: str) -> None:
     golden = load_file(DATA / "vmamba.safetensors")
@@ -177,7 +182,7 @@ def test_random_sizes(backend: str, device: str) -> None:
         check_image(image(pick(1, 3), pick(1, 50), pick(1, 12), pick(1, 12), pick(1, 4), pick(1, 9)), backend, device)
 
 
-@every_backend
+@every_backend_quickly
 @pytest.mark.parametrize("missing", [(5,), (6,), (5, 6)], ids=["D", "bias", "both"])
 def test_optional_arguments(backend: str, device: str, missing: tuple[int, ...]) -> None:
     tensors = sequences(2, 2, 6, 2, 10)
@@ -201,7 +206,7 @@ def test_delta_without_softplus(backend: str, device: str) -> None:
         assert_close(got, want, 1e-4)
 
 
-@every_backend
+@every_backend_quickly
 def test_any_strides(backend: str, device: str) -> None:
     """Transposed, sliced and expanded inputs, and a gradient that is not contiguous."""
     plain = [each.to(device) for each in sequences(2, 2, 6, 2, 10)]
@@ -221,7 +226,7 @@ def test_any_strides(backend: str, device: str) -> None:
     assert torch.equal(dense, expanded)
 
 
-@every_backend
+@every_backend_quickly
 def test_empty_batch(backend: str, device: str) -> None:
     tensors = [each.to(device).requires_grad_() for each in sequences(0, 2, 3, 2, 7)]
     y = selective_scan(*tensors, backend=backend)
@@ -346,7 +351,7 @@ def test_second_derivative_is_an_error() -> None:
         gradient.sum().backward()
 
 
-@every_backend
+@every_backend_quickly
 def test_parameters_stay_in_float32_under_autocast(backend: str, device: str) -> None:
     tensors = [each.to(device).requires_grad_() for each in image(1, 8, 3, 4, 1, 2)]
     halves = [each.to(torch.bfloat16) for each in tensors[:2]]

@@ -131,7 +131,7 @@ def _room_for_states(like: Tensor, batch: int, directions: int, channels: int, l
 def _sequences(u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool) -> ctypes.Structure:
     batch, directions, states, length = B.shape
     return Sequences(
-        device=u.device.index,
+        device=u.get_device(),
         batch=batch,
         directions=directions,
         channels=A.shape[0] // directions,
@@ -207,7 +207,7 @@ def _images(x: Tensor, dt_weight: Tensor, A: Tensor) -> ctypes.Structure:
     batch, height, width, channels = x.shape
     warps = _warps(height * width, A.shape[-1])
     return Images(
-        device=x.device.index,
+        device=x.get_device(),
         batch=batch,
         height=height,
         width=width,
@@ -273,8 +273,7 @@ def backward_2d(
     ddelta = torch.empty((4, batch, length, channels), dtype=exact, device=x.device)
     dBC = A.new_empty((-(-channels // CHANNELS), 4, batch, length, 2 * states))
     sums = A.new_empty((-(-batch // args.samples), 4, states + 2, channels))
-    with _on(x.device):
-        scratch = A.new_empty(_function("scan_cuda_images_scratch", ctypes.c_int64)(ctypes.byref(args)))
+    scratch = A.new_empty(_function("scan_cuda_images_scratch", ctypes.c_int64)(ctypes.byref(args)))
     inputs = _aligned({"x": x, "proj": proj, "dt_weight": dt_weight, "A": A, "D": D, "dt_bias": dt_bias, "gy": gy})
     outputs = {"dx": dx, "ddelta": ddelta, "dBC": dBC, "sums": sums}
     pointers = {**inputs, **outputs, "saved": saved, "scratch": scratch if scratch.numel() else None}

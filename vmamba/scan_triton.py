@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+OLDEST = (3, 2)  # of Triton
 STEPS = 4  # positions in a row that one thread holds
 TILE = 2048  # elements of a tile: 16 for each thread of 4 warps
 ELEMENTS_PER_WARP = 512
@@ -24,9 +25,12 @@ ELEMENTS_PER_WARP = 512
 def _kernels() -> ModuleType | str:
     """The module of the kernels, or why there is none. Not imported with this module: Triton may be missing."""
     try:
-        return importlib.import_module("vmamba.triton_kernels")
+        version = importlib.import_module("triton").__version__
     except ImportError as error:
         return f"Triton cannot be imported ({error}): `pip install triton` (Linux only)"
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return f"Triton {version} is too old, its compiler crashes: 3.2, which comes with torch 2.6, or newer is needed"
+    return importlib.import_module("vmamba.triton_kernels")
 
 
 def unavailable(device: torch.device | None = None) -> str | None:

@@ -127,6 +127,7 @@ def forward(
             inside_order = order < L  # T, S
             position = _positions(order, turn, L, height, width)
             inside = inside_order[:, :, None] & inside_c[None, None, :]
+            # Axis 1 is not contiguous: the 2 is there to have Triton spread S over threads rather than T.
             at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])  # T, S, R
             at_bc = position * bc_position  # T, S
 
@@ -199,6 +200,7 @@ def backward(
             inside_order = order < L  # T, S
             position = _positions(order, turn, L, height, width)
             inside = inside_order[:, :, None] & inside_c[None, None, :]
+            # Axis 1 is not contiguous: the 2 is there to have Triton spread S over threads rather than T.
             at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])  # T, S, R
             at_bc = position * bc_position  # T, S
 

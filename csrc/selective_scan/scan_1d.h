@@ -17,9 +17,7 @@ class Scan1d {
   ScanStatus forward() {
     const int64_t blocks = model.blocks(), K = args.directions;
     const Groups samples = {args.batch, at_most(args.batch, divide_up(64, blocks * K))};
-    Arena arena = {nullptr};
-    Space(arena, *this);
-    const int64_t bytes = arena.used;
+    const int64_t bytes = Space::bytes(*this);
     const Memory memory(bytes * args.threads);
     if (!memory.base) return SCAN_OUT_OF_MEMORY;
     parallel(samples.count * K * blocks, args.threads, [&](int64_t task, int thread) {
@@ -36,18 +34,22 @@ class Scan1d {
     const int64_t blocks = model.blocks(), K = args.directions, size = model.gradient_size();
     const int64_t BC_size = args.batch * K * args.states * length;  // of B, and of C
     const Split groups = split(args.batch, blocks, K, 2 * BC_size, K * blocks * size);
-    Arena arena = {nullptr};
-    Space(arena, *this);
-    const int64_t bytes = arena.used;
-    const int64_t pieces_size = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks * K * size;
-    const Memory memory(bytes * args.threads), sums(groups.blocks.count * 2 * BC_size * sizeof(float));
-    const Memory pieces(pieces_size * sizeof(float));
-    if (!memory.base || !sums.base || !pieces.base) return SCAN_OUT_OF_MEMORY;
-    float *const dBC = (float*)sums.base, *const dparameters = (float*)pieces.base;
-    clear(dparameters, pieces_size);
+    const int64_t pieces = (groups.samples.count > 1 ? groups.samples.count : 1) * K * blocks, bytes = Space::bytes(*this);
+    float *dBC, *dparameters;
+    char* spaces;
+    const auto lay_out = [&](Arena arena) {
+      dBC = arena.take(groups.blocks.count * 2 * BC_size);
+      dparameters = arena.take(pieces * size);
+      spaces = arena.take<char>(bytes * args.threads);
+      return arena.used;
+    };
+    const Memory memory(lay_out({nullptr}));
+    if (!memory.base) return SCAN_OUT_OF_MEMORY;
+    lay_out({memory.base});
+    clear(dparameters, pieces * size);
 
     parallel(groups.samples.count * K * groups.blocks.count, args.threads, [&](int64_t task, int thread) {
-      Arena own = {memory.base + thread * bytes};
+      Arena own = {spaces + thread * bytes};
       const Space space(own, *this);
       const int64_t block_group = task % groups.blocks.count, direction = task / groups.blocks.count % K;
       const int64_t sample_group = task / groups.blocks.count / K;
@@ -83,6 +85,12 @@ class Scan1d {
     float *proj, *dproj;     // [TILE, 2N rounded up]
     Tile* tile;
     Work* work;
+
+    static int64_t bytes(const Scan1d& scan) {
+      Arena arena = {nullptr};
+      Space(arena, scan);
+      return arena.used;
+    }
 
     Space(Arena& arena, const Scan1d& scan) {
       const int64_t states = scan.args.states;

@@ -26,19 +26,25 @@ class Scan2d {
         model{args.channels, args.rank, args.states, args.dt_weight, args.A, args.D, args.dt_bias},
         length(args.height * args.width),
         tiles(divide_up(length, TILE)),
-        width(args.rank + 2 * args.states),
-        by_columns(length * sizeof(int32_t)) {}
+        width(args.rank + 2 * args.states) {}
 
   ScanStatus forward() {
     const int64_t blocks = model.blocks();
     const Groups samples = {args.batch, at_most(args.batch, divide_up(64, blocks))};
-    Arena arena = {nullptr};
-    Space(arena, *this, false);
-    const int64_t bytes = arena.used;
-    const Memory memory(bytes * args.threads);
-    if (!memory.base || !fill_columns()) return SCAN_OUT_OF_MEMORY;
+    const int64_t bytes = Space::bytes(*this, false);
+    char* spaces;
+    const auto lay_out = [&](Arena arena) {
+      by_columns = arena.take<int32_t>(length);
+      spaces = arena.take<char>(bytes * args.threads);
+      return arena.used;
+    };
+    const Memory memory(lay_out({nullptr}));
+    if (!memory.base) return SCAN_OUT_OF_MEMORY;
+    lay_out({memory.base});
+    fill_columns();
+
     parallel(samples.count * blocks, args.threads, [&](int64_t task, int thread) {
-      Arena own = {memory.base + thread * bytes};
+      Arena own = {spaces + thread * bytes};
       const Space space(own, *this, false);
       const int64_t group = task / blocks, channel = task % blocks * BLOCK;
       pack_block(space, channel);
@@ -52,18 +58,24 @@ class Scan2d {
     const int64_t sample_stride = round_up(length * 4 * width + LANES, 16);  // Tile: zeros may be added after the end
     const Split groups = split(args.batch, blocks, 1, args.batch * sample_stride, blocks * size);
     const int64_t group_stride = args.batch * sample_stride;
-    Arena arena = {nullptr};
-    Space(arena, *this, true);
-    const int64_t bytes = arena.used;
-    const int64_t pieces_size = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks * size;
-    const Memory memory(bytes * args.threads), sums(groups.blocks.count * group_stride * sizeof(float));
-    const Memory pieces(pieces_size * sizeof(float));
-    if (!memory.base || !sums.base || !pieces.base || !fill_columns()) return SCAN_OUT_OF_MEMORY;
-    float *const dproj = (float*)sums.base, *const dparameters = (float*)pieces.base;
-    if (args.batch == 0) clear(dparameters, pieces_size);
+    const int64_t pieces = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks, bytes = Space::bytes(*this, true);
+    float *dproj, *dparameters;
+    char* spaces;
+    const auto lay_out = [&](Arena arena) {
+      by_columns = arena.take<int32_t>(length);
+      dproj = arena.take(groups.blocks.count * group_stride);
+      dparameters = arena.take(pieces * size);
+      spaces = arena.take<char>(bytes * args.threads);
+      return arena.used;
+    };
+    const Memory memory(lay_out({nullptr}));
+    if (!memory.base) return SCAN_OUT_OF_MEMORY;
+    lay_out({memory.base});
+    fill_columns();
+    if (args.batch == 0) clear(dparameters, pieces * size);
 
     parallel(groups.samples.count * groups.blocks.count, args.threads, [&](int64_t task, int thread) {
-      Arena own = {memory.base + thread * bytes};
+      Arena own = {spaces + thread * bytes};
       const Space space(own, *this, true);
       const int64_t sample_group = task / groups.blocks.count, block_group = task % groups.blocks.count;
       const int64_t first = groups.samples.first(sample_group), last = groups.samples.first(sample_group + 1);
@@ -98,6 +110,12 @@ class Scan2d {
     Tile* tile;
     Work* work;
 
+    static int64_t bytes(const Scan2d& scan, bool backward) {
+      Arena arena = {nullptr};
+      Space(arena, scan, backward);
+      return arena.used;
+    }
+
     Space(Arena& arena, const Scan2d& scan, bool backward) {
       for (Parameters& each : parameters) each = take_parameters(arena, scan.model);
       u = arena.take(scan.length * BLOCK);
@@ -113,15 +131,11 @@ class Scan2d {
     }
   };
 
-  bool fill_columns() {
-    int32_t* const to = (int32_t*)by_columns.base;
-    if (!to) return false;
-    for (int64_t i = 0, column = 0; column < args.width; ++column)
-      for (int64_t row = 0; row < args.height; ++row) to[i++] = (int32_t)(row * args.width + column);
-    return true;
+  void fill_columns() {
+    int32_t* to = by_columns;
+    for (int64_t column = 0; column < args.width; ++column)
+      for (int64_t row = 0; row < args.height; ++row) *to++ = (int32_t)(row * args.width + column);
   }
-
-  Walk walk(int direction) const { return {direction, length, (const int32_t*)by_columns.base}; }
 
   int64_t channels_from(int64_t channel) const { return at_most(args.channels - channel, BLOCK); }
 
@@ -140,7 +154,7 @@ class Scan2d {
 
   // Finds the tile's positions; where proj is half precision its rows are converted.
   void fill_tile(const Space& space, int64_t b, int direction, int64_t start, float* dproj) const {
-    const Walk position = walk(direction);
+    const Walk position = {direction, length, by_columns};
     Tile& tile = *space.tile;
     tile.count = (int)at_most(length - start, TILE);
     for (int t = 0; t < tile.count; ++t) {
@@ -241,7 +255,7 @@ class Scan2d {
   const Scan2dArgs& args;
   const Model model;
   const int64_t length, tiles, width;  // width of a row of proj
-  const Memory by_columns;
+  int32_t* by_columns;                 // the positions, column by column
 };
 
 }  // namespace

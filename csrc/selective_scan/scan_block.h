@@ -34,7 +34,7 @@ struct Arena {
   }
 };
 
-// 64-byte aligned memory, freed at the end of the scope; null when there is not enough.
+// 64-byte aligned memory, freed at the end of the scope; `base` is null when there is not enough.
 struct Memory {
   char* const base;
   explicit Memory(int64_t bytes) : base((char*)aligned_alloc(64, round_up(bytes + 1, 64))) {}

@@ -235,6 +235,7 @@ def build(folder: Path, environ: Mapping[str, str]) -> None:
     Raises:
         BuildError: no CPU library, or no CUDA library with SCAN_CUDA=1.
     """
+    folder = folder.resolve()  # commands run in the folder of the sources
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         new = Path(name)
