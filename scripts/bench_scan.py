@@ -36,7 +36,7 @@ MODEL = "vssm2-vmambav2_tiny_224"
 
 def get_args() -> argparse.Namespace:
     parser = utils.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96], help="sides of the images in pixels")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="images, for each size")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the scan's input, and of autocast for the model")

@@ -50,8 +50,8 @@ def show_torch() -> None:
         row("GPU", f"cuda:{index} {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
 
 
-def show_tools(script: ModuleType) -> bool:
-    """True if there is a compiler."""
+def show_tools(script: ModuleType) -> tuple[bool, bool]:
+    """Whether there are a C++ compiler and nvcc."""
     try:
         compiler = script.find_compiler(os.environ)
     except script.BuildError as error:
@@ -71,16 +71,16 @@ def show_tools(script: ModuleType) -> bool:
             row("nvcc", f"{nvcc}: {str(error).splitlines()[0]}")
         else:
             row("nvcc", f"{nvcc}, CUDA {version[0]}.{version[1]}, would compile for {' '.join(listed)}")
-    return compiler is not None
+    return compiler is not None, nvcc is not None
 
 
-def show_builds(script: ModuleType | None) -> bool:
-    """True if a build is out of date."""
-    stale = False
+def show_builds(script: ModuleType | None) -> list[Path]:
+    """The folders of builds that are out of date."""
+    stale = []
     for folder in extension.folders():
         facts = extension.build_facts(folder)
         old = script is not None and facts.get("sources_sha256") != script.sources_sha256()
-        stale |= old
+        stale += [folder] * old
         cuda = facts.get("cuda") or {}
         parts = [f"CPU library by {facts['cpu']['compiler']}"] if "cpu" in facts else []
         parts += [f"CUDA library by nvcc {cuda['nvcc']} for {' '.join(cuda['architectures'])}"] if cuda else []
@@ -105,25 +105,27 @@ def show_backends() -> dict[str, str]:
     return chosen
 
 
-def advice(chosen: dict[str, str], stale: bool, compiler: bool) -> str:
+def advice(chosen: dict[str, str], stale: list[Path], compiler: bool, nvcc: bool) -> str:
     """The next command."""
     if stale:
-        return extension.REBUILD
-    if chosen.get("cuda", "cuda") != "cuda" or chosen["cpu"] != "cpp":
-        if not compiler:
-            return "install a C++ compiler (apt install g++, or conda install gxx), then: " + extension.INSTALL
-        return extension.INSTALL
+        return "bash scripts/setup.sh" if extension.IN_PLACE in stale else extension.REBUILD
+    if chosen["cpu"] != "cpp":
+        hint = "" if compiler else "install a C++ compiler (apt install g++, or conda install gxx), then: "
+        return hint + extension.INSTALL
+    if chosen.get("cuda", "cuda") != "cuda":
+        hint = "" if nvcc else f"stay with {chosen['cuda']}, or install the CUDA toolkit (nvcc), then: "
+        return hint + f"SCAN_CUDA=1 {extension.REBUILD}"
     return "nothing to install; python scripts/bench_scan.py measures the scan"
 
 
 def main() -> None:
     show_torch()
     script = build_script()
-    compiler = show_tools(script) if script else False
+    compiler, nvcc = show_tools(script) if script else (True, True)
     stale = show_builds(script)
     print()
     chosen = show_backends()
-    print(f"\nnext: {advice(chosen, stale, compiler)}")
+    print(f"\nnext: {advice(chosen, stale, compiler, nvcc)}")
 
 
 if __name__ == "__main__":

@@ -8,5 +8,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 cd "$ROOT"
 python scripts/doctor.py
+python - <<'PYTHON'
+import sys
+
+import torch
+
+from vmamba import scan_cuda
+
+reason = scan_cuda.unavailable(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no GPU"
+if reason:
+    sys.exit(f"gpu_check: the CUDA scan cannot run: {reason}")
+PYTHON
 python -m pytest -m "not slow or gpu" "$@"
 python scripts/bench_scan.py --device cuda --dtype bf16 --batch 64 64 --no-loop --output results/bench_scan_cuda.json

@@ -7,6 +7,7 @@
 # Safe to run again: what is finished is reused, what was interrupted continues.
 #
 #   QUICK=long            more epochs of pretraining
+#   ARCH=vssm2-vmambav2_micro   a small VMamba; takes twice as long
 #   ARCH=vit_micro        a small ViT instead of the small ResNet; slower, the finer the patches (PATCH=4; by default 8)
 #   DATA=fashion-mnist    instead of the digits: FASHION_MNIST_DIR holds its files, or DOWNLOAD=1 fetches them there
 #   SEED=1                another seed
@@ -35,6 +36,9 @@ case $DATA in
   *) stop "DATA=$DATA: must be digits or fashion-mnist" ;;
 esac
 
+rate=0.016
+[[ $ARCH != vssm* ]] || rate=0.004 # VMamba has no batch norm to bear the higher one
+
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 SECONDS=0
@@ -47,7 +51,7 @@ export GPU_num=2 BATCH=32 HP1=0.8 SEP_LAMBD=1.0 DVR_out_dim=256 reg=_reg0.001
 # follows quickly, a high rate, and views that are not too different. No local views: augmentation is half of the time.
 export PRETRAIN_FLAGS="--out_dim 256 --use_bn_in_head true --head_hidden_dim 256 --head_bottleneck_dim 64
   --teacher_temp 0.02 --warmup_teacher_temp 0.02 --momentum_teacher 0.98 --freeze_last_layer 0
-  --lr 0.016 --min_lr 1e-5 --warmup_epochs 3 --weight_decay 0.001 --weight_decay_end 0.001 --use_fp16 false
+  --lr $rate --min_lr 1e-5 --warmup_epochs 3 --weight_decay 0.001 --weight_decay_end 0.001 --use_fp16 false
   --global_crops_size $size --global_crops_scale 0.7 1 --local_crops_number 0
   --num_workers 0 --seed $SEED"
 export GPU_num_LN=1 GPU_num_EVAL=1 EPOCH_LN=20 BATCH_LN=64 lr=0.3 n_last_blocks=4

@@ -109,8 +109,9 @@ setup() {
 build_scan() {
   local wanted cuda=0
   [[ ! -e /dev/nvidiactl ]] || cuda=1
-  wanted=$(python - "$ROOT/csrc/selective_scan" "${SCAN_CUDA:-$cuda}" <<'PYTHON'
+  wanted=$(python - "$ROOT/csrc/selective_scan" "${SCAN_CUDA:-$cuda}" "${SCAN_CUDA:-}" <<'PYTHON'
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -119,15 +120,28 @@ folder = Path(sys.argv[1])
 script = runpy.run_path(str(folder / "setup.py"))
 facts = folder / script["PACKAGE"] / "build.json"
 built = json.loads(facts.read_text()) if facts.is_file() else {}
-done = built.get("sources_sha256") == script["sources_sha256"]() and (sys.argv[2] != "1" or "cuda" in built)
+done = built.get("sources_sha256") == script["sources_sha256"]()
+if done and sys.argv[2] == "1":
+    done = "cuda" in built or (sys.argv[3] != "1" and script["find_nvcc"](os.environ) is None)
 print("no" if done else "yes")
 PYTHON
   ) || { say "the selective scan is not compiled (see above): VMamba runs on plain PyTorch"; return; }
   [[ $wanted == yes ]] || return 0
   say "compiling the selective scan"
-  [[ ${SCAN_CUDA:-$cuda} == 0 ]] || cuda="" # asked for or likely useful: built if possible
-  SCAN_CUDA=${SCAN_CUDA:-$cuda} python "$ROOT/csrc/selective_scan/setup.py" --quiet build_ext --inplace ||
-    say "the selective scan is not compiled (see above): VMamba runs on plain PyTorch, several times slower"
+  [[ $cuda == 0 ]] || cuda="" # a GPU: its part is built if possible
+  (cd "$ROOT/csrc/selective_scan" && SCAN_CUDA=${SCAN_CUDA-$cuda} python - <<'PYTHON'
+import os
+import runpy
+import sys
+from pathlib import Path
+
+script = runpy.run_path("setup.py")
+try:
+    script["build"](Path.cwd() / script["PACKAGE"], os.environ)
+except script["BuildError"] as error:
+    sys.exit(f"selective scan: {error}")
+PYTHON
+  ) || say "the selective scan is not compiled (see above): VMamba runs on plain PyTorch, more slowly"
 }
 
 setup

@@ -263,13 +263,13 @@ def test_a_library_of_something_else_is_refused(use, built, tmp_path):
     assert "is not a selective-scan library" in extension.unavailable("scan_cpu")
 
 
-def test_the_installed_package_comes_before_the_build_in_place(monkeypatch, built, tmp_path):
+def test_the_build_in_place_comes_before_the_installed_package(monkeypatch, built, tmp_path):
     package = tmp_path / extension.PACKAGE
     shutil.copytree(built, package)
     shutil.copy(SOURCES / extension.PACKAGE / "__init__.py", package)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(extension, "IN_PLACE", built)
-    assert extension.folders() == [package, built]
+    assert extension.folders() == [built, package]
 
 
 @pytest.mark.parametrize("wanted", ["baseline", "avx2", "avx512"])

@@ -357,7 +357,9 @@ def test_parameters_stay_in_float32_under_autocast(backend: str, device: str) ->
     halves = [each.to(torch.bfloat16) for each in tensors[:2]]
     with torch.autocast(device, torch.bfloat16):
         y = selective_scan_2d(*halves, *tensors[2:], backend=backend)
+        inside = selective_scan_2d(*tensors, backend=backend)
     assert y.dtype == torch.float32
+    assert torch.equal(inside, selective_scan_2d(*tensors, backend=backend))  # autocast rounds nothing inside
     y.sum().backward()
     assert all(each.grad.dtype == torch.float32 and each.grad.any() for each in tensors)
 

@@ -1,8 +1,8 @@
 """Finds and loads the compiled libraries of csrc/selective_scan, and says why when it cannot.
 
 They are plain shared libraries with a C interface (scan.h), so one build serves every version of Python and torch.
-First the installed package (`pip install ./csrc/selective_scan`) is looked at, then a build in place
-(`python csrc/selective_scan/setup.py build_ext --inplace`).
+First a build in place is looked at (`python csrc/selective_scan/setup.py build_ext --inplace`, or scripts/setup.sh), then the
+installed package (`pip install ./csrc/selective_scan`), which may be of older sources.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ def folders() -> list[Path]:
     """Where builds are, the one to prefer first; folders without a build are left out."""
     spec = importlib.util.find_spec(PACKAGE)  # finds it without running its code
     installed = [Path(location) for location in spec.submodule_search_locations or []] if spec else []
-    return [folder for folder in dict.fromkeys([*installed, IN_PLACE]) if (folder / "build.json").is_file()]
+    return [folder for folder in dict.fromkeys([IN_PLACE, *installed]) if (folder / "build.json").is_file()]
 
 
 def build_facts(folder: Path) -> dict:

@@ -257,6 +257,11 @@ def _backend(name: str, like: Tensor) -> ModuleType:
     return BACKENDS[choose_backend(name, like.device.type, like.dtype)]
 
 
+def _exactly(like: Tensor) -> torch.autocast:
+    """Without autocast, which would round what a backend computes in float32."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -272,23 +277,28 @@ def _given(gradients: tuple[Tensor, ...], arguments: tuple[Tensor | None, ...]) 
 
 @torch.library.impl("clever::selective_scan", "CompositeExplicitAutograd")
 def _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
-    return _backend(backend, u).forward(*_contiguous(u, delta, A, B, C, D, delta_bias), delta_softplus)
+    with _exactly(u):
+        return _backend(backend, u).forward(*_contiguous(u, delta, A, B, C, D, delta_bias), delta_softplus)
 
 
 @torch.library.impl("clever::selective_scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(gy, u, delta, A, B, C, D, delta_bias, saved, delta_softplus, backend):
     tensors = _contiguous(gy, u, delta, A, B, C, D, delta_bias)
-    return _present(_backend(backend, u).backward(*tensors, saved, delta_softplus), A)
+    with _exactly(u):
+        return _present(_backend(backend, u).backward(*tensors, saved, delta_softplus), A)
 
 
 @torch.library.impl("clever::selective_scan_2d", "CompositeExplicitAutograd")
 def _scan_2d(x, proj, dt_weight, A, D, dt_bias, backend):
-    return _backend(backend, x).forward_2d(*_contiguous(x, proj, dt_weight, A, D, dt_bias))
+    with _exactly(x):
+        return _backend(backend, x).forward_2d(*_contiguous(x, proj, dt_weight, A, D, dt_bias))
 
 
 @torch.library.impl("clever::selective_scan_2d_backward", "CompositeExplicitAutograd")
 def _scan_2d_backward(gy, x, proj, dt_weight, A, D, dt_bias, saved, backend):
-    return _present(_backend(backend, x).backward_2d(*_contiguous(gy, x, proj, dt_weight, A, D, dt_bias), saved), A)
+    tensors = _contiguous(gy, x, proj, dt_weight, A, D, dt_bias)
+    with _exactly(x):
+        return _present(_backend(backend, x).backward_2d(*tensors, saved), A)
 
 
 def _like(tensors: tuple[Tensor | None, ...], kind: Tensor) -> tuple[Tensor, ...]:

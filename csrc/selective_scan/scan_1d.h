@@ -16,7 +16,7 @@ class Scan1d {
 
   ScanStatus forward() {
     const int64_t blocks = model.blocks(), K = args.directions;
-    const Groups samples = {args.batch, at_most(args.batch, divide_up(64, blocks * K))};
+    const Groups samples = {args.batch, at_most(args.batch, divide_up(TASKS, blocks * K))};
     const int64_t bytes = Space::bytes(*this);
     const Memory memory(bytes * args.threads);
     if (!memory.base) return SCAN_OUT_OF_MEMORY;
@@ -94,7 +94,7 @@ class Scan1d {
 
     Space(Arena& arena, const Scan1d& scan) {
       const int64_t states = scan.args.states;
-      parameters = take_parameters(arena, scan.model);
+      parameters = take_parameters(arena, scan.model, true);
       for (float** each : {&u, &y, &gy, &du}) *each = arena.take(TILE * BLOCK);
       for (float** each : {&state, &carry}) *each = arena.take(states * BLOCK);
       skip = arena.take(BLOCK);
@@ -110,7 +110,6 @@ class Scan1d {
     int64_t channel;  // in u, delta, y: rows of L
     int64_t state;    // in B, C: rows of L
     int64_t saved;    // in saved: rows of D, then channels
-    int64_t first;    // channel among the K*D
   };
 
   // Also packs the block's parameters.
@@ -122,7 +121,7 @@ class Scan1d {
     for (int64_t c = 0; args.D && c < count; ++c) space.skip[c] = args.D[first + c];
     for (float* each : {space.u, space.gy, (float*)space.work->delta}) memset(each, 0, sizeof(Rows));
     return {count, sequence * args.channels + channel, sequence * args.states,
-            sequence * tiles * args.states * args.channels + channel, first};
+            sequence * tiles * args.states * args.channels + channel};
   }
 
   // Transposes a tile of u, delta, B and C and finishes delta.
@@ -183,7 +182,8 @@ class Scan1d {
       transpose(dB + start, length, states, count, space.dproj, 2 * states, 1.f);
       transpose(dC + start, length, states, count, space.dproj + states, 2 * states, 1.f);
       memset(space.du, 0, sizeof(Rows));
-      scan_backward(*space.tile, space.parameters, 0, states, space.u, space.gy, space.du, space.state, space.carry, grad, work);
+      scan_backward(*space.tile, space.parameters, 0, states, space.u, space.gy, space.du, space.state, space.carry, grad,
+                    work);
       finish_tile(space, gradient_of_D(model, piece));
       transpose(space.du, BLOCK, count, at.count, (T*)args.du + row, length, 1.f);
       transpose((float*)work.ddelta, BLOCK, count, at.count, (T*)args.ddelta + row, length, LOG2E);

@@ -30,7 +30,7 @@ class Scan2d {
 
   ScanStatus forward() {
     const int64_t blocks = model.blocks();
-    const Groups samples = {args.batch, at_most(args.batch, divide_up(64, blocks))};
+    const Groups samples = {args.batch, at_most(args.batch, divide_up(TASKS, blocks))};
     const int64_t bytes = Space::bytes(*this, false);
     char* spaces;
     const auto lay_out = [&](Arena arena) {
@@ -95,7 +95,8 @@ class Scan2d {
       add_groups(dproj + b * sample_stride + begin, groups.blocks.count, group_stride, at_most(count - begin, chunk),
                  (T*)args.dproj + b * count + begin);
     });
-    finish_gradients(model, dparameters, groups.samples.count, 4, args.threads, args.ddt_weight, args.dA, args.dD, args.ddt_bias);
+    finish_gradients(model, dparameters, groups.samples.count, 4, args.threads, args.ddt_weight, args.dA, args.dD,
+                     args.ddt_bias);
     return SCAN_OK;
   }
 
@@ -105,7 +106,7 @@ class Scan2d {
     Parameters parameters[4];
     float *u, *y, *gy, *du;  // [L, BLOCK]
     float *state, *carry;    // [N, BLOCK]
-    float *skip;             // [BLOCK]: D, summed over the directions
+    float* skip;             // [BLOCK]: D, summed over the directions
     float *proj;             // [TILE, R + 2N rounded up]
     Tile* tile;
     Work* work;
@@ -117,7 +118,7 @@ class Scan2d {
     }
 
     Space(Arena& arena, const Scan2d& scan, bool backward) {
-      for (Parameters& each : parameters) each = take_parameters(arena, scan.model);
+      for (Parameters& each : parameters) each = take_parameters(arena, scan.model, backward);
       u = arena.take(scan.length * BLOCK);
       y = arena.take(backward ? 0 : scan.length * BLOCK);
       gy = arena.take(backward ? scan.length * BLOCK : 0);
@@ -174,24 +175,28 @@ class Scan2d {
     return to;
   }
 
+  // Rows so far ahead are fetched while one is copied: they are too far apart for processors to guess. Past the end of the
+  // matrix this has no effect.
+  static constexpr int64_t AHEAD = 24;
+
   // Rows of a [L, D] matrix of which `count` channels are the block's. The other lanes of the block are zeros.
   template <typename From>
   void load_block(const From* from, int64_t count, float scale, float* to) const {
-    for (int64_t i = 0; i < length; ++i)
-      for (int v = 0; v < VECS; ++v)
-        store(to + i * BLOCK + v * LANES, load_some(from + i * args.channels + v * LANES, count - v * LANES) * scale);
+    for (int64_t i = 0; i < length; ++i, from += args.channels, to += BLOCK) {
+      __builtin_prefetch(from + AHEAD * args.channels);
+      for (int v = 0; v < BLOCK; v += LANES) store(to + v, load_some(from + v, count - v) * scale);
+    }
   }
 
-  // to = scale * main + skip * other
+  // to = scale * main + skip_scale * skip * other
   template <typename To>
-  void store_block(const float* main, float scale, const float* skip, float skip_scale, const float* other, int64_t count, To* to) const {
-    Vec D[VECS];
-    for (int v = 0; v < VECS; ++v) D[v] = load(skip + v * LANES) * skip_scale;
-    for (int64_t i = 0; i < length; ++i, main += BLOCK, other += BLOCK, to += args.channels)
-      for (int v = 0; v < VECS; ++v) {
-        const Vec value = load(main + v * LANES) * scale + D[v] * load(other + v * LANES);
-        store_some(to + v * LANES, value, count - v * LANES);
-      }
+  void store_block(const float* main, float scale, const float* skip, float skip_scale, const float* other, int64_t count,
+                   To* to) const {
+    for (int64_t i = 0; i < length; ++i, main += BLOCK, other += BLOCK, to += args.channels) {
+      __builtin_prefetch(to + AHEAD * args.channels, 1);
+      for (int v = 0; v < BLOCK; v += LANES)
+        store_some(to + v, load(main + v) * scale + load(skip + v) * skip_scale * load(other + v), count - v);
+    }
   }
 
   void forward_block(const Space& space, int64_t b, int64_t channel) const {

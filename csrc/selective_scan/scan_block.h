@@ -78,6 +78,9 @@ void parallel(int64_t tasks, int64_t threads, const Body& body) {
 #endif
 }
 
+// How many tasks there should be at least: enough to keep the cores of a machine busy.
+constexpr int64_t TASKS = 32;
+
 // `total` things in groups of nearly equal size.
 struct Groups {
   int64_t total, count;
@@ -88,10 +91,9 @@ struct Split {
   Groups samples, blocks;
 };
 
-// Enough tasks to keep the cores of a machine busy, cut so that the least has to be added up afterwards:
-// `block_cost` floats for every group of blocks, `sample_cost` floats for every group of samples.
+// Enough tasks, cut so that the least has to be added up afterwards: `block_cost` floats for every group of blocks,
+// `sample_cost` floats for every group of samples.
 inline Split split(int64_t batch, int64_t blocks, int64_t directions, int64_t block_cost, int64_t sample_cost) {
-  constexpr int64_t TASKS = 32;
   Split best = {};
   int64_t least = INT64_MAX;
   for (int64_t groups = 1; groups <= blocks; ++groups) {
@@ -115,26 +117,27 @@ struct Model {
   int64_t gradient_size() const { return (rank + states + 2) * BLOCK; }  // of one block in one direction
 };
 
-inline Parameters take_parameters(Arena& arena, const Model& m) {
-  return {arena.take(m.rank * BLOCK), arena.take(round_up(m.rank, LANES) * BLOCK), arena.take(BLOCK),
+inline Parameters take_parameters(Arena& arena, const Model& m, bool backward) {
+  return {arena.take(m.rank * BLOCK), backward ? arena.take(round_up(m.rank, LANES) * BLOCK) : nullptr, arena.take(BLOCK),
           arena.take(m.states * BLOCK)};
 }
 
 // Parameters of `count` channels from row `first` (direction * D + channel) on; the block's other channels get zeros.
 inline void pack(const Model& m, int64_t first, int64_t count, const Parameters& p) {
-  const int64_t stride = round_up(m.rank, LANES);
   clear(p.bias, BLOCK);
   if (count < BLOCK) {
     clear(p.weight, m.rank * BLOCK);
-    clear(p.weight_transposed, stride * BLOCK);
     clear(p.A, m.states * BLOCK);
   }
   transpose(m.weight + first * m.rank, m.rank, count, m.rank, p.weight, BLOCK, LOG2E);
+  transpose(m.A + first * m.states, m.states, count, m.states, p.A, BLOCK, 1.f);
+  for (int64_t c = 0; m.bias && c < count; ++c) p.bias[c] = LOG2E * m.bias[first + c];
+  if (!p.weight_transposed) return;
+  const int64_t stride = round_up(m.rank, LANES);
+  if (count < BLOCK) clear(p.weight_transposed, stride * BLOCK);
   for (int64_t c = 0; c < count; ++c)
     for (int64_t r = 0; r < m.rank; r += LANES)
       store(p.weight_transposed + c * stride + r, load_some(m.weight + (first + c) * m.rank + r, m.rank - r) * LOG2E);
-  for (int64_t c = 0; m.bias && c < count; ++c) p.bias[c] = LOG2E * m.bias[first + c];
-  transpose(m.A + first * m.states, m.states, count, m.states, p.A, BLOCK, 1.f);
 }
 
 // A block's gradients of one direction lie in one piece of m.gradient_size() floats: weight, bias, A, then D.

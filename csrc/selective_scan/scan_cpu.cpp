@@ -33,7 +33,7 @@ ScanStatus arithmetic(int64_t rank, int64_t states, int64_t with_backward, int64
     float *u, *y, *gy, *du, *state, *carry, *proj, *dproj, *piece;
     Tile* tile;
     Work* work;
-    Space(Arena& arena, const Model& m, int64_t width) : parameters(take_parameters(arena, m)) {
+    Space(Arena& arena, const Model& m, int64_t width) : parameters(take_parameters(arena, m, true)) {
       for (float** each : {&u, &y, &gy, &du}) *each = arena.take(TILE * BLOCK);
       for (float** each : {&state, &carry}) *each = arena.take(m.states * BLOCK);
       for (float** each : {&proj, &dproj}) *each = arena.take(TILE * width + LANES);

@@ -14,9 +14,9 @@
 namespace {
 
 constexpr int TILE = SCAN_TILE;
-constexpr int VECS = LANES < 8 ? 4 : 2;     // vectors in a row
-constexpr int BLOCK = VECS * LANES;         // channels: 16, with AVX-512 32
-constexpr int ROWS = 8 / VECS;              // rows of a matrix product held in registers: 8 sums hide the latency of adding
+constexpr int VECS = LANES < 8 ? 4 : 2;  // vectors in a row
+constexpr int BLOCK = VECS * LANES;      // channels: 16, with AVX-512 32
+constexpr int ROWS = 8 / VECS;           // rows of a matrix product held in registers: 8 sums hide the latency of adding
 
 static_assert(TILE % LANES == 0 && TILE % ROWS == 0 && TILE % 8 == 0, "passes work on groups of rows");
 
@@ -25,7 +25,7 @@ typedef float Rows[TILE][BLOCK];
 // Parameters of the block's channels in one direction.
 struct Parameters {
   float* weight;             // [R, BLOCK], times log2(e)
-  float* weight_transposed;  // [BLOCK, R rounded up to LANES], for backward
+  float* weight_transposed;  // [BLOCK, R rounded up to LANES], also scaled; only for backward
   float* bias;               // [BLOCK], times log2(e)
   float* A;                  // [N, BLOCK]
 };
@@ -35,7 +35,7 @@ struct Gradients {
   float *weight, *bias, *A;
 };
 
-// Where the tile's positions lie. The rows after `count` repeat the last one.
+// Where the tile's positions lie. After `count`, up to a multiple of ROWS, `proj` repeats the last one.
 struct Tile {
   int count;
   int64_t at[TILE];         // offset of a position's row in u, y, gy, du
@@ -45,12 +45,12 @@ struct Tile {
 
 // What passes hand to each other.
 struct Work {
-  alignas(64) Rows delta;   // before softplus, then after
-  alignas(64) Rows slope;   // of softplus
-  alignas(64) Rows a;       // exp(delta A) of one state
-  alignas(64) Rows ddelta;  // gradient of delta before softplus
+  alignas(64) Rows delta;                // before softplus, then after
+  alignas(64) Rows slope;                // of softplus
+  alignas(64) Rows a;                    // exp(delta A) of one state
+  alignas(64) Rows ddelta;               // gradient of delta before softplus
   alignas(64) float h[TILE + 1][BLOCK];  // state before each position, and after the last
-  Vec dB[TILE], dC[TILE];   // partial sums over channels
+  Vec dB[TILE], dC[TILE];                // partial sums over channels
 };
 
 // delta = weight^T dt + bias
@@ -213,6 +213,7 @@ inline void dt_backward(const Tile& tile, int t, int64_t r, int64_t stride, cons
 inline void project_backward(const Tile& tile, const Parameters& p, int64_t rank, const Work& work, const Gradients& grad) {
   int64_t r = 0;
   for (; r + ROWS <= rank; r += ROWS) weight_backward<ROWS>(tile, r, work, grad.weight);
+  for (; r + 2 <= rank; r += 2) weight_backward<2>(tile, r, work, grad.weight);
   for (; r < rank; ++r) weight_backward<1>(tile, r, work, grad.weight);
 
   const int64_t stride = (rank + LANES - 1) / LANES * LANES;

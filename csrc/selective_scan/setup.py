@@ -27,8 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # older than 70.1: enough for a build in place, and pip brings its own
+    bdist_wheel = None
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "clever_selective_scan"
@@ -222,7 +226,8 @@ def build_cuda(library: Path, environ: Mapping[str, str]) -> dict:
     if torch and toolkit[0] > int(torch.split(".")[0]):
         say(f"warning: the toolkit is newer than torch's CUDA {torch}; the driver may be too old for what it compiles")
     threads = ["--threads", "0"] if toolkit >= (11, 2) else []
-    run([nvcc, *CUDA_FLAGS, *threads, *gencode_flags(listed), "scan_cuda.cu", "-o", str(library)])
+    host = ["-ccbin", shlex.split(environ["CXX"])[0]] if environ.get("CXX") else []
+    run([nvcc, *host, *CUDA_FLAGS, *threads, *gencode_flags(listed), "scan_cuda.cu", "-o", str(library)])
     return {"nvcc": version, "architectures": listed}
 
 
@@ -270,16 +275,22 @@ class BuildLibraries(build_ext):
             sys.exit(f"selective scan: {error}")
 
 
-class AnyPythonWheel(bdist_wheel):
-    """A wheel for this platform, but for every version of Python."""
+COMMANDS: dict[str, type] = {"build_ext": BuildLibraries}
 
-    def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+if bdist_wheel is not None:
+
+    class AnyPythonWheel(bdist_wheel):
+        """A wheel for this platform, but for every version of Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    COMMANDS["bdist_wheel"] = AnyPythonWheel
 
 
 if __name__ == "__main__":
     setup(
         packages=[PACKAGE],
         ext_modules=[Extension(f"{PACKAGE}.libraries", sources=[])],  # makes setuptools run build_ext
-        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
+        cmdclass=COMMANDS,
     )
