@@ -294,9 +294,9 @@ def test_same_bits_again(backend: str, device: str) -> None:
 
 
 def test_gradients_against_finite_differences() -> None:
-    tensors = [each.double().requires_grad_() for each in sequences(2, 2, 3, 2, 11)]
+    tensors = [each.double().requires_grad_() for each in sequences(1, 2, 2, 2, 10)]
     assert torch.autograd.gradcheck(lambda *each: selective_scan(*each, backend="torch"), tensors)
-    tensors = [each.double().requires_grad_() for each in image(1, 3, 3, 4, 2, 2)]
+    tensors = [each.double().requires_grad_() for each in image(1, 2, 3, 4, 1, 1)]
     assert torch.autograd.gradcheck(lambda *each: selective_scan_2d(*each, backend="torch"), tensors)
 
 

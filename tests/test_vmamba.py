@@ -25,6 +25,7 @@ from utils import InputError
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging, VSSBlock
 from vmamba.scan_torch import reference
+from vmamba.selective_scan import BACKENDS
 from vmamba.ss2d import SS2D
 
 VMAMBA = json.loads((DATA / "vmamba.json").read_text())
@@ -82,8 +83,21 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def filled():
     return fill_(build_vssm(TINY)).eval()
+
+
+@pytest.fixture(params=["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
+def tiny(filled, request):
+    """VMamba-Tiny with every scan by one backend; Triton is interpreted where there is no GPU."""
+    reason = BACKENDS[request.param].unavailable(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    for module in filled.modules():
+        if isinstance(module, SS2D):
+            module.backend = request.param
+    filled.zero_grad()
+    return filled
 
 
 def test_golden_at_96_pixels_module_by_module_and_gradients(tiny, golden):

@@ -18,6 +18,7 @@ from vmamba import build_vssm, config_names, load_config, parse_config, read_con
 
 TINY = "vssm2-vmambav2_tiny_224"
 SHIPPED = {
+    "vssm2-vmambav2_micro",
     TINY,
     "vssm2-vmambav2_small_224",
     "vssm2-vmambav2_base_224",
