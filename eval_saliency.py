@@ -23,7 +23,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,14 +167,6 @@ def detect(pretrained: Pretrained, example: Example, args: argparse.Namespace, d
     return Found(cut, mask, bilateral_solver(example.pixels, mask, args.sigma_spatial, args.sigma_luma, args.sigma_chroma))
 
 
-def save_png(pixels: np.ndarray, path: Path) -> None:
-    """Write a PNG file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
 def grey(values: np.ndarray) -> np.ndarray:
     """Values 0..1 as levels 0..255."""
     return (255 * values.clip(0, 1)).round().astype(np.uint8)
@@ -245,7 +236,7 @@ def evaluate(images: ImageSet, pretrained: Pretrained, args: argparse.Namespace,
 def save_pictures(found: Found, name: str, output: Path) -> None:
     """masks/, solver/ and objects/ of an image."""
     for kind, values in zip(PICTURES, (found.mask, found.soft, largest_object(found.soft)), strict=True):
-        save_png(grey(values), output / kind / f"{name}.png")
+        utils.save_png(grey(values), output / kind / f"{name}.png")
 
 
 def describe(found: Found) -> dict[str, Any]:
@@ -306,7 +297,7 @@ def draw_overview(drawn: list[tuple[str, list[np.ndarray]]], path: Path) -> None
         one.set_title(title, fontsize=9)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    save_png(np.asarray(canvas.buffer_rgba()), path)
+    utils.save_png(np.asarray(canvas.buffer_rgba()), path)
 
 
 def write_results(images: ImageSet, share: Share, pretrained: Pretrained, args: argparse.Namespace) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from PIL import Image
 
 
 class InputError(ValueError):
@@ -376,6 +377,15 @@ def write_text_atomically(text: str, path: str | Path) -> None:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_png(pixels: np.ndarray, path: str | Path) -> None:
+    """The same for a picture, [H, W] or [H, W, channels] of bytes; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(pixels).save(temporary, format="PNG")
     os.replace(temporary, path)
 
 

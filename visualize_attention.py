@@ -195,13 +195,6 @@ def draw(image: Tensor, attention: Tensor, threshold: float | None) -> dict[str,
     return pictures
 
 
-def save_picture(pixels: np.ndarray, path: Path) -> None:
-    """Write a PNG file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
 def overview(pictures: dict[str, np.ndarray], title: str) -> np.ndarray:
     """The pictures with their names side by side, up to six in a row: [H, W, 4]."""
     columns = min(6, len(pictures))
@@ -251,17 +244,17 @@ def write_pictures(found: Iterator[tuple[str, Tensor, Tensor]], source: Path, ou
         folder.mkdir(parents=True, exist_ok=True)
         pictures = draw(image, attention, threshold)
         for name, pixels in pictures.items():
-            save_picture(pixels, folder / f"{name}.png")
+            utils.save_png(pixels, folder / f"{name}.png")
         (H, W), (h, w) = image.shape[1:], attention.shape[1:]
         title = f"{os.path.basename(path)}: {W} x {H} pixels, {w} x {h} patches"
-        save_picture(overview(pictures, title), folder / "overview.png")
+        utils.save_png(overview(pictures, title), folder / "overview.png")
 
 
 def write_frames(found: Iterator[tuple[str, Tensor, Tensor]], output: Path) -> None:
     """<output>/attention/attn-<frame>.png of each frame: the mean over heads."""
     for path, image, attention in found:
         p = image.shape[-1] // attention.shape[-1]
-        save_picture(colored(enlarged(attention.mean(0).numpy(), p), "inferno"), attention_file(path, output))
+        utils.save_png(colored(enlarged(attention.mean(0).numpy(), p), "inferno"), attention_file(path, output))
 
 
 def attention_file(frame: str, output: Path) -> Path:
@@ -288,7 +281,7 @@ def extract_frames(video: Path, folder: Path) -> tuple[list[str], float]:
         for image, rate in _frames_of_gif(video) if video.suffix.lower() == ".gif" else _frames_of_video(video):
             folder.mkdir(parents=True, exist_ok=True)
             paths.append(str(folder / f"frame-{len(paths):04}.png"))
-            save_picture(np.asarray(image), Path(paths[-1]))
+            utils.save_png(np.asarray(image), Path(paths[-1]))
             fps = rate
         if not paths:
             raise InputError("holds no frames")

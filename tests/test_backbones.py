@@ -61,9 +61,7 @@ def test_timm_models(arch):
     assert features.shape == (4, network.embed_dim)
     (features * torch.randn_like(features)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    load_backbone_weights(
-        network, backbone_state({"teacher": {f"backbone.{k}": v for k, v in network.state_dict().items()}})
-    )
+    load_backbone_weights(network, backbone_state({"teacher": {f"backbone.{k}": v for k, v in network.state_dict().items()}}))
 
 
 def test_timm_gets_the_options_that_it_knows():
@@ -113,9 +111,7 @@ def test_original_clever_checkpoint(prefix):
     assert image_size_of(found, 16) == 224
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "backbone.", "module.backbone.", "backbone.module.", "module.module."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "backbone.module.", "module.module."])
 def test_prefixes_are_stripped_at_the_front_only(prefix):
     state = {f"{prefix}layer.module.backbone.weight": torch.ones(1), f"{prefix}xmodule.weight": torch.ones(1)}
     assert list(backbone_state(state)) == ["layer.module.backbone.weight", "xmodule.weight"]

@@ -64,7 +64,7 @@ def test_structures_are_those_of_the_header(structure):
 def test_constants_are_those_of_the_header():
     header = (SOURCES / "scan.h").read_text()
     types = {name.lower(): int(number) for name, number in re.findall(r"SCAN_(\w+FLOAT16|FLOAT16|FLOAT32) = (\d)", header)}
-    assert types == {str(kind).removeprefix("torch."): number for kind, number in scan_cpp.TYPES.items()}
+    assert types == {str(kind).removeprefix("torch."): number for kind, number in extension.TYPES.items()}
     assert int(re.search(r"SCAN_TILE = (\d+)", header)[1]) == scan_cpp.TILE
     assert scan_setup.abi_version() == extension.ABI_VERSION
 

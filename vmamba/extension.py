@@ -11,11 +11,20 @@ import json
 from functools import cache
 from pathlib import Path
 
+import torch
+
 ABI_VERSION = 1  # SCAN_ABI_VERSION of scan.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
 PACKAGE = "clever_selective_scan"
 IN_PLACE = Path(__file__).resolve().parent.parent / "csrc" / "selective_scan" / PACKAGE
 INSTALL = "pip install ./csrc/selective_scan"
 REBUILD = "pip install --force-reinstall ./csrc/selective_scan"
+
+
+def structure(name: str, sizes: str, pointers: str) -> type[ctypes.Structure]:
+    """A struct of scan.h or scan_cuda.h: 64-bit sizes, then pointers, in the header's order."""
+    fields = [(size, ctypes.c_int64) for size in sizes.split()] + [(pointer, ctypes.c_void_p) for pointer in pointers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 class Unavailable(RuntimeError):

@@ -13,21 +13,14 @@ from . import extension
 
 LIBRARY = "scan_cpu"
 TILE = 32  # SCAN_TILE of scan.h
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
 
 
-def _structure(name: str, sizes: str, pointers: str) -> type[ctypes.Structure]:
-    """A struct of scan.h: 64-bit sizes, then pointers, in the header's order."""
-    fields = [(size, ctypes.c_int64) for size in sizes.split()] + [(pointer, ctypes.c_void_p) for pointer in pointers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-ScanArgs = _structure(
+ScanArgs = extension.structure(
     "ScanArgs",
     "batch directions channels length states type softplus threads",
     "u delta A B C D delta_bias y saved gy du ddelta dB dC dA dD ddelta_bias",
 )
-Scan2dArgs = _structure(
+Scan2dArgs = extension.structure(
     "Scan2dArgs",
     "batch height width channels rank states type threads",
     "x proj dt_weight A D dt_bias y saved gy dx dproj ddt_weight dA dD ddt_bias",
@@ -62,7 +55,7 @@ def _sizes(u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool) -> dict[str, i
         "channels": A.shape[0] // directions,
         "length": length,
         "states": states,
-        "type": TYPES[u.dtype],
+        "type": extension.TYPES[u.dtype],
         "softplus": int(delta_softplus),
     }
 
@@ -118,7 +111,7 @@ def _sizes_2d(x: Tensor, dt_weight: Tensor, A: Tensor) -> dict[str, int]:
         "channels": channels,
         "rank": dt_weight.shape[-1],
         "states": A.shape[-1],
-        "type": TYPES[x.dtype],
+        "type": extension.TYPES[x.dtype],
     }
 
 

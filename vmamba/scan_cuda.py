@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from . import extension
 
 LIBRARY = "scan_cuda"
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
 CHANNELS = 16  # of an image that a block of threads takes, like all numbers here a constant of the .cuh files
 WARP_STEPS = 16  # positions of an image that a warp takes at a time
 LANE_STEPS = 4  # positions of a sequence that a lane takes at a time
@@ -24,18 +23,12 @@ SEQUENCE_THREADS = 256  # of a block
 LONG = 1600  # positions of an image whose sum over directions (64 bytes each) leaves room for one block on a multiprocessor
 
 
-def _structure(name: str, sizes: str, pointers: str) -> type[ctypes.Structure]:
-    """A struct of scan_cuda.h: 64-bit sizes, then pointers, in the header's order."""
-    fields = [(size, ctypes.c_int64) for size in sizes.split()] + [(each, ctypes.c_void_p) for each in pointers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-Images = _structure(
+Images = extension.structure(
     "ScanCudaImages",
     "device batch height width channels rank states type warps samples",
     "x proj dt_weight A D dt_bias saved y gy dx scratch ddelta dBC sums stream",
 )
-Sequences = _structure(
+Sequences = extension.structure(
     "ScanCudaSequences",
     "device batch directions channels length states type softplus lanes",
     "u delta A B C D delta_bias saved y gy du ddelta dB dC dA dD dbias carry stream",
@@ -137,7 +130,7 @@ def _sequences(u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool) -> ctypes.
         channels=A.shape[0] // directions,
         length=length,
         states=states,
-        type=TYPES[u.dtype],
+        type=extension.TYPES[u.dtype],
         softplus=delta_softplus,
         lanes=_lanes(length),
     )
@@ -214,7 +207,7 @@ def _images(x: Tensor, dt_weight: Tensor, A: Tensor) -> ctypes.Structure:
         channels=channels,
         rank=dt_weight.shape[-1],
         states=A.shape[-1],
-        type=TYPES[x.dtype],
+        type=extension.TYPES[x.dtype],
         warps=warps,
         samples=max(1, 8 // warps) if A.shape[-1] <= 16 else 1,
     )
