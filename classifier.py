@@ -6,7 +6,6 @@ Letters: B batch, D width of the features, C classes, M images.
 
 import argparse
 import datetime
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -71,11 +70,6 @@ def check_class_count(args: argparse.Namespace, where: str, found: int, known: d
     for flag, expected in (("dataset_type", known.get(args.dataset_type)), ("num_labels", args.num_labels)):
         if expected is not None and found != expected:
             raise InputError(f"--{flag} {getattr(args, flag)}: means {expected} classes, but {where} holds {found}")
-
-
-def part_name(part: str, hp1: float) -> str:
-    """How file names tell the parts apart, with hp1 as it was typed."""
-    return {"ALL": "linear", "main_part": f"linear_hp{hp1}", "else_part": f"linear_hp{hp1}_else"}[part]
 
 
 # --- network and data --------------------------------------------------------------------------------------------------
@@ -260,11 +254,8 @@ def write_result(path: Path, kind: str, args: argparse.Namespace, pretrained: Pr
     if not utils.is_main_process():
         return
     record = {
-        "kind": kind, "net": pretrained.net, "arch": pretrained.arch, "part": args.else_part,
-        "hp1": float(pretrained.hp1), "pretrained_epochs": pretrained.epochs, "aug": pretrained.aug,
-        "test_aug_type": args.test_aug_type, **result, "seed": args.seed,
-        "backbone": pretrained.fingerprint, "args": utils.plain_args(args),
+        "kind": kind, **pretrained.record(), "part": args.else_part, "hp1": float(pretrained.hp1),
+        "test_aug_type": args.test_aug_type, **result, "seed": args.seed, "args": utils.plain_args(args),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_text_atomically(json.dumps(record, indent=1) + "\n", path)
+    utils.save_json(record, path)
     print(f"wrote {path}")

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from utils import InputError, get_rank, get_world_size, is_main_process
+from utils import InputError, all_gather_objects, get_rank, get_world_size, is_main_process
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 UNLABELLED = -1
@@ -32,6 +31,30 @@ DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+
+
+# --- folders made of others ------------------------------------------------------------------------------------------
+
+
+def lay_out(root: Path, sources: dict[str, Path], copy: bool) -> None:
+    """Link or copy {place below root: file or folder}, but for what is there already.
+
+    A copy gets its name when it is whole (before, it ends in .part), so that a second call can go on.
+    """
+    for place, source in sources.items():
+        target = root / place
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not copy:
+            target.symlink_to(source, target_is_directory=source.is_dir())
+            continue
+        part = target.with_name(f"{target.name}.part")
+        if source.is_dir():
+            shutil.copytree(source, part, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, part)
+        part.rename(target)
 
 
 # --- finding images --------------------------------------------------------------------------------------------------
@@ -169,11 +192,7 @@ def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
             if now - reported > 5 and is_main_process():
                 reported = now
                 print(f"checking images: {done} of {len(own)}, {done / (now - start):.0f} images/s", flush=True)
-    if get_world_size() == 1:
-        return bad
-    shares: list[dict[str, str]] = [{} for _ in range(get_world_size())]
-    dist.all_gather_object(shares, bad)
-    return {path: why for share in shares for path, why in share.items()}
+    return {path: why for share in all_gather_objects(bad) for path, why in share.items()}
 
 
 def _why_unusable(path):

@@ -37,6 +37,7 @@ from features import (
     knn_scores,
     load_pretrained,
     nearest_neighbors,
+    part_suffix,
     report,
     select_part,
 )
@@ -161,7 +162,7 @@ def dump_features(features: Features, folder: str | Path) -> None:
     for field, name in TENSORS.items():
         utils.save_atomically(getattr(features, field).cpu(), folder / name)
     about = features.about | {"hp1": float(features.about["hp1"])}
-    utils.write_text_atomically(json.dumps(about, indent=1) + "\n", folder / DESCRIPTION)
+    utils.save_json(about, folder / DESCRIPTION)
     print(f"wrote features to {folder}")
 
 
@@ -269,16 +270,15 @@ def write_result(args: argparse.Namespace, features: Features, results: list[dic
     if not utils.is_main_process():
         return
     about = features.about
-    part = {"ALL": "", "main_part": f"_hp{about['hp1']}", "else_part": f"_hp{about['hp1']}_else"}[args.else_part]
-    path = Path(args.output_dir) / f"knn{part}{'_' if args.trial_name else ''}{args.trial_name}.json"
+    name = f"knn{part_suffix(args.else_part, about['hp1'])}{'_' if args.trial_name else ''}{args.trial_name}"
     known = {name: about.get(name) for name in ("arch", "img_size", "pretrained_epochs", "aug", "backbone")}
     record = {
         "kind": "knn", "net": about["net"], "part": args.else_part, "hp1": float(about["hp1"]), **known,
         "results": results, "num_train_images": len(features.train), "num_test_images": len(features.test),
         "num_labels": len(about["classes"]), "args": utils.plain_args(args),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_text_atomically(json.dumps(record, indent=1) + "\n", path)
+    path = Path(args.output_dir) / f"{name}.json"
+    utils.save_json(record, path)
     print(f"wrote {path}")
 
 

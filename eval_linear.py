@@ -30,13 +30,12 @@ from classifier import (
     check_classifier_args,
     fit,
     load_probe,
-    part_name,
     train_one_epoch,
     validate,
     write_result,
 )
 from datasets import check_same_classes, labelled_dataset, shard
-from features import FeatureExtractor, add_backbone_arguments, check_part, extract_features, load_pretrained
+from features import FeatureExtractor, add_backbone_arguments, check_part, extract_features, load_pretrained, part_suffix
 from utils import InputError
 
 CLASSES = {"Imagenet": 1000, "IN100": 100}
@@ -65,7 +64,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def probe_name(args: argparse.Namespace, hp1: float) -> str:
     """linear[_hp<hp1>[_else]]_<lr>_<epochs>_<trial>, with lr, epochs and hp1 as they were typed."""
-    return f"{part_name(args.else_part, hp1)}_{args.lr}_{args.epochs}_{args.trial_name}"
+    return f"linear{part_suffix(args.else_part, hp1)}_{args.lr}_{args.epochs}_{args.trial_name}"
 
 
 def build_dataset(args: argparse.Namespace, split: str, transform):

@@ -36,7 +36,6 @@ from classifier import (
     fit,
     load_probe,
     load_trained_backbone,
-    part_name,
     train_one_epoch,
     validate,
     write_result,
@@ -51,7 +50,15 @@ from datasets import (
     shard,
     torchvision_samples,
 )
-from features import FeatureExtractor, Pretrained, add_backbone_arguments, check_part, extract_features, load_pretrained
+from features import (
+    FeatureExtractor,
+    Pretrained,
+    add_backbone_arguments,
+    check_part,
+    extract_features,
+    load_pretrained,
+    part_suffix,
+)
 from utils import InputError, TypedFloat, bool_flag
 from vmamba import is_config_name
 
@@ -131,7 +138,7 @@ def checkpoint_path(args: argparse.Namespace, hp1: float) -> Path:
     if args.output_dir.endswith(CHECKPOINT):
         return Path(args.output_dir)
     recipe = f"sgd_lr{args.lr}_lrbk{args.backbone_lr}_ep{args.epochs}_bs{args.batch_size_per_gpu}_li_aug1"
-    pieces = ["ds", args.ds_mode, data_name(args), part_name(args.else_part, hp1), args.trial_name, recipe]
+    pieces = ["ds", args.ds_mode, data_name(args), f"linear{part_suffix(args.else_part, hp1)}", args.trial_name, recipe]
     return Path(args.output_dir) / ("_".join(filter(None, pieces)) + CHECKPOINT)
 
 

@@ -21,7 +21,6 @@ Letters: H W image size in pixels, h w grid of patches, D width of a feature.
 import argparse
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,7 +40,6 @@ from torch.utils.data import DataLoader
 
 import utils
 from augmentations import ToNormalizedTensor
-from backbones import VITS
 from bilateral_solver import bilateral_solver, largest_object
 from features import Pretrained, add_backbone_arguments, load_pretrained, report
 from saliency_data import (
@@ -255,10 +252,7 @@ def caption(row: dict[str, Any]) -> str:
 
 def gather(share: Share) -> Share:
     """The shares of all processes as one, rows sorted by name."""
-    shares = [share]
-    if utils.is_distributed():
-        shares = [None] * utils.get_world_size()
-        dist.all_gather_object(shares, share)
+    shares = utils.all_gather_objects(share)
     rows = sorted((row for part in shares for row in part.rows), key=lambda row: row["image"])
     drawn = sorted((item for part in shares for item in part.drawn), key=lambda item: item[0])
     return Share(rows, {method: sum((part.scores[method] for part in shares), Scores()) for method in METHODS}, drawn)
@@ -309,14 +303,13 @@ def write_results(images: ImageSet, share: Share, pretrained: Pretrained, args: 
     degenerate = sum(bool(row.get("degenerate")) for row in rows)
     scored = share.scores[METHODS[0]]
     record = {
-        "kind": "saliency", "dataset": images.name or args.images or args.image_path, "net": pretrained.net,
-        "arch": pretrained.arch, "pretrained_epochs": pretrained.epochs, "aug": pretrained.aug,
+        "kind": "saliency", "dataset": images.name or args.images or args.image_path, **pretrained.record(),
         **{method: rounded(scores.means()) for method, scores in share.scores.items() if scores.images},
         "num_images": len(share.rows), "num_scored": scored.images, "num_scored_IoU": scored.iou_images,
-        "num_degenerate": degenerate, "failed": failed, "backbone": pretrained.fingerprint, "args": utils.plain_args(args),
+        "num_degenerate": degenerate, "failed": failed, "args": utils.plain_args(args),
     }  # fmt: skip
     write_csv(rows, output / "results.csv")
-    utils.write_text_atomically(json.dumps(record, indent=1) + "\n", output / "results.json")
+    utils.save_json(record, output / "results.json")
     if share.drawn:
         draw_overview(share.drawn, output / "overview.png")
     for method, scores in share.scores.items():
@@ -334,23 +327,13 @@ def rounded(means: dict[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else round(value, 6) for name, value in means.items()}
 
 
-def load_network(args: argparse.Namespace, device: torch.device) -> Pretrained:
-    """The ViT under evaluation. Raises InputError if the network has no patch features."""
-    pretrained = load_pretrained(args, device)
-    if not hasattr(pretrained.backbone, "get_last_qkv"):
-        raise InputError(
-            f"--arch {pretrained.arch}: its features are pooled, there are no keys of patches to cut between; "
-            f"only our ViTs have them: {', '.join(VITS)}"
-        )
-    return pretrained
-
-
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
     device = utils.init_distributed(args)
     sets = find_sets(args)
-    pretrained = load_network(args, device)
+    pretrained = load_pretrained(args, device)
+    pretrained.check_patches("TokenCut compares the keys of patches")
     failed, total = [], 0
     for images in sets:
         count = f"{len(images.pairs)} image{'s' * (len(images.pairs) > 1)}"

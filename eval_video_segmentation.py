@@ -27,13 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import davis
 import jf
 import utils
 from augmentations import IMAGENET_STD
-from backbones import VITS
 from davis import Video
 from features import Pretrained, add_backbone_arguments, load_pretrained
 from propagation import Propagation
@@ -69,15 +67,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.std is not None and not all(0 < value < float("inf") for value in args.std):
         raise InputError(f"--std {args.std}: must be greater than 0, and finite")
     utils.check_writable(args.output_dir)
-
-
-def check_backbone(pretrained: Pretrained) -> None:
-    """Raise InputError unless the backbone has patch tokens."""
-    if pretrained.arch not in VITS:
-        raise InputError(
-            f"--arch {pretrained.arch}: gives one pooled feature per image, and propagation compares patches; "
-            f"choose one of {', '.join(VITS)}"
-        )
 
 
 # --- one video ---------------------------------------------------------------------------------------------------------
@@ -251,10 +240,7 @@ def tell_fault(name: str, fault: str) -> None:
 
 def gather(share: tuple[list[jf.Scores], dict[str, str]]) -> tuple[list[jf.Scores], dict[str, str]]:
     """The shares of all processes in one, for every process."""
-    shares = [share]
-    if utils.is_distributed():
-        shares = [share] * utils.get_world_size()
-        dist.all_gather_object(shares, share)
+    shares = utils.all_gather_objects(share)
     return [s for scores, _ in shares for s in scores], {k: v for _, faults in shares for k, v in faults.items()}
 
 
@@ -269,13 +255,12 @@ def write_results(scores: list[jf.Scores], pretrained: Pretrained, args: argpars
     objects = {name: row for s in scored for name, row in s.objects().items()}
     frames = {s.video: {"J": s.j.T.tolist(), "F": s.f.T.tolist()} for s in scored}
     record = {
-        "kind": "video_segmentation", "subset": args.subset, "net": pretrained.net, "arch": pretrained.arch,
-        "pretrained_epochs": pretrained.epochs, "aug": pretrained.aug, "backbone": pretrained.fingerprint,
+        "kind": "video_segmentation", "subset": args.subset, **pretrained.record(),
         "global": jf.global_scores(objects), "objects": objects, "unscored": unscored, "frames": frames,
         "args": utils.plain_args(args),
     }  # fmt: skip
     path = Path(args.output_dir) / f"results-{args.subset}.json"
-    utils.write_text_atomically(json.dumps(record, indent=1) + "\n", path)
+    utils.save_json(record, path)
     jf.print_scores(objects)
     print(f"{len(objects)} objects of {len(scored)} videos; wrote {path}")
     for table in jf.write_csv(args.output_dir, args.subset, objects):
@@ -296,7 +281,7 @@ def main() -> None:
     device = utils.init_distributed(args)
     names = davis.list_videos(args.data_path, args.subset)
     pretrained = load_pretrained(args, device)
-    check_backbone(pretrained)
+    pretrained.check_patches("propagation compares patches")
     args.std = tuple(args.std or (ORIGINAL_STD if pretrained.std == IMAGENET_STD else pretrained.std))
     davis.check_short_side(args.short_side, pretrained.backbone.patch_embed.patch_size)
     pretrained.backbone.positions_by = args.positions

@@ -46,6 +46,11 @@ def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tenso
     return x[:, :-ef] if part == "main_part" else x[:, -ef:]
 
 
+def part_suffix(part: str, hp1: float) -> str:
+    """How names of files tell the parts apart, with hp1 as it was typed."""
+    return {"ALL": "", "main_part": f"_hp{hp1}", "else_part": f"_hp{hp1}_else"}[part]
+
+
 class FeatureExtractor(nn.Module):
     """Images [B, 3, H, W] -> features [B, self.dim] of a frozen backbone.
 
@@ -104,6 +109,17 @@ class Pretrained:
     aug: str | None  # recipe of the pretraining, likewise
     fingerprint: str  # of the weights
 
+    def record(self) -> dict:
+        """What a file of results says about it."""
+        return {
+            "net": self.net, "arch": self.arch, "pretrained_epochs": self.epochs, "aug": self.aug, "backbone": self.fingerprint
+        }  # fmt: skip
+
+    def check_patches(self, need: str) -> None:
+        """Raise InputError, which names the `need`, unless the backbone is one of our ViTs: others pool their features."""
+        if self.arch not in VITS:
+            raise InputError(f"--arch {self.arch}: its features are pooled, and {need}; choose one of {', '.join(VITS)}")
+
 
 def agree(name: str, given, stored, default, what: str = "checkpoint was"):
     """The flag if given, else what the checkpoint says, else the default; InputError if the first two differ."""
@@ -118,7 +134,7 @@ def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = Tru
     `required`: --pretrained_weights is; `parts`: flags for IR and EF and the size of the images too.
     """
     parser.add_argument("--pretrained_weights", required=required, help="checkpoint, ours or an original's")
-    parser.add_argument("--checkpoint_key", default="teacher", help="which network of the checkpoint")
+    parser.add_argument("--checkpoint_key", default="teacher", help="which network of the checkpoint; without a teacher: model")
     parser.add_argument("--arch", help="default: the checkpoint's, else vit_small")
     parser.add_argument("--patch_size", type=int, help="default: the checkpoint's, else 16")
     if not parts:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -200,6 +201,15 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
 
 
+def all_gather_objects(item: Any) -> list[Any]:
+    """That of every process, in the order of their ranks; pickled, so for little things."""
+    if not is_distributed():
+        return [item]
+    items = [None] * get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give all processes the buffers of the first one, such as running statistics that are each process's own."""
     if is_distributed():
@@ -378,6 +388,12 @@ def write_text_atomically(text: str, path: str | Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def save_json(record: Any, path: str | Path) -> None:
+    """The same for a record of numbers; makes its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(json.dumps(record, indent=1) + "\n", path)
 
 
 def save_png(pixels: np.ndarray, path: str | Path) -> None:

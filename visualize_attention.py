@@ -40,7 +40,6 @@ from torchvision.transforms import v2
 
 import utils
 from augmentations import ToNormalizedTensor
-from backbones import VITS
 from datasets import DECODE_ERRORS, ImageDataset, keep_readable, list_images, read_image, shard
 from features import add_backbone_arguments, load_pretrained, report
 from utils import InputError, bool_flag
@@ -320,16 +319,24 @@ def join_video(pictures: list[Path], path: Path, fps: float) -> None:
     if path.suffix == ".gif":
         next(frames).save(temporary, format="GIF", save_all=True, append_images=frames, duration=1000 / fps, loop=0)
     else:
-        av = pyav()
-        with av.open(str(temporary), "w", format=path.suffix[1:]) as container:
+        _encode(frames, size, temporary, path.suffix[1:], fps)
+    os.replace(temporary, path)
+    print(f"wrote {path}: {len(pictures)} frames, {fps:.4g} per second")
+
+
+def _encode(frames: Iterator[Image.Image], size: tuple[int, int], path: Path, container_format: str, fps: float) -> None:
+    av = pyav()
+    try:
+        with av.open(str(path), "w", format=container_format) as container:
             codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
             stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
             for image in frames:
                 container.mux(stream.encode(av.VideoFrame.from_image(image)))
             container.mux(stream.encode())
-    os.replace(temporary, path)
-    print(f"wrote {path}: {len(pictures)} frames, {fps:.4g} per second")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        path.unlink(missing_ok=True)
+        raise InputError(f"--video_format {container_format}: the video cannot be written ({error})") from error
 
 
 def join_if_possible(pictures: list[Path], args: argparse.Namespace, fps: float) -> None:
@@ -362,13 +369,9 @@ def find_frames(args: argparse.Namespace) -> tuple[list[str], float]:
 def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Preparation]:
     """The network, and how its images are prepared. InputError if it has no attention."""
     pretrained = load_pretrained(args, device)
-    backbone = pretrained.backbone
-    if not hasattr(backbone, "get_last_cls_attention"):
-        raise InputError(
-            f"--arch {pretrained.arch}: its features are pooled, no [CLS] token attends to patches; "
-            f"only our ViTs show attention: {', '.join(VITS)}"
-        )
-    return backbone, Preparation(args.image_size, backbone.patch_embed.patch_size, pretrained.mean, pretrained.std)
+    pretrained.check_patches("no [CLS] token attends to patches")
+    patch_size = pretrained.backbone.patch_embed.patch_size
+    return pretrained.backbone, Preparation(args.image_size, patch_size, pretrained.mean, pretrained.std)
 
 
 def main() -> None:

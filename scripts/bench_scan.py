@@ -7,13 +7,13 @@
 What stands in the tables
 - loop: one step of Python per position, indexed `[..., i]`, plain autograd (`vmamba.scan_torch.reference_2d`).
 - copies: the best backend's unfused operator between a cross-scan and a cross-merge that build their copies in memory.
+- kernel: the best backend's own functions, without what PyTorch does around an operator and its gradient.
 - memory: bytes that must be moved (x, dt, B, C and y once each; backward: their gradients too), over the rate of a copy
   measured in the same run. arithmetic: the same sums on data that stays in the first-level cache (`cpp` only).
-- limit: the larger of the two over the time of the best backend.
+- limit: the larger of the two over the time of the kernel.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -124,18 +124,26 @@ def time_scan(
     return {name: [forward[name], backward[name]] for name in functions}
 
 
-def limits(inputs: list[Tensor], rate: float, args: argparse.Namespace) -> dict[str, list[float]]:
-    """[forward, backward] seconds that memory, and the arithmetic of `cpp`, allow at best."""
-    x, proj, dt_weight = inputs[:3]
-    y = x.numel() * 4  # float32
-    result = {"memory": [(x.nbytes + proj.nbytes + y) / rate, (2 * x.nbytes + 2 * proj.nbytes + y) / rate]}
+def time_kernel(backend: str, inputs: list[Tensor], args: argparse.Namespace) -> dict[str, list[float]]:
+    """[forward, backward] seconds of the backend's own functions, and of the `arithmetic` of `cpp`, which take turns."""
+    module, (x, *rest) = BACKENDS[backend], (each.detach() for each in inputs)
+    x = x.permute(0, 2, 3, 1).contiguous()
+    gy, saved = module.forward_2d(x, *rest)
+    forward = {"kernel": lambda: module.forward_2d(x, *rest)}
+    backward = {"kernel": lambda: module.backward_2d(gy, x, *rest, saved)}
     if args.device == "cpu" and scan_cpp.unavailable() is None:
-        times = {
-            name: lambda back=back: scan_cpp.arithmetic(4 * x.numel(), dt_weight.shape[-1], 1, back)
-            for name, back in (("forward", False), ("backward", True))
-        }
-        result["arithmetic"] = list(quickest(times, args.repeats, args.device).values())
-    return result
+        sizes = (4 * x.numel(), rest[1].shape[-1], 1)
+        forward["arithmetic"] = lambda: scan_cpp.arithmetic(*sizes, with_backward=False)
+        backward["arithmetic"] = lambda: scan_cpp.arithmetic(*sizes, with_backward=True)
+    forward, backward = quickest(forward, args.repeats, args.device), quickest(backward, args.repeats, args.device)
+    return {name: [forward[name], backward[name]] for name in forward}
+
+
+def memory_limit(inputs: list[Tensor], rate: float) -> list[float]:
+    """[forward, backward] seconds that moving the bytes takes at best."""
+    x, proj = inputs[:2]
+    y = x.numel() * 4  # float32
+    return [(x.nbytes + proj.nbytes + y) / rate, (2 * x.nbytes + 2 * proj.nbytes + y) / rate]
 
 
 def ways(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
@@ -154,22 +162,23 @@ def bench_scans(args: argparse.Namespace) -> list[dict]:
     """One row for each size and stage."""
     rate, functions = copy_rate(args.device), ways(args)
     print(f"memory: {rate / 1e9:.1f} GB/s (copy); forward + backward in milliseconds, quickest of {args.repeats}\n")
-    print(" " * 22 + "".join(f"{name:>17}" for name in [*functions, "memory", "arithmetic", "limit"]))
+    print(" " * 22 + "".join(f"{name:>19}" for name in [*functions, "kernel", "memory", "arithmetic", "limit"]))
     rows = []
     for size, batch in zip(args.sizes, args.batch, strict=True):
         for stage in STAGES:
             inputs = scan_input(size, batch, stage, args.device, DTYPES[args.dtype])
             times = time_scan(functions, inputs, args)
-            bounds = limits(inputs, rate, args)
-            best = next(iter(times.values()))
-            share = [max(bound[i] for bound in bounds.values()) / best[i] for i in range(2)]
+            kernel = time_kernel(next(iter(times)), inputs, args)
+            times["kernel"] = kernel.pop("kernel")
+            bounds = {"memory": memory_limit(inputs, rate), **kernel}
+            share = [max(bound[i] for bound in bounds.values()) / times["kernel"][i] for i in range(2)]
             numbers = {"seconds": times, "limits": bounds, "share": share}
             rows.append({"size": size, "batch": batch, "channels": stage[0], **numbers})
             cells = [f"{1e3 * f:.2f} + {1e3 * b:.2f}" for f, b in [*times.values(), *bounds.values()]]
             cells += ["-"] * (2 - len(bounds)) + [" + ".join(f"{each:.0%}" for each in share)]
             side = size // stage[1]
             name = f"{size} px {batch} x {side}x{side}x{stage[0]}"
-            print(f"{name:>22}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+            print(f"{name:>22}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
     return rows
 
 
@@ -213,8 +222,7 @@ def main() -> None:
     if args.model:
         results["model"] = bench_model(args)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        utils.write_text_atomically(json.dumps(results, indent=1) + "\n", args.output)
+        utils.save_json(results, args.output)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ train_test_split.txt says which images are for training: 5,994 of 11,788 in the 
 """
 
 import argparse
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any directory
 
+from datasets import lay_out  # noqa: E402
 from utils import ArgumentParser, InputError, run_entry_point  # noqa: E402
 
 SPLITS = {"1": "train", "0": "val"}
@@ -76,26 +76,11 @@ def check_out(out: Path, sources: dict[str, Path], copy: bool) -> None:
             raise InputError(f"--out {out}: holds something else ({place}); choose a new or empty folder")
 
 
-def make(out: Path, sources: dict[str, Path], copy: bool) -> None:
-    """Link or copy what is not there yet. A copy gets its name when it is whole, so that a second call can go on."""
-    for place, source in sources.items():
-        target = out / place
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if copy:
-            part = target.with_name(f"{target.name}.part")
-            shutil.copyfile(source, part)
-            part.rename(target)
-        else:
-            target.symlink_to(source)
-
-
 def main() -> None:
     args = get_args_parser().parse_args()
     sources = find_images(args.cub)
     check_out(args.out, sources, args.copy)
-    make(args.out, sources, args.copy)
+    lay_out(args.out, sources, args.copy)
     for split in SPLITS.values():
         places = [place for place in sources if place.startswith(f"{split}/")]
         print(f"{args.out / split}: {len({place.split('/')[1] for place in places})} classes, {len(places)} images")

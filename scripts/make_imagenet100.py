@@ -7,13 +7,12 @@ The 100 classes are scripts/imagenet100.txt; --classes takes any other list, one
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any directory
 
-from datasets import list_images  # noqa: E402
+from datasets import lay_out, list_images  # noqa: E402
 from utils import InputError, run_entry_point  # noqa: E402
 
 SPLITS = ("train", "val")
@@ -67,27 +66,12 @@ def check_out(out: Path, sources: dict[str, Path], copy: bool) -> None:
             raise InputError(f"--out {out}: holds something else ({place}); choose a new or empty folder")
 
 
-def make(out: Path, sources: dict[str, Path], copy: bool) -> None:
-    """Link or copy what is not there yet. A copy gets its name when it is whole, so that a second call can go on."""
-    for place, source in sources.items():
-        target = out / place
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if copy:
-            part = target.with_name(f"{target.name}.part")
-            shutil.copytree(source, part, dirs_exist_ok=True)
-            part.rename(target)
-        else:
-            target.symlink_to(source, target_is_directory=True)
-
-
 def main() -> None:
     args = get_args_parser().parse_args()
     classes = read_classes(args.classes)
     sources = find_sources(args.imagenet, classes)
     check_out(args.out, sources, args.copy)
-    make(args.out, sources, args.copy)
+    lay_out(args.out, sources, args.copy)
     for split in SPLITS:
         print(f"{args.out / split}: {len(classes)} classes, {len(list_images(args.out / split))} images")
 

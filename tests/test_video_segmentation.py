@@ -328,7 +328,7 @@ def test_bad_flags_are_refused_before_anything_is_written(world, tmp_path, flags
 def test_backbones_with_pooled_features_are_refused(world, tmp_path, arch):
     weights = save_checkpoint(backbones.build_backbone(arch), tmp_path / "weights.pth")
     outcome = evaluate(weights, world / "DAVIS", tmp_path / "out", "--arch", arch)
-    assert_refused(outcome, f"--arch {arch}", "one pooled feature", "vit_small")
+    assert_refused(outcome, f"--arch {arch}", "its features are pooled", "vit_small")
 
 
 def remove(path):

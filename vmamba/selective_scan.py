@@ -10,6 +10,7 @@ Backends: `cuda` and `cpp` are compiled (csrc/selective_scan), `triton` compiles
 the first that can run on the tensors' device and says once which one it is and why better ones are not there.
 """
 
+import contextlib
 import functools
 import warnings
 from types import ModuleType
@@ -163,17 +164,17 @@ def _check_devices(**tensors: Tensor | None) -> None:
 
 def _one_type(names: str, *tensors: Tensor) -> list[Tensor]:
     """The tensors in the widest of their types."""
-    kind = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    kind = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
     if kind not in DTYPES:
         choices = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
         raise InputError(f"selective scan: {names} of type {str(kind).removeprefix('torch.')}: choose one of {choices}")
-    return [tensor.to(kind) for tensor in tensors]
+    return [tensor if tensor.dtype == kind else tensor.to(kind) for tensor in tensors]
 
 
 def _parameters(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Parameters stay in float32, whatever the type of the input; in float64 with float64 input."""
     kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [tensor if tensor is None else tensor.to(kind) for tensor in tensors]
+    return [tensor if tensor is None or tensor.dtype == kind else tensor.to(kind) for tensor in tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +258,10 @@ def _backend(name: str, like: Tensor) -> ModuleType:
     return BACKENDS[choose_backend(name, like.device.type, like.dtype)]
 
 
-def _exactly(like: Tensor) -> torch.autocast:
+def _exactly(like: Tensor) -> contextlib.AbstractContextManager:
     """Without autocast, which would round what a backend computes in float32."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ class Scan1d {
 
   ScanStatus forward() {
     const int64_t blocks = model.blocks(), K = args.directions;
-    const Groups samples = {args.batch, at_most(args.batch, divide_up(TASKS, blocks * K))};
+    const Groups samples = {args.batch, at_most(args.batch, divide_up(task_count(elements()), blocks * K))};
     const int64_t bytes = Space::bytes(*this);
     const Memory memory(bytes * args.threads);
     if (!memory.base) return SCAN_OUT_OF_MEMORY;
@@ -33,7 +33,7 @@ class Scan1d {
   ScanStatus backward() {
     const int64_t blocks = model.blocks(), K = args.directions, size = model.gradient_size();
     const int64_t BC_size = args.batch * K * args.states * length;  // of B, and of C
-    const Split groups = split(args.batch, blocks, K, 2 * BC_size, K * blocks * size);
+    const Split groups = split(task_count(elements()), args.batch, blocks, K, 2 * BC_size, K * blocks * size);
     const int64_t pieces = (groups.samples.count > 1 ? groups.samples.count : 1) * K * blocks, bytes = Space::bytes(*this);
     float *dBC, *dparameters;
     char* spaces;
@@ -76,6 +76,8 @@ class Scan1d {
   }
 
  private:
+  int64_t elements() const { return args.batch * args.directions * args.channels * args.length; }
+
   // What a thread works in.
   struct Space {
     Parameters parameters;

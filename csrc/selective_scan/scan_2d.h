@@ -30,7 +30,7 @@ class Scan2d {
 
   ScanStatus forward() {
     const int64_t blocks = model.blocks();
-    const Groups samples = {args.batch, at_most(args.batch, divide_up(TASKS, blocks))};
+    const Groups samples = {args.batch, at_most(args.batch, divide_up(task_count(elements()), blocks))};
     const int64_t bytes = Space::bytes(*this, false);
     char* spaces;
     const auto lay_out = [&](Arena arena) {
@@ -56,9 +56,11 @@ class Scan2d {
   ScanStatus backward() {
     const int64_t blocks = model.blocks(), size = 4 * model.gradient_size();
     const int64_t sample_stride = round_up(length * 4 * width + LANES, 16);  // Tile: zeros may be added after the end
-    const Split groups = split(args.batch, blocks, 1, args.batch * sample_stride, blocks * size);
+    const Split groups = split(task_count(elements()), args.batch, blocks, 1, args.batch * sample_stride, blocks * size);
     const int64_t group_stride = args.batch * sample_stride;
-    const int64_t pieces = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks, bytes = Space::bytes(*this, true);
+    const int64_t pieces = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks;
+    const int64_t chunk = divide_up(4096, width), chunk_bytes = round_up((chunk * width + LANES) * sizeof(float), 64);
+    const int64_t bytes = at_least(Space::bytes(*this, true), chunk_bytes);
     float *dproj, *dparameters;
     char* spaces;
     const auto lay_out = [&](Arena arena) {
@@ -80,20 +82,27 @@ class Scan2d {
       const int64_t sample_group = task / groups.blocks.count, block_group = task % groups.blocks.count;
       const int64_t first = groups.samples.first(sample_group), last = groups.samples.first(sample_group + 1);
       float* const own_dproj = dproj + block_group * group_stride;
-      clear(own_dproj + first * sample_stride, (last - first) * sample_stride);
       for (int64_t block = groups.blocks.first(block_group); block < groups.blocks.first(block_group + 1); ++block) {
         float* const piece = dparameters + (sample_group * blocks + block) * size;
         clear(piece, size);
         pack_block(space, block * BLOCK);
-        for (int64_t b = first; b < last; ++b) backward_block(space, b, block * BLOCK, own_dproj + b * sample_stride, piece);
+        const bool clears = block == groups.blocks.first(block_group);
+        for (int64_t b = first; b < last; ++b)
+          backward_block(space, b, block * BLOCK, clears, own_dproj + b * sample_stride, piece);
       }
     });
 
-    const int64_t count = length * 4 * width, chunk = 16384, chunks = divide_up(count, chunk);
-    parallel(args.batch * chunks, args.threads, [&](int64_t task, int) {
-      const int64_t b = task / chunks, begin = task % chunks * chunk;
-      add_groups(dproj + b * sample_stride + begin, groups.blocks.count, group_stride, at_most(count - begin, chunk),
-                 (T*)args.dproj + b * count + begin);
+    const int64_t chunks = divide_up(length, chunk);
+    parallel(args.batch * chunks, args.threads, [&](int64_t task, int thread) {
+      const int64_t b = task / chunks, begin = task % chunks * chunk, count = at_most(length - begin, chunk);
+      float* const sum = (float*)(spaces + thread * bytes);
+      for (int direction = 0; direction < 4; ++direction) {
+        const float* const from = dproj + b * sample_stride + (direction * length + begin) * width;
+        add_groups(from, groups.blocks.count, group_stride, count * width, sum);
+        T* to = (T*)args.dproj + ((b * length + begin) * 4 + direction) * width;
+        for (const float* row = sum; row < sum + count * width; row += width, to += 4 * width)
+          for (int64_t i = 0; i < width; i += LANES) store_some(to + i, load(row + i), width - i);
+      }
     });
     finish_gradients(model, dparameters, groups.samples.count, 4, args.threads, args.ddt_weight, args.dA, args.dD,
                      args.ddt_bias);
@@ -101,6 +110,8 @@ class Scan2d {
   }
 
  private:
+  int64_t elements() const { return args.batch * 4 * args.channels * length; }
+
   // What a thread works in.
   struct Space {
     Parameters parameters[4];
@@ -153,7 +164,8 @@ class Scan2d {
     }
   }
 
-  // Finds the tile's positions; where proj is half precision its rows are converted.
+  // Finds the tile's positions; where proj is half precision its rows are converted. Unlike proj [L, 4, R + 2N], dproj is
+  // [4, L, R + 2N] until the end: a direction's part stays in the second-level cache.
   void fill_tile(const Space& space, int64_t b, int direction, int64_t start, float* dproj) const {
     const Walk position = {direction, length, by_columns};
     Tile& tile = *space.tile;
@@ -162,7 +174,7 @@ class Scan2d {
       const int64_t at = position(start + t), row = (at * 4 + direction) * width;
       tile.at[t] = at * BLOCK;
       tile.proj[t] = proj_row((const T*)args.proj + b * length * 4 * width + row, space.proj + t * round_up(width, LANES));
-      tile.dproj[t] = dproj + row;
+      tile.dproj[t] = dproj + (direction * length + at) * width;
     }
     for (int t = tile.count; t % ROWS; ++t) tile.proj[t] = tile.proj[tile.count - 1];
   }
@@ -219,8 +231,9 @@ class Scan2d {
     store_block(space.y, 1.f, space.skip, LOG2E, space.u, count, args.y + block);
   }
 
-  // `dproj` is that of the sample, `piece` holds the block's gradients of parameters in four directions.
-  void backward_block(const Space& space, int64_t b, int64_t channel, float* dproj, float* piece) const {
+  // `dproj` is that of the sample, added to unless it is to be cleared; `piece` holds the block's gradients of parameters in
+  // four directions.
+  void backward_block(const Space& space, int64_t b, int64_t channel, bool clears, float* dproj, float* piece) const {
     const int64_t count = channels_from(channel), block = b * length * args.channels + channel;
     load_block((const T*)args.x + block, count, LN2, space.u);
     load_block(args.gy + block, count, 1.f, space.gy);
@@ -229,6 +242,7 @@ class Scan2d {
       const Parameters& p = space.parameters[direction];
       const Gradients grad = gradients(model, piece + direction * model.gradient_size());
       clear(space.carry, args.states * BLOCK);
+      if (clears) clear(dproj + direction * length * width, length * width);
       for (int64_t tile = tiles - 1; tile >= 0; --tile) {
         for (int64_t n = 0; n < args.states; ++n)
           for (int64_t c = 0; c < BLOCK; c += LANES)

@@ -78,8 +78,9 @@ void parallel(int64_t tasks, int64_t threads, const Body& body) {
 #endif
 }
 
-// How many tasks there should be at least: enough to keep the cores of a machine busy.
-constexpr int64_t TASKS = 32;
+// How many tasks there should be at least: enough to keep the cores of a machine busy, fewer where a scan of so many
+// elements (B * K * D * L) is soon done, because every group costs time to add up.
+inline int64_t task_count(int64_t elements) { return elements < 1 << 19 ? 8 : elements < 1 << 20 ? 16 : 32; }
 
 // `total` things in groups of nearly equal size.
 struct Groups {
@@ -93,12 +94,12 @@ struct Split {
 
 // Enough tasks, cut so that the least has to be added up afterwards: `block_cost` floats for every group of blocks,
 // `sample_cost` floats for every group of samples.
-inline Split split(int64_t batch, int64_t blocks, int64_t directions, int64_t block_cost, int64_t sample_cost) {
+inline Split split(int64_t tasks, int64_t batch, int64_t blocks, int64_t directions, int64_t block_cost, int64_t sample_cost) {
   Split best = {};
   int64_t least = INT64_MAX;
   for (int64_t groups = 1; groups <= blocks; ++groups) {
-    const int64_t samples = at_most(divide_up(TASKS, groups * directions), batch);
-    const int64_t missing = TASKS - at_most(samples * groups * directions, TASKS);
+    const int64_t samples = at_most(divide_up(tasks, groups * directions), batch);
+    const int64_t missing = tasks - at_most(samples * groups * directions, tasks);
     const int64_t cost = groups * block_cost + samples * sample_cost + (missing << 40);
     if (cost < least) {
       least = cost;

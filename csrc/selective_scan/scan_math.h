@@ -58,6 +58,7 @@ INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
 INLINE int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
+INLINE int64_t at_least(int64_t value, int64_t low) { return value > low ? value : low; }
 
 // ---- loads and stores; lanes from `count` on are read as 0 and not written ----
 
