@@ -446,12 +446,7 @@ def test_no_kernel_spills_registers(tmp_path: Path) -> None:
 # ---- on a GPU
 
 
-def _gpus() -> list[str]:
-    """The first GPU and, where there is one, the second."""
-    return [f"cuda:{index}" for index in range(min(2, torch.cuda.device_count()))] or ["cuda:0"]
-
-
-@pytest.fixture(params=_gpus())
+@pytest.fixture(params=["cuda:0", "cuda:1"][: max(1, torch.cuda.device_count())])
 def gpu(request: pytest.FixtureRequest) -> torch.device:
     device = torch.device(request.param)
     if not torch.cuda.is_available() or (reason := scan_cuda.unavailable(device)):
