@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import resnet
 import vision_transformer as vit
-from utils import InputError, error_prefix, load_checkpoint
+from checkpoint import load_checkpoint
+from utils import InputError, error_prefix
 from vmamba import build_vssm, config_names, is_config_name, load_config
 
 VITS: dict[str, Callable[..., nn.Module]] = {

@@ -1,16 +1,9 @@
 """Image folders: pretraining (labels unused) and classification (one sub-folder per class), and small built-in data."""
 
-import contextlib
-import gzip
 import os
-import re
-import shutil
 import struct
-import tempfile
-import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from utils import InputError, all_gather_objects, get_rank, get_world_size, is_main_process
+from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from telemetry import Progress
+from utils import InputError, describe_error
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 UNLABELLED = -1
@@ -31,30 +26,6 @@ DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-
-
-# --- folders made of others ------------------------------------------------------------------------------------------
-
-
-def lay_out(root: Path, sources: dict[str, Path], copy: bool) -> None:
-    """Link or copy {place below root: file or folder}, but for what is there already.
-
-    A copy gets its name when it is whole (before, it ends in .part), so that a second call can go on.
-    """
-    for place, source in sources.items():
-        target = root / place
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not copy:
-            target.symlink_to(source, target_is_directory=source.is_dir())
-            continue
-        part = target.with_name(f"{target.name}.part")
-        if source.is_dir():
-            shutil.copytree(source, part, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(source, part)
-        part.rename(target)
 
 
 # --- finding images --------------------------------------------------------------------------------------------------
@@ -124,7 +95,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         with Image.open(path) as image:
             return _to_rgb(image)
     except DECODE_ERRORS as error:
-        raise InputError(f"image {path}: cannot be read ({_reason(error)})") from error
+        raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
 
 
 def _to_rgb(image):
@@ -134,10 +105,6 @@ def _to_rgb(image):
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _reason(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class ImageDataset(Dataset):
@@ -182,16 +149,13 @@ def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
     """
     own = paths[get_rank() :: get_world_size()]
     bad: dict[str, str] = {}
-    start = reported = time.monotonic()
+    meter = Progress("checking images", len(own), silent_if_quick=True)
     block = 512  # a pool's queue of a million images would fill the memory
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for first in range(0, len(own), block):
             names = own[first : first + block]
             bad |= {name: why for name, why in zip(names, pool.map(_why_unusable, names), strict=True) if why}
-            now, done = time.monotonic(), first + len(names)
-            if now - reported > 5 and is_main_process():
-                reported = now
-                print(f"checking images: {done} of {len(own)}, {done / (now - start):.0f} images/s", flush=True)
+            meter.advance(len(names))
     return {path: why for share in all_gather_objects(bad) for path, why in share.items()}
 
 
@@ -201,7 +165,7 @@ def _why_unusable(path):
             image.draft("L", (1, 1))  # JPEG: the whole stream is read, but an eighth of the pixels computed
             image.load()
     except DECODE_ERRORS as error:
-        return _reason(error)
+        return describe_error(error)
     return None
 
 
@@ -302,7 +266,7 @@ def torchvision_samples(
     try:
         data = getattr(datasets, name)(root, split=split, download=download)
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{name} in {where}: cannot be read ({_reason(error)})") from error
+        raise InputError(f"{name} in {where}: cannot be read ({describe_error(error)})") from error
     samples = [(os.fspath(path), int(label)) for path, label in zip(getattr(data, images), getattr(data, labels), strict=True)]
     found = {label for _, label in samples}
     if found != set(range(count)):
@@ -318,7 +282,7 @@ def read_semi_list(path: str | os.PathLike) -> dict[str, str]:
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list of images {path}: cannot be read ({_reason(error)})") from error
+        raise InputError(f"list of images {path}: cannot be read ({describe_error(error)})") from error
     if not lines:
         raise InputError(f"list of images {path}: is empty")
     classes = {}
@@ -349,123 +313,3 @@ def listed_samples(path: str | os.PathLike, root: str | os.PathLike) -> tuple[li
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise InputError(f"list of images {path}: {problem}: {shown} ({len(names)} in all)")
     return classes, [found[place] for place in listed]
-
-
-# --- small built-in data ---------------------------------------------------------------------------------------------
-
-# One split: images [N, H, W] uint8 and class numbers [N].
-Split = tuple[np.ndarray, np.ndarray]
-
-
-def write_digits(root: str | os.PathLike) -> None:
-    """scikit-learn's 1,797 handwritten digits as 8x8 PNG files <root>/{train,val}/<digit>/: 1,437 and 360 images.
-
-    Does nothing where they already are; raises InputError if `root` holds something else.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # grey levels 0..16 -> 0..255
-    train, val = train_test_split(np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
-    splits = {name: (images[index], digits.target[index]) for name, index in (("train", train), ("val", val))}
-    _write_image_folder(Path(root), splits, [str(digit) for digit in range(10)])
-
-
-def write_fashion_mnist(
-    root: str | os.PathLike,
-    source: str | os.PathLike,
-    download: bool = False,
-    train: int | None = None,
-    val: int | None = None,
-) -> None:
-    """Fashion-MNIST as 28x28 PNG files <root>/{train,val}/<class>/; `train`, `val`: images in all, balanced, or None.
-
-    `source` holds the idx files (.gz or not) directly or as torchvision lays them out; the network is used only with
-    `download`, which puts them there. Does nothing where the images already are; raises InputError if files are
-    missing or damaged, if `root` holds something else, or on a share that is not between 10 and the split's size.
-    """
-    splits, classes = _read_fashion_mnist(Path(source), download)
-    for name, share in (("train", train), ("val", val)):
-        if share is not None:
-            images, labels = splits[name]
-            index = _balanced_share(name, labels, share)
-            splits[name] = images[index], labels[index]
-    # The number keeps the order of the classes; "/" and blanks do not belong in a folder's name.
-    names = [f"{label}-{re.sub('[^a-z-]+', '-', name.lower())}" for label, name in enumerate(classes)]
-    _write_image_folder(Path(root), splits, names)
-
-
-def _read_fashion_mnist(source, download):
-    from torchvision.datasets import FashionMNIST
-
-    try:
-        if download:
-            FashionMNIST(source, download=True)
-        raw = source / "FashionMNIST" / "raw"
-        raw = raw if raw.is_dir() else source
-        with tempfile.TemporaryDirectory() as scratch:
-            _unpack_idx_files(raw, Path(scratch) / "FashionMNIST" / "raw")
-            parts = {name: FashionMNIST(scratch, train=name == "train") for name in ("train", "val")}
-            splits = {name: (part.data.numpy(), part.targets.numpy()) for name, part in parts.items()}
-    except InputError:
-        raise
-    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, zlib.error) as error:
-        raise InputError(f"Fashion-MNIST in {source}: cannot be read ({_reason(error)})") from error
-    return splits, FashionMNIST.classes
-
-
-def _unpack_idx_files(raw, folder):
-    """Link or unpack the four files in `raw` to `folder`, without .gz, where torchvision reads them."""
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    missing = [name for name in names if not (raw / name).exists() and not (raw / f"{name}.gz").exists()]
-    if missing:
-        raise InputError(f"Fashion-MNIST in {raw}: lacks {', '.join(missing)} (or .gz); --download fetches them")
-    folder.mkdir(parents=True)
-    for name in names:
-        if (raw / name).exists():
-            (folder / name).symlink_to((raw / name).resolve())
-        else:
-            with gzip.open(raw / f"{name}.gz") as packed, open(folder / name, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-
-
-def _balanced_share(name, labels, share):
-    """Indices of `share` images, drawn with a fixed seed, as many per class as evenly as that goes."""
-    classes = labels.max() + 1
-    if not classes <= share <= len(labels):
-        raise InputError(f"{name} {share}: must be between {classes} and {len(labels)} images")
-    order = np.random.default_rng(0).permutation(len(labels))
-    wanted = [share // classes + (label < share % classes) for label in range(classes)]
-    return np.sort(np.concatenate([order[labels[order] == label][:n] for label, n in enumerate(wanted)]))
-
-
-def _write_image_folder(root: Path, splits: dict[str, Split], class_names: list[str]) -> None:
-    """Write <root>/<split>/<class>/<number>.png, all or nothing; nothing to do if `root` has those images."""
-    wanted = Counter(f"{split}/{class_names[label]}" for split, (_, labels) in splits.items() for label in labels)
-    counts = ", ".join(f"{len(labels)} {split}" for split, (_, labels) in splits.items())
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        found = Counter(path.parent.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        if found != wanted:
-            raise InputError(f"output folder {root}: holds something else; choose a new or empty folder")
-        print(f"{root}: already complete ({counts} images)")
-        return
-    with _whole_folder(root) as folder:
-        for split, (images, labels) in splits.items():
-            for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-                path = folder / split / class_names[label] / f"{number:05}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-    print(f"{root}: wrote {counts} images")
-
-
-@contextlib.contextmanager
-def _whole_folder(root: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `root` if no error occurs, and otherwise disappears."""
-    root = root.resolve()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as scratch:
-        folder = Path(scratch) / root.name
-        folder.mkdir()
-        yield folder
-        folder.replace(root)

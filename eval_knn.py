@@ -22,25 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+import distributed
 import utils
 from augmentations import eval_transform
+from checkpoint import save_atomically
 from datasets import ImageDataset, check_same_classes, labelled_dataset, shard
-from features import (
-    MIN_TEMPERATURE,
-    PARTS,
-    FeatureExtractor,
-    add_backbone_arguments,
-    agree,
-    check_part,
-    extract_features,
-    gather_in_order,
-    knn_scores,
-    load_pretrained,
-    nearest_neighbors,
-    part_suffix,
-    report,
-    select_part,
-)
+from evaluation.features import PARTS, FeatureExtractor, extract_features, gather_in_order, part_suffix, select_part
+from evaluation.knn import MIN_TEMPERATURE, knn_scores, nearest_neighbors
+from evaluation.pretrained import add_backbone_arguments, agree, check_part, load_pretrained
+from telemetry import progress
 from utils import InputError, bool_flag
 
 # DINO's names of the files in a folder of features; ours has a description beside them.
@@ -63,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="results")
     add("--trial_name", default="", help="last piece of the result file's name")
     add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, leave out those that cannot be")
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -139,9 +129,9 @@ def extract(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2-normalised features [M, D] and labels [M] of all images in their order, on every process."""
     loader = DataLoader(
-        shard(dataset, utils.get_rank(), utils.get_world_size()),
+        shard(dataset, distributed.get_rank(), distributed.get_world_size()),
         args.batch_size_per_gpu,
-        num_workers=utils.worker_count(args.num_workers),
+        num_workers=distributed.worker_count(args.num_workers),
         pin_memory=device.type == "cuda",
     )
     features, labels = (gather_in_order(rows, len(dataset)) for rows in extract_features(extractor, loader, device, header))
@@ -160,7 +150,7 @@ def dump_features(features: Features, folder: str | Path) -> None:
     for name in (*TENSORS.values(), DESCRIPTION):  # so that an interruption leaves no mixture
         (folder / name).unlink(missing_ok=True)
     for field, name in TENSORS.items():
-        utils.save_atomically(getattr(features, field).cpu(), folder / name)
+        save_atomically(getattr(features, field).cpu(), folder / name)
     about = features.about | {"hp1": float(features.about["hp1"])}
     utils.save_json(about, folder / DESCRIPTION)
     print(f"wrote features to {folder}")
@@ -232,7 +222,7 @@ def classify(
     The tensors to compare lie on `store`.
     """
     dim, hp1, num_classes = features.train.shape[1], features.about["hp1"], len(features.about["classes"])
-    rank, world = utils.get_rank(), utils.get_world_size()
+    rank, world = distributed.get_rank(), distributed.get_world_size()
     train = F.normalize(select_part(features.train, dim, part, hp1), dim=-1).to(store)  # M, D or less
     test = F.normalize(select_part(features.test, dim, part, hp1), dim=-1)[rank::world].to(store)  # V / world, D or less
     train_labels, test_labels = features.train_labels.to(store), features.test_labels[rank::world].to(store)
@@ -240,7 +230,7 @@ def classify(
     hits = torch.zeros(len(neighbors), len(temperatures), 2, dtype=torch.double, device=device)
     chunk = max(1, min(1024, 2**28 // len(train)))  # similarities of a chunk: 1 GiB at most
     batches = zip(test.split(chunk), test_labels.split(chunk), strict=True)
-    for queries, labels in report(batches, "nearest neighbours", len(test)):
+    for queries, labels in progress(batches, "nearest neighbours", len(test)):
         similarity, nearest = nearest_neighbors(train, queries, max(neighbors))  # B, k
         classes = train_labels[nearest]  # B, k
         for i, k in enumerate(neighbors):
@@ -249,7 +239,7 @@ def classify(
                 best = scores.topk(min(5, num_classes), dim=-1)  # B, 5
                 right = (best.indices == labels[:, None]) & (best.values > 0)
                 hits[i, j] += torch.stack([right[:, 0].sum(), right.sum()]).to(device)
-    percent = (100 * utils.all_reduce_sum(hits) / len(features.test)).tolist()
+    percent = (100 * distributed.all_reduce_sum(hits) / len(features.test)).tolist()
     return [
         {"k": k, "temperature": temperature, "top1": percent[i][j][0], "top5": percent[i][j][1]}
         for i, k in enumerate(neighbors)
@@ -267,7 +257,7 @@ def usable_neighbors(wanted: list[int], available: int) -> list[int]:
 
 def write_result(args: argparse.Namespace, features: Features, results: list[dict[str, float]]) -> None:
     """knn[_hp<hp1>[_else]][_<trial>].json: the accuracies and everything that they depend on."""
-    if not utils.is_main_process():
+    if not distributed.is_main_process():
         return
     about = features.about
     name = f"knn{part_suffix(args.else_part, about['hp1'])}{'_' if args.trial_name else ''}{args.trial_name}"
@@ -285,9 +275,9 @@ def write_result(args: argparse.Namespace, features: Features, results: list[dic
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    device = utils.init_distributed(args)
+    device = distributed.init_distributed(args)
     features = load_features(args) if args.load_features else compute_features(args, device)
-    if args.dump_features and utils.is_main_process():
+    if args.dump_features and distributed.is_main_process():
         dump_features(features, args.dump_features)
     neighbors = usable_neighbors(args.nb_knn, len(features.train))
     temperatures = sorted(set(args.temperature))
@@ -306,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

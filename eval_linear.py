@@ -18,9 +18,14 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+import distributed
+import optim
 import utils
 from augmentations import eval_transform, probe_train_transform
-from classifier import (
+from datasets import check_same_classes, labelled_dataset, shard
+from evaluation.features import FeatureExtractor, extract_features, part_suffix
+from evaluation.pretrained import add_backbone_arguments, check_part, load_pretrained
+from evaluation.probe import (
     SETTINGS,
     LinearClassifier,
     Training,
@@ -34,8 +39,6 @@ from classifier import (
     validate,
     write_result,
 )
-from datasets import check_same_classes, labelled_dataset, shard
-from features import FeatureExtractor, add_backbone_arguments, check_part, extract_features, load_pretrained, part_suffix
 from utils import InputError
 
 CLASSES = {"Imagenet": 1000, "IN100": 100}
@@ -50,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dataset_type", help="Imagenet (1000 classes) or IN100 (100): checks the folder; default: whatever it holds")
     add("--optimizer", default="sgd", choices=["sgd", "lars"])
     add("--output_dir", default=".", help="probe checkpoint and results")
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -80,22 +83,22 @@ def build_dataset(args: argparse.Namespace, split: str, transform):
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.optim.Optimizer, object]:
     """SGD with momentum 0.9 or LARS, no weight decay, and its cosine to 0 per epoch."""
-    lr = args.lr * args.batch_size_per_gpu * utils.get_world_size() / 256
+    lr = args.lr * args.batch_size_per_gpu * distributed.get_world_size() / 256
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=0)
     else:
-        optimizer = utils.LARS(model.parameters(), lr=lr, adapt_1d=True)
+        optimizer = optim.LARS(model.parameters(), lr=lr, adapt_1d=True)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
 
 
 def train(args, pretrained, extractor, classifier, expected, dataset, val_features, val_labels, device) -> None:
     """Train the probe, or continue its own checkpoint; saves it every epoch and writes the result at the end."""
     name = probe_name(args, pretrained.hp1)
-    world, rank = utils.get_world_size(), utils.get_rank()
+    world, rank = distributed.get_world_size(), distributed.get_rank()
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed)
     loader = build_loader(dataset, args, sampler=sampler)
     optimizer, scheduler = build_optimizer(args, classifier)
-    model = DistributedDataParallel(classifier) if utils.is_distributed() else classifier
+    model = DistributedDataParallel(classifier) if distributed.is_distributed() else classifier
     print(
         f"{args.else_part}: {extractor.dim} features, {expected['num_labels']} classes, {len(dataset)} training images, "
         f"lr {optimizer.param_groups[0]['initial_lr']:.4g} for {args.batch_size_per_gpu * world} images per step"
@@ -119,7 +122,7 @@ def train(args, pretrained, extractor, classifier, expected, dataset, val_featur
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    device = utils.init_distributed(args)
+    device = distributed.init_distributed(args)
     pretrained = load_pretrained(args, device)
     check_part(args.else_part, pretrained.net, pretrained.hp1, pretrained.backbone.embed_dim)
     extractor = FeatureExtractor(
@@ -141,7 +144,7 @@ def main() -> None:
     if args.evaluate:
         weights = args.final_eval_weights or Path(args.output_dir) / f"checkpoint_{name}.pth.tar"
         load_probe(weights, classifier, expected)
-    own = shard(val, utils.get_rank(), utils.get_world_size())
+    own = shard(val, distributed.get_rank(), distributed.get_world_size())
     features, labels = extract_features(extractor, build_loader(own, args), device)
     if not args.evaluate:
         train(args, pretrained, extractor, classifier, expected, dataset, features, labels, device)
@@ -154,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

@@ -22,10 +22,23 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+import distributed
 import utils
 from augmentations import eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
-from classifier import (
+from datasets import (
+    TORCHVISION,
+    ImageDataset,
+    check_same_classes,
+    dataset_of,
+    labelled_samples,
+    listed_samples,
+    shard,
+    torchvision_samples,
+)
+from evaluation.features import FeatureExtractor, extract_features, part_suffix
+from evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained
+from evaluation.probe import (
     SETTINGS,
     LinearClassifier,
     Training,
@@ -39,25 +52,6 @@ from classifier import (
     train_one_epoch,
     validate,
     write_result,
-)
-from datasets import (
-    TORCHVISION,
-    ImageDataset,
-    check_same_classes,
-    dataset_of,
-    labelled_samples,
-    listed_samples,
-    shard,
-    torchvision_samples,
-)
-from features import (
-    FeatureExtractor,
-    Pretrained,
-    add_backbone_arguments,
-    check_part,
-    extract_features,
-    load_pretrained,
-    part_suffix,
 )
 from utils import InputError, TypedFloat, bool_flag
 from vmamba import is_config_name
@@ -91,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--backbone_lr", type=TypedFloat, help="of a trained backbone, for 256 images per step; default 0.1")
     add("--weight_decay", type=float, default=0.0, help="of everything that is trained; linear: 0")
     add("--output_dir", default=".", help=f"folder for checkpoint and results, or the checkpoint's name, *{CHECKPOINT}")
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -158,13 +152,16 @@ def find_images(args: argparse.Namespace, split: str) -> tuple[list[str], list[t
     root = os.path.join(args.data_path, FOLDERS[split])
     if not os.path.isdir(root) and os.path.exists(os.path.join(args.data_path, "image_class_labels.txt")):
         raise InputError(
-            f"--data_path {args.data_path}: is CUB-200-2011 as published; scripts/make_cub200.py makes train/ and val/"
+            f"--data_path {args.data_path}: is CUB-200-2011 as published; "
+            "python -m scripts.data.make_cub200 makes train/ and val/"
         )
     if split == "train" and args.ds_mode.startswith("semi"):
         percent = args.ds_mode.removeprefix("semi_")
         path = args.semi_list or os.path.join(args.data_path, f"{data_name(args)}_{percent}percent.txt")
         if not os.path.isfile(path):
-            raise InputError(f"list of images {path}: no such file; scripts/make_semi_lists.py makes one, --semi_list names it")
+            raise InputError(
+                f"list of images {path}: no such file; python -m scripts.data.make_semi_lists makes one, --semi_list names it"
+            )
         return listed_samples(path, root)
     return labelled_samples(root)
 
@@ -203,7 +200,7 @@ def build_extractor(args: argparse.Namespace, pretrained: Pretrained, device: to
             backbone = build_backbone(pretrained.arch, drop_path_rate=None).to(device).eval()
             backbone.load_state_dict(pretrained.backbone.state_dict())
         backbone.requires_grad_(True)
-        if utils.is_distributed() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
+        if distributed.is_distributed() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
             if device.type == "cuda":
                 backbone = synchronize_batch_norm(backbone, pretrained.arch)
             else:
@@ -215,7 +212,7 @@ def build_optimizer(
     args: argparse.Namespace, classifier: nn.Module, backbone: nn.Module | None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """SGD with momentum 0.9: a group for the classifier and one for a trained backbone, and their cosine to 0 per epoch."""
-    scale = args.batch_size_per_gpu * utils.get_world_size() / 256
+    scale = args.batch_size_per_gpu * distributed.get_world_size() / 256
     groups = [{"params": list(classifier.parameters()), "lr": args.lr * scale}]
     if backbone is not None:
         groups.append({"params": list(backbone.parameters()), "lr": args.backbone_lr * scale})
@@ -228,13 +225,13 @@ def build_optimizer(
 
 def train(args, path, extractor, classifier, expected, dataset, measure, device) -> dict:
     """Train, or continue the checkpoint at `path`; metrics of the last epoch and of the best ones, and effective rates."""
-    world, rank = utils.get_world_size(), utils.get_rank()
+    world, rank = distributed.get_world_size(), distributed.get_rank()
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed)
     loader = build_loader(dataset, args, sampler=sampler)
     backbone = None if args.ds_mode == "linear" else extractor.backbone
     optimizer, scheduler = build_optimizer(args, classifier, backbone)
     frozen, trained = (extractor, classifier) if backbone is None else (nn.Identity(), nn.Sequential(extractor, classifier))
-    model = DistributedDataParallel(trained) if utils.is_distributed() else trained
+    model = DistributedDataParallel(trained) if distributed.is_distributed() else trained
     step = args.batch_size_per_gpu * world
     rates = dict(
         zip(("effective_lr", "effective_backbone_lr"), (group["lr"] for group in optimizer.param_groups), strict=False)
@@ -252,7 +249,7 @@ def train(args, path, extractor, classifier, expected, dataset, measure, device)
         loss = train_one_epoch(frozen, model, optimizer, loader, epoch, device, args)["loss"]
         extractor.backbone.eval()
         if backbone is not None:
-            utils.broadcast_buffers(backbone)
+            distributed.broadcast_buffers(backbone)
         return loss
 
     training = Training(
@@ -277,7 +274,7 @@ def load_trained(args: argparse.Namespace, path: Path, extractor, classifier, ex
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    device = utils.init_distributed(args)
+    device = distributed.init_distributed(args)
     pretrained = load_pretrained(args, device)
     check_part(args.else_part, pretrained.net, pretrained.hp1, pretrained.backbone.embed_dim)
     extractor = build_extractor(args, pretrained, device)
@@ -295,7 +292,7 @@ def main() -> None:
     }  # fmt: skip
     print(f"{pretrained.net} {pretrained.arch}, {data_name(args)}, {len(test)} test images, perturbation {args.test_aug_type}")
 
-    loader = build_loader(shard(test, utils.get_rank(), utils.get_world_size()), args)
+    loader = build_loader(shard(test, distributed.get_rank(), distributed.get_world_size()), args)
     frozen_features = []
 
     def measure() -> dict:
@@ -322,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

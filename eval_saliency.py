@@ -38,11 +38,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import distributed
 import utils
 from augmentations import ToNormalizedTensor
-from bilateral_solver import bilateral_solver, largest_object
-from features import Pretrained, add_backbone_arguments, load_pretrained, report
-from saliency_data import (
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from evaluation.saliency.bilateral_solver import bilateral_solver, largest_object
+from evaluation.saliency.data import (
     LAYOUTS,
     Example,
     ImageSet,
@@ -53,8 +54,9 @@ from saliency_data import (
     find_pairs,
     no_batching,
 )
-from saliency_metrics import Scores
-from tokencut import Cut, tokencut
+from evaluation.saliency.metrics import Scores
+from evaluation.saliency.tokencut import Cut, tokencut
+from telemetry import progress
 from utils import InputError
 
 FEATURES = ("k", "q", "v", "kqv")
@@ -83,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--gt_threshold", type=int, default=1, help="ground truth from this value on is object; TokenCut: 1, others often 128")
     add("--max_side", type=int, default=0, help="the network sees larger images shrunk to so many pixels; 0: as they are")
     add("--nb_vis", type=int, default=12, help="images on overview.png; 0: none is drawn")
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -198,15 +200,15 @@ def load_examples(pairs: list[Pair], pretrained: Pretrained, args: argparse.Name
     prepare = Preparation(pretrained.backbone.patch_embed.patch_size, args.max_side, MAX_PATCHES, to_tensor)
     loader = DataLoader(
         SaliencyDataset(pairs, prepare, args.gt_threshold), batch_size=None, collate_fn=no_batching,
-        num_workers=min(utils.worker_count(args.num_workers), max(len(pairs) - 1, 0)),
+        num_workers=min(distributed.worker_count(args.num_workers), max(len(pairs) - 1, 0)),
     )  # fmt: skip
-    for ((example,),) in report(loader, "saliency", len(pairs)):
+    for ((example,),) in progress(loader, "saliency", len(pairs)):
         yield example
 
 
 def evaluate(images: ImageSet, pretrained: Pretrained, args: argparse.Namespace, device: torch.device) -> Share:
     """Detect, save and score this process's share of the images; an image that fails is a row with an error."""
-    rank, world = utils.get_rank(), utils.get_world_size()
+    rank, world = distributed.get_rank(), distributed.get_world_size()
     share = Share([], {method: Scores() for method in METHODS}, [])
     drawn = {pair.name for pair in images.pairs[: args.nb_vis]}
     for example in load_examples(images.pairs[rank::world], pretrained, args):
@@ -252,7 +254,7 @@ def caption(row: dict[str, Any]) -> str:
 
 def gather(share: Share) -> Share:
     """The shares of all processes as one, rows sorted by name."""
-    shares = utils.all_gather_objects(share)
+    shares = distributed.all_gather_objects(share)
     rows = sorted((row for part in shares for row in part.rows), key=lambda row: row["image"])
     drawn = sorted((item for part in shares for item in part.drawn), key=lambda item: item[0])
     return Share(rows, {method: sum((part.scores[method] for part in shares), Scores()) for method in METHODS}, drawn)
@@ -330,7 +332,7 @@ def rounded(means: dict[str, float]) -> dict[str, float | None]:
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    device = utils.init_distributed(args)
+    device = distributed.init_distributed(args)
     sets = find_sets(args)
     pretrained = load_pretrained(args, device)
     pretrained.check_patches("TokenCut compares the keys of patches")
@@ -340,13 +342,13 @@ def main() -> None:
         print(f"{pretrained.net} {pretrained.arch}, {images.name or args.images or args.image_path}: {count}")
         share = gather(evaluate(images, pretrained, args, device))
         total += len(share.rows) + len(images.unpaired)
-        if utils.is_main_process():
+        if distributed.is_main_process():
             failed += write_results(images, share, pretrained, args)
-    utils.barrier()
+    distributed.barrier()
     if failed:
         more = "; ..." if len(failed) > 3 else ""
         raise InputError(f"{len(failed)} of {total} left out, all others are evaluated: {'; '.join(failed[:3])}{more}")
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

@@ -13,12 +13,9 @@ others are made all the same, but there are no tables until none is at fault.
 """
 
 import argparse
-import contextlib
-import datetime
 import json
 import shutil
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +25,15 @@ from typing import Any
 
 import torch
 
-import davis
-import jf
+import distributed
 import utils
 from augmentations import IMAGENET_STD
-from davis import Video
-from features import Pretrained, add_backbone_arguments, load_pretrained
-from propagation import Propagation
-from utils import InputError, bool_flag
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from evaluation.video import davis, metrics
+from evaluation.video.davis import Video
+from evaluation.video.propagation import Propagation
+from telemetry import Progress
+from utils import InputError, bool_flag, whole_folder
 
 ORIGINAL_STD = (0.228, 0.224, 0.225)  # the original's slip for 0.229; its published numbers were measured with it
 
@@ -56,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--std", type=float, nargs=3, help="default: the checkpoint's; for ImageNet's 0.228 0.224 0.225, as in the original")
     add("--positions", default="factor", choices=["factor", "size"], help="how they are interpolated; see vision_transformer")
     add("--score", type=bool_flag, default=True, help="false: masks only, for which first annotations suffice")
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -112,11 +110,11 @@ def propagate(video: Video, pretrained: Pretrained, device: torch.device, args, 
     features = frame_features(video, pretrained, device, args)
     window = args.n_last_frames, args.size_mask_neighborhood, args.topk, args.similarity_mb
     propagation = Propagation(next(features), labels, *window)
-    progress.update()
+    progress.advance()
     for name, feature in zip(video.mask_names[1:], features, strict=True):
         soft = propagation.step(feature)  # rows, columns, 1 + n
         davis.write_mask(davis.soft_labels_to_mask(soft, patch_size, video.size), folder / name)
-        progress.update()
+        progress.advance()
 
 
 RECORD = "settings.json"  # what a video's masks were made with, beside them
@@ -142,48 +140,7 @@ def is_finished(folder: Path, video: Video, settings: dict[str, Any]) -> bool:
         raise InputError(f"{folder}: exists, and is not of this script's making; move it away") from error
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` in the end: that is whole or absent, whatever happens."""
-    scratch, former = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "former"))
-    try:
-        for leftover in (scratch, former):
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        yield scratch
-        if folder.exists():
-            folder.replace(former)
-        scratch.replace(folder)
-    finally:
-        for leftover in (scratch, former):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 # --- all videos --------------------------------------------------------------------------------------------------------
-
-
-class FrameProgress:
-    """Every few seconds a line with the frames done, their rate and the time left; of the first process, for its own share."""
-
-    def __init__(self, frames: int, seconds: float = 5.0):
-        self.frames, self.seconds, self.done = frames, seconds, 0
-        self.start = self.last = time.monotonic()
-        self.header, self.told = "", 0
-
-    def update(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.last >= self.seconds:
-            self.last = now
-            self.tell()
-
-    def tell(self) -> None:
-        if self.done == self.told:
-            return
-        self.told = self.done
-        rate = self.done / max(time.monotonic() - self.start, 1e-9)
-        left = datetime.timedelta(seconds=round((self.frames - self.done) / max(rate, 1e-9)))
-        print(f"{self.header}  {self.done}/{self.frames} frames  {rate:.2f} frames/s  left {left}", flush=True)
 
 
 def open_videos(names: list[str], args: argparse.Namespace) -> tuple[list[Video], dict[str, str]]:
@@ -197,14 +154,16 @@ def open_videos(names: list[str], args: argparse.Namespace) -> tuple[list[Video]
     return videos, faults
 
 
-def run_video(video: Video, pretrained: Pretrained, device: torch.device, args, progress: FrameProgress) -> jf.Scores | None:
+def run_video(
+    video: Video, pretrained: Pretrained, device: torch.device, args, progress: Progress
+) -> metrics.Scores | None:
     """Make a video's masks unless they are there, and score them (None without --score).
 
     Raises InputError if the video is at fault.
     """
     folder, settings = Path(args.output_dir) / video.name, settings_of(video, pretrained, args)
     if is_finished(folder, video, settings):
-        progress.frames -= len(video.frames)
+        progress.total -= len(video.frames)
         print(f"{video.name}: kept")
     else:
         with whole_folder(folder) as scratch:
@@ -215,10 +174,10 @@ def run_video(video: Video, pretrained: Pretrained, device: torch.device, args, 
 
 def run_share(
     videos: list[Video], pretrained: Pretrained, device: torch.device, args
-) -> tuple[list[jf.Scores], dict[str, str]]:
+) -> tuple[list[metrics.Scores], dict[str, str]]:
     """Masks and scores of this process's videos, and {name: what is wrong} of those at fault."""
     scores, faults = [], {}
-    progress = FrameProgress(sum(len(video.frames) for video in videos))
+    progress = Progress("", sum(len(video.frames) for video in videos), unit="frames")
     for i, video in enumerate(videos, 1):
         progress.header = f"video {i}/{len(videos)} {video.name}"
         before = progress.done
@@ -226,11 +185,11 @@ def run_share(
             found = run_video(video, pretrained, device, args, progress)
         except InputError as error:
             faults[video.name] = str(error)
-            progress.frames -= len(video.frames) - (progress.done - before)
+            progress.total -= len(video.frames) - (progress.done - before)
             tell_fault(video.name, str(error))
             continue
         scores += [found] if found else []
-        progress.tell()
+        progress.print_line()
     return scores, faults
 
 
@@ -238,13 +197,13 @@ def tell_fault(name: str, fault: str) -> None:
     print(f"left out: {name}: {fault}", file=sys.stderr, flush=True)
 
 
-def gather(share: tuple[list[jf.Scores], dict[str, str]]) -> tuple[list[jf.Scores], dict[str, str]]:
+def gather(share: tuple[list[metrics.Scores], dict[str, str]]) -> tuple[list[metrics.Scores], dict[str, str]]:
     """The shares of all processes in one, for every process."""
-    shares = utils.all_gather_objects(share)
+    shares = distributed.all_gather_objects(share)
     return [s for scores, _ in shares for s in scores], {k: v for _, faults in shares for k, v in faults.items()}
 
 
-def write_results(scores: list[jf.Scores], pretrained: Pretrained, args: argparse.Namespace) -> None:
+def write_results(scores: list[metrics.Scores], pretrained: Pretrained, args: argparse.Namespace) -> None:
     """The tables, CSV and JSON, and the result on the screen. Videos without a frame to score, or objects, do not count."""
     unscored = [s.video for s in scores if s.j.size == 0]
     scored = [s for s in scores if s.j.size]
@@ -256,18 +215,18 @@ def write_results(scores: list[jf.Scores], pretrained: Pretrained, args: argpars
     frames = {s.video: {"J": s.j.T.tolist(), "F": s.f.T.tolist()} for s in scored}
     record = {
         "kind": "video_segmentation", "subset": args.subset, **pretrained.record(),
-        "global": jf.global_scores(objects), "objects": objects, "unscored": unscored, "frames": frames,
+        "global": metrics.global_scores(objects), "objects": objects, "unscored": unscored, "frames": frames,
         "args": utils.plain_args(args),
     }  # fmt: skip
     path = Path(args.output_dir) / f"results-{args.subset}.json"
     utils.save_json(record, path)
-    jf.print_scores(objects)
+    metrics.print_scores(objects)
     print(f"{len(objects)} objects of {len(scored)} videos; wrote {path}")
-    for table in jf.write_csv(args.output_dir, args.subset, objects):
+    for table in metrics.write_csv(args.output_dir, args.subset, objects):
         print(f"wrote {table}")
 
 
-def write_contact_sheet(videos: list[Video], scores: list[jf.Scores], args: argparse.Namespace) -> None:
+def write_contact_sheet(videos: list[Video], scores: list[metrics.Scores], args: argparse.Namespace) -> None:
     known = {s.video: f"   J {s.j.mean():.3f}  F {s.f.mean():.3f}" for s in scores if s.j.size}
     rows = [(video, Path(args.output_dir) / video.name, video.name + known.get(video.name, "")) for video in videos]
     path = Path(args.output_dir) / f"contact_sheet-{args.subset}.png"
@@ -278,7 +237,7 @@ def write_contact_sheet(videos: list[Video], scores: list[jf.Scores], args: argp
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    device = utils.init_distributed(args)
+    device = distributed.init_distributed(args)
     names = davis.list_videos(args.data_path, args.subset)
     pretrained = load_pretrained(args, device)
     pretrained.check_patches("propagation compares patches")
@@ -286,7 +245,7 @@ def main() -> None:
     davis.check_short_side(args.short_side, pretrained.backbone.patch_embed.patch_size)
     pretrained.backbone.positions_by = args.positions
     videos, faults = open_videos(names, args)
-    if utils.is_main_process():
+    if distributed.is_main_process():
         for stale in outputs(args):
             stale.unlink(missing_ok=True)
         for name, fault in faults.items():
@@ -294,10 +253,10 @@ def main() -> None:
     print(f"{pretrained.net} {pretrained.arch}, {len(videos)} videos, {sum(len(v.frames) for v in videos)} frames, {device}")
 
     longest_first = sorted(videos, key=lambda video: -len(video.frames))
-    own = longest_first[utils.get_rank() :: utils.get_world_size()] if utils.is_distributed() else videos
+    own = longest_first[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_distributed() else videos
     scores, found = gather(run_share(own, pretrained, device, args))
     faults |= found
-    if utils.is_main_process():
+    if distributed.is_main_process():
         done = [video for video in videos if video.name not in faults]
         scores.sort(key=lambda s: names.index(s.video))
         if done:
@@ -317,4 +276,4 @@ def outputs(args: argparse.Namespace) -> list[Path]:
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import InputError, all_reduce_sum, get_world_size
+from distributed import all_reduce_sum, get_world_size
+from utils import InputError
 
 TEACHER_VIEWS = 2
 

@@ -26,6 +26,8 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+import distributed
+import optim
 import utils
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale, eval_transform
 from backbones import (
@@ -36,11 +38,12 @@ from backbones import (
     load_backbone_file,
     synchronize_batch_norm,
 )
+from checkpoint import load_checkpoint, load_moments, load_strictly, save_atomically
 from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset
-from features import knn_accuracy
+from evaluation.knn import knn_accuracy
 from heads import DINOHead, MultiCropWrapper, split_ir_ef, split_sizes
 from losses import CLeVERLoss, DINOLoss, head_regularizer
-from telemetry import CollapseWatch, Progress, append_log, epoch_line, feature_std, peak_memory_gib, truncate_log
+from telemetry import CollapseWatch, TrainingProgress, append_log, epoch_line, feature_std, peak_memory_gib, truncate_log
 from utils import InputError, bool_flag
 
 NETS = ("dino", "CLeVER")
@@ -112,7 +115,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--knn_data", help="labelled folder (train/ and val/) for a periodic k-NN check")
     add("--knn_freq", type=int, default=10, help="epochs between k-NN checks")
     add("--seed", type=int, default=0)
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -187,8 +190,8 @@ class Training:
     def load(self, state: dict) -> int:
         """Restore a checkpoint's state, ours or an original's; returns the epoch to go on with. InputError if it cannot."""
         for name, module in (("student", self.student), ("teacher", self.teacher), ("dino_loss", self.criterion)):
-            utils.load_strictly(module, state[name], f"{name} of the checkpoint to continue from")
-        utils.load_moments(self.optimizer, state["optimizer"])
+            load_strictly(module, state[name], f"{name} of the checkpoint to continue from")
+        load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
         return state["epoch"]
@@ -252,7 +255,7 @@ def build_training(args: argparse.Namespace, device: torch.device, amp_dtype: to
         load_backbone_file(student.backbone, args.init_from)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    if utils.is_distributed() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
+    if distributed.is_distributed() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
         if device.type == "cuda":
             student, teacher = (synchronize_batch_norm(net, args.arch) for net in (student, teacher))
         else:
@@ -262,7 +265,7 @@ def build_training(args: argparse.Namespace, device: torch.device, amp_dtype: to
         student=student,
         teacher=teacher,
         criterion=build_criterion(args).to(device),
-        optimizer=utils.build_optimizer(args.optimizer, utils.param_groups(student)),
+        optimizer=optim.build_optimizer(args.optimizer, optim.param_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         reg_lambd=parse_reg_lambd(args.reg_lambd) if args.net == "CLeVER" else 0.0,
     )
@@ -286,26 +289,26 @@ def build_dataset(args: argparse.Namespace) -> ImageDataset:
     )  # fmt: skip
     if len(dataset) < images_per_step(args):
         raise InputError(
-            f"batch of {images_per_step(args)} images ({args.batch_size_per_gpu} x {utils.get_world_size()} processes x "
+            f"batch of {images_per_step(args)} images ({args.batch_size_per_gpu} x {distributed.get_world_size()} processes x "
             f"{args.accumulation} micro-batches): larger than the data ({len(dataset)} images in {args.data_path})"
         )
     return dataset
 
 
 def images_per_step(args: argparse.Namespace) -> int:
-    return args.batch_size_per_gpu * utils.get_world_size() * args.accumulation
+    return args.batch_size_per_gpu * distributed.get_world_size() * args.accumulation
 
 
 def build_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
     """This process's share of every epoch. Together the processes see what a single one would see, batch by batch."""
     sampler = DistributedSampler(
-        dataset, utils.get_world_size(), utils.get_rank(), shuffle=True, seed=args.seed, drop_last=True
+        dataset, distributed.get_world_size(), distributed.get_rank(), shuffle=True, seed=args.seed, drop_last=True
     )
     return DataLoader(
         dataset,
         args.batch_size_per_gpu,
         sampler=sampler,
-        num_workers=utils.worker_count(args.num_workers),
+        num_workers=distributed.worker_count(args.num_workers),
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
@@ -315,9 +318,9 @@ def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> dict[str,
     """One value per optimizer step of the rate, the weight decay and the teacher's momentum."""
     lr, warmup_epochs = args.lr * images_per_step(args) / 256, min(args.warmup_epochs, args.epochs)
     return {
-        "lr": utils.cosine_scheduler(lr, args.min_lr, args.epochs, steps_per_epoch, warmup_epochs),
-        "wd": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
-        "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps_per_epoch),
+        "lr": optim.cosine_scheduler(lr, args.min_lr, args.epochs, steps_per_epoch, warmup_epochs),
+        "wd": optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
+        "momentum": optim.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps_per_epoch),
     }
 
 
@@ -326,7 +329,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     path = Path(args.output_dir) / "checkpoint.pth"
     if not path.exists():
         return None
-    state = utils.load_checkpoint(path)
+    state = load_checkpoint(path)
     missing = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} - set(state)
     if missing:
         raise InputError(f"checkpoint {path}: no checkpoint of this script, lacks {', '.join(sorted(missing))}")
@@ -352,13 +355,13 @@ def compute_losses(training: Training, model: nn.Module, views: list[torch.Tenso
         student_out = model(views)  # V*B, K
     if training.student.head2 is None:
         loss = criterion(student_out, teacher_out, epoch, update_center)
-        terms = {"loss": loss, "loss_of_lnK": loss / log_k, "feature_std": feature_std(z)}
+        terms = {"loss": loss, "normalized_loss": loss / log_k, "feature_std": feature_std(z)}
     else:
         loss, loss_dir, loss_dvr = criterion(*student_out, *teacher_out, epoch, update_center)
         reg = training.reg_lambd * head_regularizer(training.student.head, training.student.head2)
         ir, ef = split_ir_ef(z, training.student.hp1)
         terms = {"loss": loss + reg, "loss_DIR": loss_dir, "loss_DVR": loss_dvr, "loss_student_reg": reg}
-        terms |= {"loss_of_lnK": loss_dir / log_k, "feature_std_IR": feature_std(ir), "feature_std_EF": feature_std(ef)}
+        terms |= {"normalized_loss": loss_dir / log_k, "feature_std_IR": feature_std(ir), "feature_std_EF": feature_std(ef)}
         terms["center2_norm"] = criterion.center2.norm()
     return terms | {"teacher_entropy": criterion.teacher_entropy / log_k, "center_norm": criterion.center.norm()}
 
@@ -366,7 +369,7 @@ def compute_losses(training: Training, model: nn.Module, views: list[torch.Tenso
 def train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype, args) -> dict[str, float]:
     """One pass over the data; returns the means of its losses and telemetry."""
     steps = len(loader) // args.accumulation
-    progress = Progress(
+    progress = TrainingProgress(
         f"epoch {epoch}/{args.epochs}", steps * args.accumulation, images_per_step(args) // args.accumulation,
         device, args.print_freq,
     )  # fmt: skip
@@ -384,15 +387,15 @@ def train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype
         if not stepping:
             continue
         training.scaler.unscale_(training.optimizer)
-        utils.clip_gradients(parameters, args.clip_grad)
+        optim.clip_gradients(parameters, args.clip_grad)
         if epoch < args.freeze_last_layer:
             for head in heads:
                 head.last_layer.zero_grad()
-        utils.set_schedules(training.optimizer, schedules["lr"][step], schedules["wd"][step])
+        optim.set_schedules(training.optimizer, schedules["lr"][step], schedules["wd"][step])
         training.scaler.step(training.optimizer)
         training.scaler.update()
         training.optimizer.zero_grad()
-        utils.update_teacher(training.teacher, training.student, schedules["momentum"][step])
+        optim.update_teacher(training.teacher, training.student, schedules["momentum"][step])
     means = progress.finish()
     means |= {name: float(values[epoch * steps : (epoch + 1) * steps].mean()) for name, values in schedules.items()}
     return means | {"images_per_second": progress.rate}
@@ -414,12 +417,12 @@ def build_knn(args: argparse.Namespace) -> list[ImageDataset]:
 
 def save(training: Training, epoch: int, args: argparse.Namespace) -> None:
     """Write checkpoint.pth as of the end of `epoch`, and checkpoint<epoch>.pth where --saveckp_freq divides it."""
-    if not utils.is_main_process():
+    if not distributed.is_main_process():
         return
     state = training.state(epoch + 1, args)
     if epoch >= 0 and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-        utils.save_atomically(state, Path(args.output_dir) / f"checkpoint{epoch:04}.pth")
-    utils.save_atomically(state, Path(args.output_dir) / "checkpoint.pth")
+        save_atomically(state, Path(args.output_dir) / f"checkpoint{epoch:04}.pth")
+    save_atomically(state, Path(args.output_dir) / "checkpoint.pth")
 
 
 def main() -> None:
@@ -427,8 +430,8 @@ def main() -> None:
     check_args(args)
     if args.drop_path_rate is None:  # here, so that a checkpoint holds the rate itself
         args.drop_path_rate = default_drop_path_rate(args.arch)
-    device = utils.init_distributed(args)
-    amp_dtype = utils.resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
+    device = distributed.init_distributed(args)
+    amp_dtype = distributed.resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
 
     state = find_checkpoint(args)
     training = build_training(args, device, amp_dtype, resuming=state is not None)
@@ -440,13 +443,13 @@ def main() -> None:
 
     start_epoch = training.load(state) if state else 0
     log = Path(args.output_dir) / "log.txt"
-    if utils.is_main_process():
+    if distributed.is_main_process():
         os.makedirs(args.output_dir, exist_ok=True)
         truncate_log(log, start_epoch)
     print(f"arguments: {json.dumps(utils.plain_args(args))}")
     print(
         f"{args.net} {args.arch}: {sum(p.numel() for p in training.student.backbone.parameters()) / 1e6:.1f}M parameters, "
-        f"width {training.student.backbone.embed_dim}; {len(dataset)} images, {utils.get_world_size()} processes, "
+        f"width {training.student.backbone.embed_dim}; {len(dataset)} images, {distributed.get_world_size()} processes, "
         f"{steps_per_epoch} steps of {images_per_step(args)} images per epoch; "
         f"peak lr {args.lr * images_per_step(args) / 256:.3g}; {str(amp_dtype).removeprefix('torch.')} on {device}"
     )
@@ -456,7 +459,7 @@ def main() -> None:
         save(training, -1, args)
 
     model = training.student
-    if utils.is_distributed():
+    if distributed.is_distributed():
         model = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
@@ -464,26 +467,26 @@ def main() -> None:
     watch = CollapseWatch()
     for epoch in range(start_epoch, args.epochs):
         start = time.perf_counter()
-        utils.seed_everything(args.seed, epoch, utils.get_rank())
+        utils.seed_everything(args.seed, epoch, distributed.get_rank())
         loader.sampler.set_epoch(epoch)
         dataset.set_epoch(epoch)
         try:
             means = train_one_epoch(training, model, loader, schedules, epoch, device, amp_dtype, args)
-            utils.check_weights(training.student, f"epoch {epoch}/{args.epochs}")
+            optim.check_weights(training.student, f"epoch {epoch}/{args.epochs}")
         except FloatingPointError as error:
-            if utils.is_main_process():
-                utils.save_atomically(training.state(epoch, args), Path(args.output_dir) / "nonfinite.pth")
-            utils.barrier()  # the first process to end is the end of all, and the file may be large
+            if distributed.is_main_process():
+                save_atomically(training.state(epoch, args), Path(args.output_dir) / "nonfinite.pth")
+            distributed.barrier()  # the first process to end is the end of all, and the file may be large
             last_good = f"the last good state is {args.output_dir}/checkpoint.pth" if epoch else "no epoch had ended yet"
             raise FloatingPointError(f"{error}; {last_good}, the state at the failure nonfinite.pth beside it") from error
         if knn_datasets and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
-            teacher, workers = training.teacher.backbone, utils.worker_count(args.num_workers)
+            teacher, workers = training.teacher.backbone, distributed.worker_count(args.num_workers)
             means["knn_top1"] = knn_accuracy(teacher, *knn_datasets, device, args.batch_size_per_gpu, workers)
         for warning in watch.update(means):
             print(f"warning: {warning}")
         record = {name if name == "knn_top1" else f"train_{name}": value for name, value in means.items()}
         record |= {"epoch": epoch, "seconds": time.perf_counter() - start, "memory_gib": peak_memory_gib(device)}
-        if utils.is_main_process():
+        if distributed.is_main_process():
             append_log(log, record)
         save(training, epoch, args)
         print(epoch_line(epoch, args.epochs, record))
@@ -491,4 +494,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

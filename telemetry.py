@@ -1,27 +1,82 @@
-"""What a run says about itself: progress lines, log.txt, and the watch for collapse.
-
-Letters: B batch, D width of the features, K outputs of a head.
-"""
+"""Progress lines, log.txt, and warnings about collapse."""
 
 import datetime
 import json
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from utils import all_reduce_sum, get_world_size, write_text_atomically
+from distributed import all_reduce_sum, get_world_size
+from utils import write_text_atomically
 
 
 class Progress:
-    """Averages of a pass over the data, and now and then a line with values, rate and time left.
+    """A line about work under way every few seconds and at the end: what is done, the rate, and the time left.
 
-    Values are averaged over processes and, on a GPU, read one step late so that the GPU never waits for the log. A value
-    that is not finite reaches all processes in the same step: all raise FloatingPointError, naming it.
+    With several processes each counts its own share without waiting for the others, and the first one prints.
+
+    Args:
+        header: printed first; it may be changed while the work goes on.
+        total: images (or `unit`) to do in this process.
+        unit: what is counted, as the rate names it.
+        seconds: least time between two lines.
+        silent_if_quick: print nothing if all is done before the first line is due.
+    """
+
+    def __init__(
+        self, header: str, total: int, unit: str = "img", seconds: float = 5.0, silent_if_quick: bool = False
+    ) -> None:
+        self.header, self.total, self.unit, self.seconds = header, total, unit, seconds
+        self.silent_if_quick = silent_if_quick
+        self.done = self._printed = 0
+        self.start = self._last = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """Count what has just been done."""
+        self.done += count
+        at_end = self.done >= self.total and not (self.silent_if_quick and self._printed == 0)
+        if self.done and (at_end or time.monotonic() - self._last >= self.seconds):
+            self.print_line()
+
+    def print_line(self) -> None:
+        """Print the line now, unless it would repeat the last one."""
+        if self.done == self._printed:
+            return
+        self._printed, self._last = self.done, time.monotonic()
+        world = get_world_size()
+        rate = self.done / max(self._last - self.start, 1e-9)
+        share = f" of each of {world} processes" if world > 1 else ""
+        print(
+            f"{self.header} {self.done}/{self.total}{share}  {rate * world:.{1 if rate < 10 else 0}f} {self.unit}/s  "
+            f"left {time_left(self.total - self.done, rate)}",
+            flush=True,
+        )
+
+
+def progress(batches: Iterable[tuple], header: str, total: int, seconds: float = 5.0) -> Iterator[tuple]:
+    """Pass `batches` on and print the progress in `total` images; the length of a batch's first item is its images."""
+    meter = Progress(header, total, seconds=seconds)
+    for batch in batches:
+        yield batch
+        meter.advance(len(batch[0]))
+
+
+def time_left(todo: float, rate: float) -> datetime.timedelta:
+    """Time that `todo` things will take at `rate` things a second, in whole seconds."""
+    return datetime.timedelta(seconds=round(todo / max(rate, 1e-9)))
+
+
+class TrainingProgress:
+    """Averages over the steps of an epoch, and a line with the last step's values every `print_freq` steps and at the end.
+
+    Values are averaged over processes. On a GPU they are read one step late, so that the GPU never waits for the log. A
+    value that is not finite reaches all processes in the same step: all raise FloatingPointError, which names it.
     """
 
     def __init__(self, header: str, steps: int, images_per_step: int, device: torch.device, print_freq: int = 20):
@@ -33,11 +88,11 @@ class Progress:
         self._unread: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
 
     def update(self, **values: torch.Tensor) -> None:
-        """Take the 0-dim tensors of one step; a line is printed every `print_freq` steps and at the end."""
+        """Take the 0-dim tensors of one step."""
         stacked = torch.stack([v.detach().float() for v in values.values()])
         mean = all_reduce_sum(stacked) / get_world_size()
         copied = None
-        if mean.is_cuda:  # the copy is asked for now and awaited a step later, on its own: the queue behind it runs on
+        if mean.is_cuda:  # start the copy now and wait for it one step later: the kernels queued behind it keep running
             mean, copied = mean.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self._unread.append((list(values), mean, copied))
@@ -45,7 +100,7 @@ class Progress:
             self._read()
 
     def finish(self) -> dict[str, float]:
-        """Read what is left; averages over all steps."""
+        """Averages over all steps."""
         while self._unread:
             self._read()
         return {name: total / max(self.done, 1) for name, total in self.totals.items()}
@@ -68,10 +123,9 @@ class Progress:
             self.totals[name] = self.totals.get(name, 0.0) + value
         self.done += 1
         if self.done % self.print_freq == 0 or self.done == self.steps:
-            left = (self.steps - self.done) * (time.perf_counter() - self.start) / self.done
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            left_text = str(datetime.timedelta(seconds=round(left)))
-            print(f"{self.header} {self.done}/{self.steps}  {numbers}  {self.rate:.0f} img/s  left {left_text}", flush=True)
+            left = time_left((self.steps - self.done) * self.images_per_step, self.rate)
+            print(f"{self.header} {self.done}/{self.steps}  {numbers}  {self.rate:.0f} img/s  left {left}", flush=True)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -85,8 +139,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
-    """One line for people about the log record of an epoch, with the time that the remaining ones will take."""
-    left = datetime.timedelta(seconds=round(record["seconds"] * (epochs - epoch - 1)))
+    """The log record of an epoch as one line, with the time left of the run."""
+    left = time_left(epochs - epoch - 1, 1 / max(record["seconds"], 1e-9))
     numbers = "  ".join(
         f"{name.removeprefix('train_')} {value:.4g}"
         for name, value in record.items()
@@ -96,13 +150,13 @@ def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
 
 
 def append_log(path: str | Path, record: dict[str, Any]) -> None:
-    """Add one JSON object as a line."""
+    """Append one JSON object as a line."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def truncate_log(path: str | Path, epoch: int) -> None:
-    """Drop the lines of `epoch` and later, and half-written ones: an interrupted run continues from `epoch`."""
+    """Drop lines of `epoch` and later, and incomplete ones, before an interrupted run continues from `epoch`."""
     path = Path(path)
     if not path.exists():
         return
@@ -118,20 +172,23 @@ def truncate_log(path: str | Path, epoch: int) -> None:
 
 
 def feature_std(z: torch.Tensor) -> torch.Tensor:
-    """Spread of features z [B, D] on the unit sphere: 0 where all are equal, 1 where they are uncorrelated (SimSiam, 4.1)."""
+    """Standard deviation of L2-normalised features z [B, D], times sqrt(D): 0 for a constant feature, 1 for uncorrelated ones.
+
+    SimSiam (arXiv 2011.10566), section 4.1.
+    """
     return F.normalize(z.float(), dim=-1).std(0).mean() * z.shape[-1] ** 0.5
 
 
 class CollapseWatch:
-    """Says in words that 2, 4, 8, ... epochs in a row have shown one of DINO's two collapses."""
+    """Warns after 2, 4, 8, ... consecutive epochs of collapse, DINO's two kinds: uniform outputs, constant features."""
 
     def __init__(self):
         self.count: dict[str, int] = {}
 
     def update(self, means: dict[str, float]) -> list[str]:
-        """Warnings about the epoch with these means."""
+        """Warnings for an epoch with these means."""
         found = {}
-        if abs(means["loss_of_lnK"] - 1) < 0.005:
+        if abs(means["normalized_loss"] - 1) < 0.005:
             found["uniform"] = (
                 "the loss sits at ln(out_dim): the outputs are uniform. Try a longer --warmup_epochs, a lower --lr, "
                 "a lower --teacher_temp, a smaller --out_dim, or --norm_last_layer true"

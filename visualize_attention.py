@@ -38,10 +38,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+import distributed
 import utils
 from augmentations import ToNormalizedTensor
 from datasets import DECODE_ERRORS, ImageDataset, keep_readable, list_images, read_image, shard
-from features import add_backbone_arguments, load_pretrained, report
+from evaluation.pretrained import add_backbone_arguments, load_pretrained
+from telemetry import progress
 from utils import InputError, bool_flag
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
@@ -67,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--video_format", default="mp4", choices=FORMATS, help="all but gif need PyAV (pip install av)")
     add("--fps", type=float, help="frames per second; default: the input's, else 30")
     add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, leave out those that cannot be")
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     return parser
 
 
@@ -230,9 +232,9 @@ def attentions(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(path, image [3, H, W], attention [M, h, w]) of this process's share of the images, one by one: sizes may differ."""
     dataset = ImageDataset([(path, number) for number, path in enumerate(paths)], prepare)
-    own = shard(dataset, utils.get_rank(), utils.get_world_size())
-    loader = DataLoader(own, batch_size=1, num_workers=min(utils.worker_count(num_workers), max(len(own) - 1, 0)))
-    for images, numbers in report(loader, "attention", len(own)):
+    own = shard(dataset, distributed.get_rank(), distributed.get_world_size())
+    loader = DataLoader(own, batch_size=1, num_workers=min(distributed.worker_count(num_workers), max(len(own) - 1, 0)))
+    for images, numbers in progress(loader, "attention", len(own)):
         yield paths[numbers], images[0], cls_attention(backbone, images.to(device))[0]
 
 
@@ -355,8 +357,8 @@ def find_frames(args: argparse.Namespace) -> tuple[list[str], float]:
     if source.is_dir():
         paths, fps = find_images(source, args.skip_bad_images), DEFAULT_FPS
     else:
-        found = [extract_frames(source, Path(args.output_dir) / "frames")] if utils.is_main_process() else [None]
-        if utils.is_distributed():
+        found = [extract_frames(source, Path(args.output_dir) / "frames")] if distributed.is_main_process() else [None]
+        if distributed.is_distributed():
             dist.broadcast_object_list(found)
         paths, fps = found[0]
     count = Counter(Path(path).stem for path in paths)
@@ -384,7 +386,7 @@ def main() -> None:
             raise InputError(f"--video_only: {output / 'attention'} holds no attn-*.png")
         join_if_possible(pictures, args, args.fps or DEFAULT_FPS)
         return
-    device = utils.init_distributed(args)
+    device = distributed.init_distributed(args)
     network = build(args, device)
     if args.video:
         paths, fps = find_frames(args)
@@ -393,12 +395,12 @@ def main() -> None:
     else:
         paths = find_images(Path(args.image_path), args.skip_bad_images)
         write_pictures(attentions(paths, *network, device, args.num_workers), Path(args.image_path), output, args.threshold)
-    utils.barrier()
+    distributed.barrier()
     number = f"{len(paths)} image{'s' * (len(paths) > 1)}"
     print(f"wrote the attention of {number} to {output / 'attention' if args.video else output}")
-    if args.video and utils.is_main_process():
+    if args.video and distributed.is_main_process():
         join_if_possible([attention_file(path, output) for path in paths], args, args.fps or fps)
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

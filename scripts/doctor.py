@@ -1,6 +1,6 @@
 """What this machine has for the selective scan of VMamba, what is missing and why, and the command to run next.
 
-    python scripts/doctor.py
+    python -m scripts.doctor
 
 Nothing is installed or changed.
 """
@@ -11,8 +11,6 @@ import platform
 import sys
 from pathlib import Path
 from types import ModuleType
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -115,7 +113,7 @@ def advice(chosen: dict[str, str], stale: list[Path], compiler: bool, nvcc: bool
     if chosen.get("cuda", "cuda") != "cuda":
         hint = "" if nvcc else f"stay with {chosen['cuda']}, or install the CUDA toolkit (nvcc), then: "
         return hint + f"SCAN_CUDA=1 {extension.REBUILD}"
-    return "nothing to install; python scripts/bench_scan.py measures the scan"
+    return "nothing to install; python -m scripts.bench.scan measures the scan"
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ export SCAN_CUDA=1 EXTRA_MODULES="pytest ruff safetensors"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 cd "$ROOT"
-python scripts/doctor.py
+python -m scripts.doctor
 python - <<'PYTHON'
 import sys
 
@@ -20,4 +20,4 @@ if reason:
     sys.exit(f"gpu_check: the CUDA scan cannot run: {reason}")
 PYTHON
 python -m pytest -m "not slow or gpu" "$@"
-python scripts/bench_scan.py --device cuda --dtype bf16 --batch 64 64 --no-loop --output results/bench_scan_cuda.json
+python -m scripts.bench.scan --device cuda --dtype bf16 --batch 64 64 --no-loop --output results/bench_scan_cuda.json

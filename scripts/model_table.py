@@ -1,7 +1,7 @@
 """Parameters and computation of the backbones, as the paper counts them.
 
-    python scripts/model_table.py
-    python scripts/model_table.py vit_tiny resnet18 convnext_tiny --img_size 96 --markdown models.md
+    python -m scripts.model_table
+    python -m scripts.model_table vit_tiny resnet18 convnext_tiny --img_size 96 --markdown models.md
 
 GFLOPs are fvcore's: one multiply-add is one, normalisation and pooling count, in train mode, per image.
 Attention counts because on a CPU it is two plain matrix products. A VMamba's selective scan does not, as in the paper; the last
@@ -13,14 +13,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from backbones import BACKBONES, build_backbone  # noqa: E402
-from utils import InputError, check_positive, run_entry_point, write_text_atomically  # noqa: E402
-from vmamba.selective_scan import scan_flops  # noqa: E402
+from backbones import BACKBONES, build_backbone
+from distributed import run_entry_point
+from utils import InputError, check_positive, write_text_atomically
+from vmamba.selective_scan import scan_flops
 
 HEADER = ("backbone", "dimensions", "params (M)", "GFLOPs", "with scan")
 

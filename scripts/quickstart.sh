@@ -77,7 +77,7 @@ both() {
 }
 
 step "$DATA as an image folder"
-python scripts/make_small_data.py "${images[@]}" --out "$DATASET_PATH"
+python -m scripts.data.make_small_data "${images[@]}" --out "$DATASET_PATH"
 
 step "the network before pretraining"
 net_name=CLeVER EPOCH=0 GPU_num=1 LAUNCHER=python bash scripts/pretrain.sh
@@ -92,6 +92,6 @@ both measure CLeVER "$epochs" ALL -- measure CLeVER "$epochs" main_part
 measure CLeVER "$epochs" else_part
 
 step "results: top-1 accuracy in percent; columns are perturbations of the test images, ori are the clean ones"
-python scripts/results_table.py "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
+python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
 printf '\nquickstart: %d minutes %d seconds after the set-up. Logs and checkpoints: %s\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$RESULT"

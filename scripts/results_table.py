@@ -1,6 +1,6 @@
 """One table and one plot of all linear probes: a row per network and part, a column per perturbation.
 
-    python scripts/results_table.py results/digits_ep20 --out results/digits_ep20
+    python -m scripts.results_table results/digits_ep20 --out results/digits_ep20
 
 Gathers the JSON files that eval_linear.py wrote below the given folders, prints the table in Markdown, and writes
 results.json (table, Markdown, records) and results.png to --out. Accuracies are of the last epoch, in percent.

@@ -1,18 +1,15 @@
 """J&F of masks made by anything, in the layout <masks>/<video>/<frame>.png, against the annotations of DAVIS 2017.
 
-    python scripts/score_davis.py --data_path data/DAVIS --masks results/osvos
+    python -m scripts.score_davis --data_path data/DAVIS --masks results/osvos
 Prints the scores and writes nothing, unless --out names a folder for the two tables of the DAVIS tool.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import davis
-import jf
+import distributed
 import utils
+from evaluation.video import davis, metrics
 
 
 def main() -> None:
@@ -27,12 +24,12 @@ def main() -> None:
         objects |= davis.score_video(davis.open_video(args.data_path, name), args.masks / name).objects()
     if not objects:
         raise utils.InputError(f"--data_path {args.data_path}: no video has objects")
-    jf.print_scores(objects)
+    metrics.print_scores(objects)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        for table in jf.write_csv(args.out, args.subset, objects):
+        for table in metrics.write_csv(args.out, args.subset, objects):
             print(f"wrote {table}")
 
 
 if __name__ == "__main__":
-    utils.run_entry_point(main)
+    distributed.run_entry_point(main)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torchvision
-from golden import CORE, fill_, tensor
+from support.golden import CORE, fill_, tensor
 
 from backbones import (
     BACKBONES,

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from in_process import Outcome, assert_refused, pretrain, probe, snapshot, times
 from PIL import Image
-from processes import TINY_NETWORK, launch, write_images, write_labelled_images
+from support.in_process import Outcome, assert_refused, pretrain, probe, snapshot, times
+from support.processes import TINY_NETWORK, launch, write_images, write_labelled_images
 
 # --- what the tests start from -----------------------------------------------------------------------------------------
 

@@ -9,15 +9,16 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from golden import CORE, fill_
-from in_process import plain, pretrain, probe
-from processes import write_images, write_labelled_images
+from support.golden import CORE, fill_
+from support.in_process import plain, pretrain, probe
+from support.processes import write_images, write_labelled_images
 
 import eval_linear
 import main_dino
 import utils
 from backbones import backbone_state, build_backbone, load_backbone_weights
-from features import load_pretrained
+from checkpoint import load_checkpoint, save_atomically
+from evaluation.pretrained import load_pretrained
 
 CPU = torch.device("cpu")
 
@@ -80,7 +81,7 @@ def test_originals_files_are_read(finished, tmp_path, numpy_module, module):
     state = torch.load(finished / "checkpoint.pth", weights_only=True)
     path = tmp_path / "checkpoint.pth"
     save_as_numpy(as_original(state, module), path, numpy_module)
-    read = utils.load_checkpoint(path)
+    read = load_checkpoint(path)
     lr = read["optimizer"]["param_groups"][0]["lr"]
     assert type(lr) is np.float64 and lr == state["optimizer"]["param_groups"][0]["lr"]
     assert type(read["args"]) is argparse.Namespace and read["args"].out_dim == 64
@@ -139,7 +140,7 @@ def test_torchvisions_and_originals_resnet_names(tmp_path):
     torch.save(reference.state_dict(), tmp_path / "torchvision.pth")
     for name in ("original", "torchvision"):
         backbone = build_backbone("resnet18")
-        load_backbone_weights(backbone, backbone_state(utils.load_checkpoint(tmp_path / f"{name}.pth")))
+        load_backbone_weights(backbone, backbone_state(load_checkpoint(tmp_path / f"{name}.pth")))
         assert torch.equal(backbone.layer4[1].bn2.running_var, reference.layer4[1].bn2.running_var)
 
 
@@ -198,15 +199,15 @@ def test_init_from_takes_the_teachers_backbone_only(finished, tmp_path, data):
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, fails):
     path = tmp_path / "checkpoint.pth"
-    utils.save_atomically({"epoch": 1}, path)
+    save_atomically({"epoch": 1}, path)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(utils.os, fails, fail)
     with pytest.raises(OSError, match="No space"):
-        utils.save_atomically({"epoch": 2}, path)
-    assert utils.load_checkpoint(path) == {"epoch": 1}
+        save_atomically({"epoch": 2}, path)
+    assert load_checkpoint(path) == {"epoch": 1}
     monkeypatch.undo()
-    utils.save_atomically({"epoch": 3}, path)
-    assert utils.load_checkpoint(path) == {"epoch": 3} and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+    save_atomically({"epoch": 3}, path)
+    assert load_checkpoint(path) == {"epoch": 3} and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -8,12 +8,14 @@ import re
 
 import pytest
 import torch
-from golden import rel_error
-from processes import TINY_NETWORK, fork, free_port, launch, run, wait, write_images, write_labelled_images
+from support.golden import rel_error
+from support.processes import TINY_NETWORK, fork, free_port, launch, run, wait, write_images, write_labelled_images
 
+import distributed
 import eval_linear
 import main_dino
 import utils
+from checkpoint import load_checkpoint, save_atomically
 from telemetry import Progress
 
 
@@ -53,7 +55,7 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(images, tmp_path):
         assert one.keys() == two.keys() >= {"train_loss", "train_loss_DIR", "train_loss_DVR", "knn_top1"}
         for name in one.keys() - own:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
-    states = [utils.load_checkpoint(tmp_path / number / "checkpoint.pth") for number in "12"]
+    states = [load_checkpoint(tmp_path / number / "checkpoint.pth") for number in "12"]
     start = main_dino.build_training(parse(*flags), torch.device("cpu"), torch.float32).student.state_dict()
     moved = rel_error(states[0]["student"]["backbone.blocks.0.mlp.fc1.weight"], start["backbone.blocks.0.mlp.fc1.weight"])
     assert moved > 0.01  # the steps are a thousand times larger than what is allowed between the two
@@ -72,9 +74,9 @@ def test_a_non_finite_loss_stops_all_processes_and_leaves_the_last_good_checkpoi
     flags = (*FLAGS, "--net", "CLeVER", "--data_path", images, "--num_workers", 0, "--output_dir", tmp_path)
     run("main_dino.py", *flags, "--epochs", 1, "--batch_size_per_gpu", 8, output=tmp_path / "output")
     path = tmp_path / "checkpoint.pth"
-    state = utils.load_checkpoint(path)
+    state = load_checkpoint(path)
     state["student"]["head2.last_layer.weight_v"][3] = math.nan
-    utils.save_atomically(state, path)
+    save_atomically(state, path)
     before = path.read_bytes(), (tmp_path / "log.txt").read_text()
 
     process = launch("torch.distributed.run", "main_dino.py", *flags, "--epochs", 3, "--batch_size_per_gpu", 4)
@@ -83,7 +85,7 @@ def test_a_non_finite_loss_stops_all_processes_and_leaves_the_last_good_checkpoi
     assert len(errors) == 1 and "epoch 1/3, step 1 of 3" in errors[0] and "loss_DVR is nan" in errors[0], process.stderr
     assert "loss_DIR" not in errors[0] and str(path) in errors[0]
     assert (path.read_bytes(), (tmp_path / "log.txt").read_text()) == before
-    assert utils.load_checkpoint(tmp_path / "nonfinite.pth")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "nonfinite.pth")["epoch"] == 1
 
 
 def one_process_has_nan(rank, port, output):
@@ -110,9 +112,9 @@ def one_process_is_refused(rank, output):
             raise utils.InputError("no such thing")
 
     os.environ["RANK"] = str(rank)
-    utils.GRACE_SECONDS = 0.1
+    distributed.GRACE_SECONDS = 0.1
     with open(output, "w") as stream, contextlib.redirect_stderr(stream):
-        utils.run_entry_point(main)
+        distributed.run_entry_point(main)
 
 
 def test_an_error_of_one_process_only_is_told(tmp_path):
@@ -186,7 +188,7 @@ def test_probe_trained_by_two_processes_is_that_of_one(probed, tmp_path):
     run("eval_linear.py", *flags, "--output_dir", tmp_path, "--batch_size_per_gpu", 2, "--num_workers", 0, processes=2,
         output=tmp_path / "output")  # fmt: skip
     name = "checkpoint_linear_hp0.8_0.5_3_t.pth.tar"
-    two, one = (utils.load_checkpoint(folder / name) for folder in (tmp_path, source))
+    two, one = (load_checkpoint(folder / name) for folder in (tmp_path, source))
     assert one["state_dict"]["linear.weight"].norm() > 0.5  # far from its start
     for key, value in one["state_dict"].items():
         assert rel_error(two["state_dict"][key], value) < 1e-5, key

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from downstream_world import downstream, make_world, parse, result_of
-from in_process import assert_refused, times
 from PIL import Image
-from processes import ROOT, write_images
+from support.downstream_world import downstream, make_world, parse, result_of
+from support.in_process import assert_refused, times
+from support.processes import ROOT, write_images
 from torchvision import datasets as torchvision_datasets
 
 import eval_linear_ds as ds
 import utils
+from checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def bad(world):
     save_image(few / "oxford-iiit-pet" / "images" / "Pet_1.jpg")
     for split in ("trainval", "test"):
         (few / "oxford-iiit-pet" / "annotations" / f"{split}.txt").write_text("Pet_1 1 1 1\n")
-    weights = utils.load_checkpoint(world.resnet)["teacher"]
+    weights = load_checkpoint(world.resnet)["teacher"]
     torch.save({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}, root / "bare.pth")
     return argparse.Namespace(
         **vars(world), hole=hole, renamed=renamed, raw=root / "raw", folder=root / "x.pth.tar", file=root / "file", few=few,

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from in_process import assert_refused, call, snapshot
-from processes import run, write_images, write_labelled_images
+from support.in_process import assert_refused, call, snapshot
+from support.processes import run, write_images, write_labelled_images
 
 import eval_knn
 from augmentations import eval_transform
 from backbones import build_backbone
 from datasets import labelled_dataset
-from features import knn_predict, report, select_part
+from evaluation.features import select_part
+from evaluation.knn import knn_predict
+from telemetry import progress
 
 
 def knn(*flags):
@@ -221,12 +223,12 @@ def test_more_neighbours_than_training_images(world, tmp_path):
 
 def test_progress_of_many_batches(capsys):
     batches = [(torch.empty(3),), (torch.empty(3),), (torch.empty(1),)]
-    assert list(report(batches, "features", 7, seconds=0)) == batches
+    assert list(progress(batches, "features", 7, seconds=0)) == batches
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["features 3/7", "features 6/7", "features 7/7"]
-    list(report(batches, "features", 7))
+    list(progress(batches, "features", 7))
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert list(report([(torch.empty(0),)], "features", 0)) and capsys.readouterr().out == ""
+    assert list(progress([(torch.empty(0),)], "features", 0)) and capsys.readouterr().out == ""
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from in_process import pretrain, probe, snapshot
 from PIL import Image
+from support.in_process import pretrain, probe, snapshot
 
 import eval_linear
-import utils
+import optim
 
 
 def write_colours(folder, classes, train, val, mixed=False):
@@ -188,7 +188,7 @@ def test_lars_reaches_the_same(weights, colours, tmp_path):
     args = eval_linear.get_args_parser().parse_args(["--pretrained_weights", "x", "--data_path", "x", *map(str, flags)])
     optimizer, _ = eval_linear.build_optimizer(args, eval_linear.LinearClassifier(4, 3))
     (group,) = optimizer.param_groups
-    assert isinstance(optimizer, utils.LARS) and (group["trust"], group["weight_decay"]) == (0.001, 0)
+    assert isinstance(optimizer, optim.LARS) and (group["trust"], group["weight_decay"]) == (0.001, 0)
     assert group["lr"] == 100 * 24 / 256 and group["adapt_1d"]
 
 

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from downstream_world import downstream, flags_of, make_world, only, parse, result_of
-from golden import rel_error
-from in_process import assert_refused, call, snapshot
-from processes import launch, run
+from support.downstream_world import downstream, flags_of, make_world, only, parse, result_of
+from support.golden import rel_error
+from support.in_process import assert_refused, call, snapshot
+from support.processes import launch, run
 from test_resume import assert_same
 from torchvision.ops import StochasticDepth
 
 import eval_linear_ds as ds
-import utils
 from backbones import build_backbone
-from classifier import LinearClassifier, validate
-from features import FeatureExtractor, Pretrained
+from checkpoint import load_checkpoint
+from evaluation.features import FeatureExtractor
+from evaluation.pretrained import Pretrained
+from evaluation.probe import LinearClassifier, validate
 from vmamba import load_config
 
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_linear_leaves_the_backbone_bit_identical(world, watch, tmp_path):
     after = watch.extractor.backbone.state_dict()
     assert any("running_mean" in name for name in after)
     assert_same(after, watch.before)
-    assert "state_dict_model" not in utils.load_checkpoint(only(tmp_path, "*.pth.tar"))
+    assert "state_dict_model" not in load_checkpoint(only(tmp_path, "*.pth.tar"))
     assert outcome.stdout.count("test images 13/13") == 1  # their features are computed once
     lr = 0.5 * 4 / 256
     assert watch.rates == [[pytest.approx(lr * 0.5 * (1 + math.cos(math.pi * epoch / 3)))] for epoch in range(3)]
@@ -184,7 +185,7 @@ def test_fine_tuning_trains_everything(world, watch, tmp_path, arch, part):
     after = watch.extractor.backbone.state_dict()
     same = [name for name, value in watch.before.items() if torch.equal(after[name], value)]
     assert same == [] and all(value.isfinite().all() for value in after.values())
-    assert_same(utils.load_checkpoint(only(tmp_path, "*.pth.tar"))["state_dict_model"], dict(after))
+    assert_same(load_checkpoint(only(tmp_path, "*.pth.tar"))["state_dict_model"], dict(after))
     assert outcome.stdout.count("test images 13/13") == 2
 
 
@@ -260,7 +261,7 @@ import os, sys, torch, eval_linear_ds, utils
 torch.set_num_threads(1)
 folder, built, build = sys.argv.pop(1), [], eval_linear_ds.build_extractor
 eval_linear_ds.build_extractor = lambda *arguments: built.append(build(*arguments)) or built[0]
-utils.run_entry_point(eval_linear_ds.main)
+distributed.run_entry_point(eval_linear_ds.main)
 torch.save(built[0].backbone.state_dict(), os.path.join(folder, os.environ.get("RANK", "single")))
 """
 FINE_TUNING = ("--ds_mode", "ds_ft", "--backbone_lr", 0.2, "--weight_decay", 1e-3, "--epochs", 3)
@@ -275,8 +276,8 @@ def test_two_processes_of_torchrun_train_the_backbone_that_one_trains(world, tmp
     run("eval_linear_ds.py", *flags_of(world, world.vit, tmp_path / "one", *FINE_TUNING), output=tmp_path / "output")
     ranks = [torch.load(tmp_path / rank, weights_only=True) for rank in "01"]
     assert_same(dict(ranks[1]), dict(ranks[0]))
-    two, one = (utils.load_checkpoint(only(tmp_path / name, "*.pth.tar")) for name in ("two", "one"))
-    start = utils.load_checkpoint(world.vit)["teacher"]
+    two, one = (load_checkpoint(only(tmp_path / name, "*.pth.tar")) for name in ("two", "one"))
+    start = load_checkpoint(world.vit)["teacher"]
     for name, value in one["state_dict_model"].items():
         moved = (value - start[f"backbone.{name}"]).norm()
         assert moved > 0 and (two["state_dict_model"][name] - value).norm() < 1e-3 * moved + 1e-7, name
@@ -323,7 +324,7 @@ def test_evaluation_of_a_frozen_backbones_classifier_and_perturbed(world, tmp_pa
 def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
     """Their keys carry `module.` where the original wrapped the module, and they say less about themselves."""
     folder, flags = tuned
-    state = utils.load_checkpoint(only(folder, "*.pth.tar"))
+    state = load_checkpoint(only(folder, "*.pth.tar"))
     original = {name: state[name] for name in ("epoch", "optimizer", "scheduler", "state_dict_model")}
     original["state_dict"] = {f"module.{name}": value for name, value in state["state_dict"].items()}
     original["best_acc"] = np.float64(99)
@@ -352,9 +353,9 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path, mode)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     start(whole)
     start(folder, kill_at=f"epoch 2/4 {steps}/{steps} ")
-    assert utils.load_checkpoint(only(folder, "*"))["epoch"] == 2
+    assert load_checkpoint(only(folder, "*"))["epoch"] == 2
     assert "from epoch 2" in start(folder)
-    states = [utils.load_checkpoint(only(f, "*.pth.tar")) for f in (folder, whole)]
+    states = [load_checkpoint(only(f, "*.pth.tar")) for f in (folder, whole)]
     results = [result_of(f) for f in (folder, whole)]
     for record in (*states, *results):
         del record["args"]  # the output folders differ

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from golden import GOLDEN, fill_, rel_error, tensor
+from support.golden import GOLDEN, fill_, rel_error, tensor
 
 from heads import DINOHead, MultiCropWrapper, WeightNormLinear, split_ir_ef, split_sizes
 from utils import InputError

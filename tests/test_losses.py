@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import GOLDEN, rel_error, tensor
+from support.golden import GOLDEN, rel_error, tensor
 
 from heads import DINOHead
 from losses import CLeVERLoss, DINOLoss, head_regularizer

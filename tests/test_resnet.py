@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torchvision
-from golden import fill_, rel_error, tensor
+from support.golden import fill_, rel_error, tensor
 from torch import nn
 
 from resnet import KeptBuffers, resnet8, resnet18, resnet18_small, resnet50, resnet50_small

@@ -10,9 +10,10 @@ import time
 
 import pytest
 import torch
-from processes import TINY_NETWORK, end, fork, launch, run, write_images, write_labelled_images
+from support.processes import TINY_NETWORK, end, fork, launch, run, write_images, write_labelled_images
 
 import utils
+from checkpoint import load_checkpoint, save_atomically
 
 
 def assert_same(actual, expected, where="state"):
@@ -69,7 +70,7 @@ def uninterrupted(images, tmp_path_factory, request):
 def test_files_of_a_run(uninterrupted):
     folder, _ = uninterrupted
     assert names(folder) == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt"}
-    epochs = {name: utils.load_checkpoint(folder / name)["epoch"] for name in names(folder) if name.endswith(".pth")}
+    epochs = {name: load_checkpoint(folder / name)["epoch"] for name in names(folder) if name.endswith(".pth")}
     assert epochs == {"checkpoint.pth": 4, "checkpoint0000.pth": 1, "checkpoint0002.pth": 3}  # the next one to run
     log = read_log(folder)
     assert [record["epoch"] for record in log] == [0, 1, 2, 3]
@@ -85,7 +86,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(images, uninterrupted,
     whole, processes = uninterrupted
     folder, output = tmp_path / "run", tmp_path / "output"
     pretrain(images, folder, output=output, processes=processes, kill_at=f"epoch 2/{EPOCHS} 3/{STEPS} ")
-    assert utils.load_checkpoint(folder / "checkpoint.pth")["epoch"] == 2
+    assert load_checkpoint(folder / "checkpoint.pth")["epoch"] == 2
     assert [record["epoch"] for record in read_log(folder)] == [0, 1]
     # What a kill between log.txt and checkpoint.pth leaves, and one in the middle of a line.
     with open(folder / "log.txt", "a") as log:
@@ -95,7 +96,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(images, uninterrupted,
     assert f"continuing {folder} from epoch 2" in text
     assert names(folder) == names(whole)
     for name in ("checkpoint.pth", "checkpoint0002.pth"):
-        expected, actual = utils.load_checkpoint(whole / name), utils.load_checkpoint(folder / name)
+        expected, actual = load_checkpoint(whole / name), load_checkpoint(folder / name)
         assert expected.keys() == actual.keys() >= {"student", "teacher", "optimizer", "dino_loss", "epoch"}
         assert len(expected["optimizer"]["state"]) > 50
         for part in expected.keys() - {"args"}:
@@ -120,14 +121,14 @@ def test_zero_epochs_write_the_network_that_training_starts_from(images, tmp_pat
     folder, output = tmp_path / "run", tmp_path / "output"
     pretrain(images, folder, "--epochs", 0, output=output)
     assert names(folder) == {"checkpoint.pth"}
-    state = utils.load_checkpoint(folder / "checkpoint.pth")
+    state = load_checkpoint(folder / "checkpoint.pth")
     assert state["epoch"] == 0 and state["optimizer"]["state"] == {}
     assert_same(state["teacher"], state["student"])
     assert state["dino_loss"]["center"].abs().sum() == 0
     # The warm-up starts at 0, so an epoch of a single step leaves the student where it was.
     shutil.rmtree(folder)
     pretrain(images, folder, "--epochs", 1, "--batch_size_per_gpu", 22, output=output)
-    trained = utils.load_checkpoint(folder / "checkpoint.pth")
+    trained = load_checkpoint(folder / "checkpoint.pth")
     assert trained["epoch"] == 1
     assert_same(trained["student"], state["student"])
 
@@ -152,9 +153,9 @@ def test_a_killed_probe_started_again_ends_in_the_same_bits(tmp_path):
     assert names(whole) == {f"checkpoint_{name}.pth.tar", f"{name}.json"}
     probe(folder, kill_at="epoch 2/4 3/3 ")
     assert names(folder) == {f"checkpoint_{name}.pth.tar"}
-    assert utils.load_checkpoint(folder / f"checkpoint_{name}.pth.tar")["epoch"] == 2
+    assert load_checkpoint(folder / f"checkpoint_{name}.pth.tar")["epoch"] == 2
     assert "from epoch 2" in probe(folder)
-    states = [utils.load_checkpoint(f / f"checkpoint_{name}.pth.tar") for f in (folder, whole)]
+    states = [load_checkpoint(f / f"checkpoint_{name}.pth.tar") for f in (folder, whole)]
     results = [json.loads((f / f"{name}.json").read_text()) for f in (folder, whole)]
     for record in (*states, *results):
         del record["args"]  # the output folders differ
@@ -172,10 +173,10 @@ def test_a_killed_probe_started_again_ends_in_the_same_bits(tmp_path):
 
 def save_again_and_again(path):
     """Growing states, each of a single number throughout, from where the file stands."""
-    step = utils.load_checkpoint(path)["step"] if path.exists() else 0
+    step = load_checkpoint(path)["step"] if path.exists() else 0
     while True:
         step += 1
-        utils.save_atomically({"step": step, "tensors": [torch.full((50_000 + 1000 * step,), float(step))] * 2}, path)
+        save_atomically({"step": step, "tensors": [torch.full((50_000 + 1000 * step,), float(step))] * 2}, path)
 
 
 def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
@@ -193,7 +194,7 @@ def test_a_checkpoint_survives_a_kill_at_any_moment(tmp_path):
         end([child])
         assert child.exitcode == -signal.SIGKILL
         halves += temporary.exists()
-        state = utils.load_checkpoint(path)
+        state = load_checkpoint(path)
         step = state["step"]
         assert step > last
         for tensor in state["tensors"]:
@@ -216,15 +217,15 @@ def write_half(obj, file):
 )
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, tmp_path, module, name, fail):
     path = tmp_path / "checkpoint.pth"
-    utils.save_atomically({"step": 1}, path)
+    save_atomically({"step": 1}, path)
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fail)
         with pytest.raises(OSError, match="No space left"):
-            utils.save_atomically({"step": 2}, path)
+            save_atomically({"step": 2}, path)
     assert path.read_bytes() == before
-    utils.save_atomically({"step": 3}, path)
-    assert utils.load_checkpoint(path) == {"step": 3} and names(tmp_path) == {"checkpoint.pth"}
+    save_atomically({"step": 3}, path)
+    assert load_checkpoint(path) == {"step": 3} and names(tmp_path) == {"checkpoint.pth"}
 
 
 def test_a_full_disk_leaves_the_old_text(monkeypatch, tmp_path):

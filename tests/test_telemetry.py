@@ -1,4 +1,4 @@
-"""Progress lines, averages, log.txt and the watch for collapse."""
+"""TrainingProgress lines, averages, log.txt and the watch for collapse."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from telemetry import CollapseWatch, Progress, append_log, epoch_line, feature_std, truncate_log
+from telemetry import CollapseWatch, TrainingProgress, append_log, epoch_line, feature_std, truncate_log
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the device only says how late values are read
 
@@ -20,7 +20,7 @@ def scalar(value):
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_averages_are_over_all_steps(device):
-    progress = Progress("epoch 0/1", 3, 8, device)
+    progress = TrainingProgress("epoch 0/1", 3, 8, device)
     for loss in (1, 2, 6):
         progress.update(loss=scalar(loss), entropy=scalar(10 * loss))
     assert progress.finish() == {"loss": 3.0, "entropy": 30.0}
@@ -28,7 +28,7 @@ def test_averages_are_over_all_steps(device):
 
 
 def test_values_of_a_gpu_are_read_one_step_late():
-    late, now = Progress("e", 2, 1, CUDA), Progress("e", 2, 1, CPU)
+    late, now = TrainingProgress("e", 2, 1, CUDA), TrainingProgress("e", 2, 1, CPU)
     for progress in (late, now):
         progress.update(loss=scalar(1))
     assert (late.done, now.done) == (0, 1)
@@ -38,7 +38,7 @@ def test_values_of_a_gpu_are_read_one_step_late():
 
 @pytest.mark.parametrize("device, step_of_the_error", [(CPU, 2), (CUDA, 3)])
 def test_a_value_that_is_not_finite_is_named(device, step_of_the_error):
-    progress = Progress("epoch 4/9", 5, 1, device)
+    progress = TrainingProgress("epoch 4/9", 5, 1, device)
     for step in (1, 2, 3):
         loss, loss_dir = (math.nan, -math.inf) if step == 2 else (1, 1)
         losses = {"loss": scalar(loss), "loss_DVR": scalar(1), "loss_DIR": scalar(loss_dir)}
@@ -51,14 +51,14 @@ def test_a_value_that_is_not_finite_is_named(device, step_of_the_error):
 
 
 def test_a_value_of_the_last_step_that_is_not_finite_is_named_at_the_end():
-    progress = Progress("epoch 4/9", 1, 1, CUDA)
+    progress = TrainingProgress("epoch 4/9", 1, 1, CUDA)
     progress.update(loss=scalar(math.nan))
     with pytest.raises(FloatingPointError, match="step 1 of 1: loss is nan"):
         progress.finish()
 
 
 def test_lines_come_every_print_freq_steps_and_at_the_end(capsys):
-    progress = Progress("epoch 2/5", 7, 4, CPU, print_freq=3)
+    progress = TrainingProgress("epoch 2/5", 7, 4, CPU, print_freq=3)
     for step in range(7):
         progress.update(loss=scalar(step), half=scalar(0.5).bfloat16())
     lines = capsys.readouterr().out.splitlines()
@@ -69,11 +69,11 @@ def test_lines_come_every_print_freq_steps_and_at_the_end(capsys):
 
 
 def test_an_epoch_without_steps_has_no_averages():
-    assert Progress("e", 0, 1, CPU).finish() == {}
+    assert TrainingProgress("e", 0, 1, CPU).finish() == {}
 
 
 def test_values_do_not_keep_the_graph():
-    progress = Progress("e", 2, 1, CUDA)
+    progress = TrainingProgress("e", 2, 1, CUDA)
     weight = torch.ones((), requires_grad=True)
     progress.update(loss=weight * 2)
     assert not progress._unread[0][1].requires_grad
@@ -121,14 +121,14 @@ def test_feature_std_tells_constant_from_random_features():
     assert 0.2 < feature_std(z + 2).item() < 0.6  # a common part takes its share: 1 / sqrt(1 + 2^2) = 0.45
 
 
-HEALTHY = {"loss_of_lnK": 0.8, "feature_std_IR": 0.6, "feature_std_EF": 0.5}
+HEALTHY = {"normalized_loss": 0.8, "feature_std_IR": 0.6, "feature_std_EF": 0.5}
 
 
 @pytest.mark.parametrize(
     "means, words",
     [
-        ({"loss_of_lnK": 0.9999}, ("the loss sits at ln(out_dim)", "--warmup_epochs")),
-        ({"loss_of_lnK": 1.0002}, ("the loss sits at ln(out_dim)", "--warmup_epochs")),
+        ({"normalized_loss": 0.9999}, ("the loss sits at ln(out_dim)", "--warmup_epochs")),
+        ({"normalized_loss": 1.0002}, ("the loss sits at ln(out_dim)", "--warmup_epochs")),
         ({"feature_std_EF": 1e-3}, ("feature_std_EF is 1.0e-03", "all images get the same features", "--lr")),
     ],
 )
@@ -142,7 +142,7 @@ def test_collapse_is_told_in_words_after_2_4_and_8_epochs(means, words):
 
 def test_a_healthy_epoch_ends_the_count():
     watch = CollapseWatch()
-    bad = HEALTHY | {"loss_of_lnK": 1.0, "feature_std_IR": 0.0}
+    bad = HEALTHY | {"normalized_loss": 1.0, "feature_std_IR": 0.0}
     assert watch.update(bad) == []
     assert len(watch.update(bad)) == 2
     assert watch.update(HEALTHY) == []
@@ -150,7 +150,7 @@ def test_a_healthy_epoch_ends_the_count():
     assert len(watch.update(HEALTHY | {"feature_std_IR": 0.0})) == 1
 
 
-@pytest.mark.parametrize("means", [{}, {"loss_of_lnK": 0.99}, {"loss_of_lnK": 1.01}, {"feature_std_IR": 0.02}])
+@pytest.mark.parametrize("means", [{}, {"normalized_loss": 0.99}, {"loss_of_lnK": 1.01}, {"feature_std_IR": 0.02}])
 def test_epochs_that_are_no_collapse(means):
     watch = CollapseWatch()
     assert [watch.update(HEALTHY | means) for _ in range(4)] == [[]] * 4

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import CORE, GOLDEN, fill_, rel_error, tensor
+from support.golden import CORE, GOLDEN, fill_, rel_error, tensor
 
 import main_dino
-import utils
+import optim
 from losses import head_regularizer
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ def test_schedules_scale_with_all_images_of_a_step():
 
 
 def test_schedule_golden():
-    values = utils.cosine_scheduler(0.002, 1e-6, 5, 7, warmup_epochs=2)
+    values = optim.cosine_scheduler(0.002, 1e-6, 5, 7, warmup_epochs=2)
     assert rel_error(torch.from_numpy(values).float(), GOLDEN["cosine_scheduler.warmup"].float()) < 1e-6
 
 
@@ -235,8 +235,8 @@ def test_regulariser_reaches_both_heads():
 
 def test_weights_that_are_not_finite_are_named_before_they_are_saved():
     training = main_dino.build_training(parse(*SMALL), CPU, torch.float32)
-    utils.check_weights(training.student, "epoch 0")
+    optim.check_weights(training.student, "epoch 0")
     with torch.no_grad():
         training.student.head2.mlp[0].bias[0] = math.inf
     with pytest.raises(FloatingPointError, match="epoch 0.*head2.mlp.0.bias"):
-        utils.check_weights(training.student, "epoch 0")
+        optim.check_weights(training.student, "epoch 0")

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import distributed
+import optim
 import utils
+from checkpoint import load_checkpoint, load_moments, load_strictly, save_atomically, strip_prefix
 from heads import DINOHead
 from utils import InputError, TypedFloat
 
@@ -34,21 +37,21 @@ def with_gradients(network: nn.Module, scale: float = 1.0) -> nn.Module:
 
 def test_cosine_schedule_by_hand():
     """Two epochs of two steps of warm-up, ends included; then half a cosine over four steps, without its end."""
-    values = utils.cosine_scheduler(1.0, 0.2, epochs=4, niter_per_ep=2, warmup_epochs=2, start_warmup_value=0.1)
+    values = optim.cosine_scheduler(1.0, 0.2, epochs=4, niter_per_ep=2, warmup_epochs=2, start_warmup_value=0.1)
     warmup = [0.1, 0.4, 0.7, 1.0]
     cosine = [1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5))]
     assert values.tolist() == pytest.approx(warmup + cosine)
 
 
 def test_cosine_schedule_at_its_limits():
-    assert utils.cosine_scheduler(0.5, 1.0, 3, 4).shape == (12,)
-    assert np.all(np.diff(utils.cosine_scheduler(0.996, 1.0, 3, 4)) > 0)  # the teacher's momentum rises
-    assert utils.cosine_scheduler(3.0, 3.0, 2, 5).tolist() == [3.0] * 10
-    assert utils.cosine_scheduler(1.0, 0.0, 2, 3, warmup_epochs=2).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert utils.cosine_scheduler(1.0, 0.0, 0, 3).shape == (0,)
-    assert utils.cosine_scheduler(2.0, 0.0, 1, 1000)[-1] == pytest.approx(0, abs=1e-5)
+    assert optim.cosine_scheduler(0.5, 1.0, 3, 4).shape == (12,)
+    assert np.all(np.diff(optim.cosine_scheduler(0.996, 1.0, 3, 4)) > 0)  # the teacher's momentum rises
+    assert optim.cosine_scheduler(3.0, 3.0, 2, 5).tolist() == [3.0] * 10
+    assert optim.cosine_scheduler(1.0, 0.0, 2, 3, warmup_epochs=2).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert optim.cosine_scheduler(1.0, 0.0, 0, 3).shape == (0,)
+    assert optim.cosine_scheduler(2.0, 0.0, 1, 1000)[-1] == pytest.approx(0, abs=1e-5)
     with pytest.raises(InputError, match="warm-up of 3 epochs: longer than the run .2 epochs"):
-        utils.cosine_scheduler(1.0, 0.0, 2, 3, warmup_epochs=3)
+        optim.cosine_scheduler(1.0, 0.0, 2, 3, warmup_epochs=3)
 
 
 # --- optimizers --------------------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ def test_1d_parameters_and_biases_are_not_decayed():
     odd.register_parameter("bias", nn.Parameter(torch.ones(2, 2)))  # not 1-D, but a bias
     odd.register_parameter("projs_bias", nn.Parameter(torch.ones(2, 2)))  # only named a bit like one: decays
     network["odd"] = odd
-    decayed, plain = utils.param_groups(network)
+    decayed, plain = optim.param_groups(network)
     names = {id(p): name for name, p in network.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
         "matrix", "net.0.weight", "net.3.weight", "head.mlp.0.weight", "head.mlp.2.weight", "head.mlp.4.weight",
@@ -77,15 +80,15 @@ def test_1d_parameters_and_biases_are_not_decayed():
 
 
 def test_schedules_reach_the_groups_as_plain_numbers():
-    optimizer = utils.build_optimizer("adamw", utils.param_groups(small_network()))
-    utils.set_schedules(optimizer, np.float64(0.25), np.float64(0.125))
+    optimizer = optim.build_optimizer("adamw", optim.param_groups(small_network()))
+    optim.set_schedules(optimizer, np.float64(0.25), np.float64(0.125))
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.125), (0.25, 0.0)]
     assert {type(group[name]) for group in optimizer.param_groups for name in ("lr", "weight_decay")} == {float}
 
 
-@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", utils.LARS)])
+@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", optim.LARS)])
 def test_optimizers_by_name(name, kind):
-    optimizer = utils.build_optimizer(name, utils.param_groups(small_network()))
+    optimizer = optim.build_optimizer(name, optim.param_groups(small_network()))
     assert type(optimizer) is kind
     if name != "adamw":
         assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
@@ -95,13 +98,13 @@ def test_optimizers_by_name(name, kind):
 
 def test_unknown_optimizer():
     with pytest.raises(InputError, match="'adam': must be one of adamw, sgd, lars"):
-        utils.build_optimizer("adam", [])
+        optim.build_optimizer("adam", [])
 
 
 def test_lars_by_hand():
     """Two steps with a constant gradient; 1-D: plain momentum. 2-D: (g + wd p) scaled by trust |p| / |g + wd p|, momentum."""
     matrix, vector = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]])), nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = utils.LARS([matrix, vector], lr=10.0, weight_decay=0.5, momentum=0.9, trust=0.001)
+    optimizer = optim.LARS([matrix, vector], lr=10.0, weight_decay=0.5, momentum=0.9, trust=0.001)
     expected = matrix.detach().clone()
     buffer = torch.zeros(2, 2)
     for _ in range(2):
@@ -115,7 +118,7 @@ def test_lars_by_hand():
 
     first = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     first.grad = torch.tensor([[-1.5, 0.0], [0.0, 4.0]])
-    utils.LARS([first], lr=10.0, weight_decay=0.5).step()
+    optim.LARS([first], lr=10.0, weight_decay=0.5).step()
     # g + wd p = diag(0, 6) of norm 6, |p| = 5: the step is 10 * 0.001 * 5 / 6 * 6 = 0.05 in the last entry.
     assert first.flatten().tolist() == pytest.approx([3, 0, 0, 3.95])
 
@@ -124,14 +127,14 @@ def test_lars_without_a_direction_or_a_length():
     zeros, still = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
     unused = nn.Parameter(torch.ones(2, 2))
     zeros.grad, still.grad = torch.ones(2, 2), torch.zeros(2, 2)
-    utils.LARS([zeros, still, unused], lr=0.5).step()
+    optim.LARS([zeros, still, unused], lr=0.5).step()
     assert zeros.tolist() == [[-0.5] * 2] * 2 and still.tolist() == unused.tolist() == [[1.0] * 2] * 2
 
 
 def test_lars_of_the_probe_adapts_1d_too():
     bias = nn.Parameter(torch.tensor([3.0, 4.0]))
     bias.grad = torch.tensor([0.0, 10.0])
-    utils.LARS([bias], lr=10.0, adapt_1d=True).step()
+    optim.LARS([bias], lr=10.0, adapt_1d=True).step()
     assert bias.tolist() == pytest.approx([3, 4 - 10 * 0.001 * 5])
 
 
@@ -146,7 +149,7 @@ def test_gradients_are_clipped_one_by_one(max_norm):
         if q.grad is not None:
             torch.nn.utils.clip_grad_norm_([q], max_norm)
     small = network[1].bias.grad.clone()
-    utils.clip_gradients(network.parameters(), max_norm)
+    optim.clip_gradients(network.parameters(), max_norm)
     for p, q in zip(network.parameters(), reference.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
@@ -157,9 +160,9 @@ def test_gradients_are_clipped_one_by_one(max_norm):
 
 def test_no_clipping_at_zero():
     network, reference = with_gradients(small_network(), 100.0), with_gradients(small_network(), 100.0)
-    utils.clip_gradients(network.parameters(), 0)
+    optim.clip_gradients(network.parameters(), 0)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(network.parameters(), reference.parameters(), strict=True))
-    utils.clip_gradients([nn.Parameter(torch.ones(2))], 1.0)  # nothing has a gradient: nothing to do
+    optim.clip_gradients([nn.Parameter(torch.ones(2))], 1.0)  # nothing has a gradient: nothing to do
 
 
 def test_teacher_follows_the_parameters_and_keeps_its_buffers():
@@ -170,7 +173,7 @@ def test_teacher_follows_the_parameters_and_keeps_its_buffers():
     student(torch.randn(8, 3, 3, 3))  # moves the student's running statistics
     before, buffers = copy.deepcopy(teacher), copy.deepcopy(dict(teacher.named_buffers()))
     teacher.requires_grad_(False)
-    utils.update_teacher(teacher, student, 0.9)
+    optim.update_teacher(teacher, student, 0.9)
     for old, new, p in zip(before.parameters(), teacher.parameters(), student.parameters(), strict=True):
         assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-6) and not torch.equal(new, old)
         assert p.requires_grad and not new.requires_grad
@@ -178,9 +181,9 @@ def test_teacher_follows_the_parameters_and_keeps_its_buffers():
         assert torch.equal(buffer, buffers[name]), name
     assert not torch.equal(student[1].running_mean, teacher[1].running_mean)
     still = copy.deepcopy(teacher)
-    utils.update_teacher(teacher, student, 1.0)
+    optim.update_teacher(teacher, student, 1.0)
     assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), still.parameters(), strict=True))
-    utils.update_teacher(teacher, student, 0.0)
+    optim.update_teacher(teacher, student, 0.0)
     assert all(torch.allclose(p, q) for p, q in zip(teacher.parameters(), student.parameters(), strict=True))
 
 
@@ -234,7 +237,7 @@ def test_parser_reports_in_one_line():
 @pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
 def test_both_spellings_of_local_rank(flag):
     parser = utils.ArgumentParser()
-    utils.add_distributed_arguments(parser)
+    distributed.add_distributed_arguments(parser)
     assert parser.parse_args([flag, "3"]).local_rank == parser.parse_args([f"{flag}=3"]).local_rank == 3
 
 
@@ -255,15 +258,15 @@ def test_check_not_negative(value):
 @pytest.mark.parametrize("name, expected", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
 def test_named_precision(name, expected):
     for device in ("cpu", "cuda"):
-        assert utils.resolve_amp_dtype(name, torch.device(device)) is expected
+        assert distributed.resolve_amp_dtype(name, torch.device(device)) is expected
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_automatic_precision(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
-    assert utils.resolve_amp_dtype("auto", torch.device("cpu")) is (torch.bfloat16 if has_bf16 else torch.float32)
-    assert utils.resolve_amp_dtype("auto", torch.device("cuda")) is (torch.bfloat16 if has_bf16 else torch.float16)
+    assert distributed.resolve_amp_dtype("auto", torch.device("cpu")) is (torch.bfloat16 if has_bf16 else torch.float32)
+    assert distributed.resolve_amp_dtype("auto", torch.device("cuda")) is (torch.bfloat16 if has_bf16 else torch.float16)
 
 
 # --- processes ---------------------------------------------------------------------------------------------------------
@@ -286,10 +289,10 @@ def test_one_process_without_a_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://")) == torch.device("cpu")
-    assert (utils.get_rank(), utils.get_world_size(), utils.is_main_process()) == (0, 1, True)
+    assert distributed.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://")) == torch.device("cpu")
+    assert (distributed.get_rank(), distributed.get_world_size(), distributed.is_main_process()) == (0, 1, True)
     tensor = torch.ones(2)
-    assert utils.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1, 1]
+    assert distributed.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -300,11 +303,11 @@ def test_more_processes_than_gpus_is_an_error_of_all(monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(InputError, match="4 processes on this machine: only 2 GPUs"):
-        utils.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://"))
+        distributed.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://"))
 
 
 @pytest.mark.parametrize("error, status", [(InputError("wrong"), 2), (FloatingPointError("loss is nan"), 1)])
-@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [utils.GRACE_SECONDS])])
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [distributed.GRACE_SECONDS])])
 def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits):
     """Other processes than the first wait before they speak: the launcher ends them meanwhile if the first has spoken."""
 
@@ -312,12 +315,12 @@ def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits)
         raise error
 
     slept = []
-    monkeypatch.setattr(utils.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as end:
-        utils.run_entry_point(fail)
+        distributed.run_entry_point(fail)
     assert end.value.code == status and slept == [(seconds, "") for seconds in waits]
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
@@ -329,7 +332,7 @@ def test_an_error_of_a_data_loading_worker_loses_its_traceback(capsys):
         raise InputError("Caught InputError in worker 0.\nTraceback:\n  line\nutils.InputError: image x: cannot be read\n")
 
     with pytest.raises(SystemExit):
-        utils.run_entry_point(fail)
+        distributed.run_entry_point(fail)
     assert capsys.readouterr().err == "error: image x: cannot be read\n"
 
 
@@ -338,12 +341,12 @@ def test_other_errors_keep_their_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        utils.run_entry_point(fail)
+        distributed.run_entry_point(fail)
 
 
 def test_worker_count_is_bounded_by_the_cores():
-    assert utils.worker_count(0) == 0 and utils.worker_count(1) == 1
-    assert 1 <= utils.worker_count(10**6) <= os.cpu_count()
+    assert distributed.worker_count(0) == 0 and distributed.worker_count(1) == 1
+    assert 1 <= distributed.worker_count(10**6) <= os.cpu_count()
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
@@ -351,9 +354,9 @@ def test_worker_count_is_bounded_by_the_cores():
 
 def test_atomic_writes_replace_and_leave_nothing_else(tmp_path):
     for value in (1, 2):
-        utils.save_atomically({"value": torch.tensor(value)}, tmp_path / "a.pth")
+        save_atomically({"value": torch.tensor(value)}, tmp_path / "a.pth")
         utils.write_text_atomically(f"{value}\n", tmp_path / "b.json")
-    assert utils.load_checkpoint(tmp_path / "a.pth")["value"] == 2 and (tmp_path / "b.json").read_text() == "2\n"
+    assert load_checkpoint(tmp_path / "a.pth")["value"] == 2 and (tmp_path / "b.json").read_text() == "2\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b.json"]
 
 
@@ -382,35 +385,35 @@ def test_check_writable_leaves_nothing(tmp_path):
 
 def test_prefixes_go_from_the_front_only():
     state = {"module.a.weight": 1, "a.module.b": 2, "module.module.c": 3}
-    assert utils.strip_prefix(state) == {"a.weight": 1, "a.module.b": 2, "module.c": 3}
+    assert strip_prefix(state) == {"a.weight": 1, "a.module.b": 2, "module.c": 3}
 
 
 def test_load_strictly(tmp_path):
     network, other = small_network(), nn.Sequential(nn.Linear(2, 2))
     state = {f"module.{name}": value + 1 for name, value in network.state_dict().items()}
-    utils.load_strictly(network, state, "student")
+    load_strictly(network, state, "student")
     assert torch.equal(network[3].bias, state["module.3.bias"])
     with pytest.raises(InputError, match="^student: does not fit the arguments: .*0.weight") as error:
-        utils.load_strictly(other, state, "student")
+        load_strictly(other, state, "student")
     assert "\n" not in str(error.value)
 
 
 def test_load_moments_keeps_the_groups_options():
     """An original's file: its groups lack our option, hold another rate, and its moments are wanted."""
     networks = small_network(), small_network()
-    optimizers = [utils.build_optimizer("adamw", utils.param_groups(network)) for network in networks]
+    optimizers = [optim.build_optimizer("adamw", optim.param_groups(network)) for network in networks]
     with_gradients(networks[0])
-    utils.set_schedules(optimizers[0], 0.1, 0.2)
+    optim.set_schedules(optimizers[0], 0.1, 0.2)
     optimizers[0].step()
     state = copy.deepcopy(optimizers[0].state_dict())
     for group in state["param_groups"]:
         group.pop("fixed_weight_decay", None)
         group["lr"] = np.float64(7)
-    utils.load_moments(optimizers[1], state)
+    load_moments(optimizers[1], state)
     for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
         assert torch.equal(optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"])
-    utils.set_schedules(optimizers[1], 0.3, 0.4)
+    optim.set_schedules(optimizers[1], 0.3, 0.4)
     assert [(group["lr"], group["weight_decay"]) for group in optimizers[1].param_groups] == [(0.3, 0.4), (0.3, 0.0)]
     state["param_groups"][0]["params"].pop()
     with pytest.raises(InputError, match=r"groups of \[1, 4\] parameters, here \[2, 4\]"):
-        utils.load_moments(optimizers[1], state)
+        load_moments(optimizers[1], state)

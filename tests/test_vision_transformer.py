@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from golden import CORE, GOLDEN, fill_, rel_error, tensor
+from support.golden import CORE, GOLDEN, fill_, rel_error, tensor
 
 from utils import InputError
 from vision_transformer import Block, VisionTransformer, vit_base, vit_micro, vit_small, vit_tiny

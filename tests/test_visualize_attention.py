@@ -11,10 +11,10 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from golden import GOLDEN, fill_, rel_error, tensor
-from in_process import assert_refused, call, snapshot
 from PIL import Image
-from processes import run, write_images
+from support.golden import GOLDEN, fill_, rel_error, tensor
+from support.in_process import assert_refused, call, snapshot
+from support.processes import run, write_images
 
 import visualize_attention as va
 from augmentations import ToNormalizedTensor

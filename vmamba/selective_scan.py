@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from utils import InputError, is_main_process
+from distributed import is_main_process
+from utils import InputError
 from vmamba import scan_cpp, scan_cuda, scan_torch, scan_triton
 
 BACKENDS: dict[str, ModuleType] = {"cuda": scan_cuda, "triton": scan_triton, "cpp": scan_cpp, "torch": scan_torch}
@@ -225,7 +226,7 @@ def _announce(name: str, device: str, dtype: torch.dtype, reasons: dict[str, str
     if device == "cuda" and name == "torch":
         warnings.warn(
             "the selective scan runs without a kernel for this GPU, several times slower than it could: "
-            "run `python scripts/doctor.py` for what to install",
+            "run `python -m scripts.doctor` for what to install",
             stacklevel=2,
         )
 

@@ -1,0 +1,147 @@
+"""Processes and devices: launching, collectives, and how a script ends."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from utils import InputError
+
+
+def run_entry_point(main: Callable[[], None]) -> None:
+    """Run a script's main; an InputError becomes one line on stderr and exit status 2, a FloatingPointError status 1."""
+    try:
+        main()
+    except InputError as error:
+        # What a data loading worker raises ends a traceback.
+        _give_up(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "), 2)
+    except FloatingPointError as error:
+        _give_up(f"not finite: {error}", 1)
+    # Not after an error: the other processes may be waiting in a collective, and nccl would wait for them here.
+    if is_distributed():
+        dist.destroy_process_group()
+
+
+GRACE_SECONDS = 10.0
+
+
+def _give_up(message: str, status: int) -> NoReturn:
+    """Print the message and exit: the first process at once, the others after GRACE_SECONDS.
+
+    A launcher ends all processes as soon as one has ended. So an error that all have is told once, whichever meets it
+    first, and an error that only one has is told as well.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(GRACE_SECONDS)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """--dist_url, --local_rank (or --local-rank) and --num_workers, the same in every script."""
+    parser.add_argument("--dist_url", default="env://", help="how processes find each other, see torch.distributed")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by old launchers; LOCAL_RANK wins")
+    parser.add_argument("--num_workers", type=int, default=10, help="data loading processes per process")
+
+
+def init_distributed(args: argparse.Namespace) -> torch.device:
+    """Join the launcher's process group, if a launcher set RANK and WORLD_SIZE, and return this process's device.
+
+    nccl on GPUs, gloo on CPUs; plain `python` has no process group.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all must see that one has no GPU
+        if processes > torch.cuda.device_count():
+            raise InputError(
+                f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible "
+                "(DEVICES of the launch scripts, or CUDA_VISIBLE_DEVICES)"
+            )
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("nccl" if cuda else "gloo", args.dist_url, rank=rank, world_size=world_size)
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice per run, until the process ends
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; without a process group the tensor itself."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [m, ...] of all processes one below the other; m may differ between them."""
+    if not is_distributed():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = int(max(counts))
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    shares = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shares, padded)
+    return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
+
+
+def all_gather_objects(item: Any) -> list[Any]:
+    """That of every process, in the order of their ranks; pickled, so for little things."""
+    if not is_distributed():
+        return [item]
+    items = [None] * get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all processes the buffers of the first one, such as running statistics that are each process's own."""
+    if is_distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def worker_count(num_workers: int) -> int:
+    """Data loading processes of one process, at most its share of the machine's cores: more only wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that autocast computes in; `auto` is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name != "auto":
+        return named[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -1,0 +1,1 @@
+"""Unsupervised saliency: TokenCut, the bilateral solver, data, metrics."""

@@ -1,0 +1,1 @@
+"""Video object segmentation: files of DAVIS, propagation of masks, J&F."""

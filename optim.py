@@ -1,0 +1,105 @@
+"""Optimizers, schedules, gradient clipping and the teacher's moving average."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from utils import InputError
+
+
+def cosine_scheduler(
+    base: float, final: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0, start_warmup_value: float = 0
+) -> np.ndarray:
+    """One value per iteration [epochs * niter_per_ep]: a linear warm-up to `base`, then half a cosine down (or up) to `final`.
+
+    Raises InputError if the warm-up is longer than the run.
+    """
+    if warmup_epochs > epochs:
+        raise InputError(f"warm-up of {warmup_epochs} epochs: longer than the run ({epochs} epochs)")
+    warmup = np.linspace(start_warmup_value, base, warmup_epochs * niter_per_ep)
+    steps = (epochs - warmup_epochs) * niter_per_ep
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(steps) / max(steps, 1)))
+    return np.concatenate([warmup, cosine])
+
+
+def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two optimizer groups: weight decay by the schedule, and none (1-D parameters and those named `*.bias`)."""
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim == 1 or name.endswith(".bias") else decayed).append(p)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0, "fixed_weight_decay": True}]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per tensor to trust * |p| / |g + wd p| (You et al., arXiv 1708.03888).
+
+    1-D tensors are neither scaled nor decayed unless `adapt_1d`.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001, adapt_1d=False):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust, adapt_1d=adapt_1d))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim != 1 or group["adapt_1d"]:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    p_norm, u_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
+                    ratio = group["trust"] * p_norm / u_norm
+                    update = update * torch.where((p_norm > 0) & (u_norm > 0), ratio, torch.ones_like(ratio))
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                p.add_(buffer, alpha=-group["lr"])
+
+
+def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """adamw, sgd (momentum 0.9) or lars; rates and weight decay are set every step from the schedules."""
+    builders = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
+        "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
+        "lars": lambda: LARS(groups),
+    }
+    if name not in builders:
+        raise InputError(f"optimizer {name!r}: must be one of {', '.join(builders)}")
+    return builders[name]()
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Write this step's rate to all groups and its weight decay to those that are decayed."""
+    for group in optimizer.param_groups:
+        group["lr"] = float(lr)  # schedules hold numpy scalars, checkpoints plain values
+        if not group.get("fixed_weight_decay"):
+            group["weight_decay"] = float(weight_decay)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale each gradient on its own down to norm `max_norm` (0: no clipping), without waiting for the GPU."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if max_norm > 0 and grads:
+        scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
+        torch._foreach_mul_(grads, scales)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, over parameters only; buffers are each network's own."""
+    torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
+
+
+def check_weights(student: nn.Module, when: str) -> None:
+    """FloatingPointError if weights are not finite: a gradient can be so although its loss is, and it must not be saved."""
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in student.parameters()]))
+    if not norms.isfinite().all():
+        bad = [name for (name, _), norm in zip(student.named_parameters(), norms, strict=True) if not norm.isfinite()]
+        raise FloatingPointError(f"{when}, after its last step: weights {', '.join(bad[:3])}")

@@ -1,0 +1,180 @@
+"""Seconds and memory of one pretraining step, beside the same step written the straightforward way.
+
+    python -m scripts.bench.pretrain                       # ViT-tiny, out_dim 65536, batch 8, this machine
+    python -m scripts.bench.pretrain --net dino --batch_size 64 --amp_dtype bf16
+
+"straightforward" is the step as the originals have it: a softmax and a log-softmax for each of the 18 pairs of views, the
+normalised weight of the last layer built anew, gradients clipped and the teacher updated tensor by tensor, losses read at once.
+Both compute the same thing. Each measurement is a process of its own, in turn; the table gives medians over the rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import distributed
+import main_dino
+import optim
+from telemetry import peak_memory_gib
+
+IMPLEMENTATIONS = ("ours", "straightforward")
+
+
+class NormalizedWeightLinear(nn.Module):
+    """Last layer that builds its normalised weight, as torch's weight norm does."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.weight_g, self.weight_v = layer.weight_g, layer.weight_v
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class StraightforwardLoss(nn.Module):
+    """Pair by pair; the EF term only where there are two heads."""
+
+    def __init__(self, ncrops: int, sizes: list[int], temp: float):
+        super().__init__()
+        self.ncrops, self.temp = ncrops, temp
+        self.centers = [torch.zeros(1, k) for k in sizes]
+
+    def forward(self, students, teachers):
+        total = 0
+        for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+            center = self.centers[head] = self.centers[head].to(teacher.device)
+            s = (student.float() / 0.1).chunk(self.ncrops)
+            q = F.softmax((teacher.float() - center) / self.temp, dim=-1).detach().chunk(2)
+            terms = [
+                torch.sum(-q[i] * F.log_softmax(s[v], dim=-1), dim=-1).mean()
+                if head == 0
+                else F.l1_loss(c := F.cosine_similarity(q[i], F.softmax(s[v], dim=-1), dim=-1), torch.zeros_like(c))
+                for i in range(2)
+                for v in range(self.ncrops)
+                if v != i
+            ]
+            total = total + sum(terms) / len(terms)
+            self.centers[head] = center * 0.9 + teacher.float().mean(0, keepdim=True) * 0.1
+        return total
+
+
+def straightforward_step(training, criterion, optimizer, views, device, amp_dtype, args) -> float:
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+        with torch.no_grad():
+            teachers = training.teacher(views[:2])
+        students = training.student(views)
+        students, teachers = ((x if isinstance(x, tuple) else (x,)) for x in (students, teachers))
+        loss = criterion(students, teachers)
+        if training.student.head2 is not None:
+            squares = [sum(p.pow(2).sum() for p in h.parameters()) for h in (training.student.head, training.student.head2)]
+            loss = loss + training.reg_lambd * (squares[0] - squares[1]).abs()
+    value = loss.item()
+    optimizer.zero_grad()
+    loss.backward()
+    for p in training.student.parameters():
+        if p.grad is not None:
+            scale = args.clip_grad / (p.grad.norm(2).item() + 1e-6)
+            if scale < 1:
+                p.grad.mul_(scale)
+    optimizer.step()
+    with torch.no_grad():
+        for q, p in zip(training.student.parameters(), training.teacher.parameters(), strict=True):
+            p.data.mul_(0.996).add_(0.004 * q.detach().data)
+    return value
+
+
+class Repeat:
+    """The same views `steps` times, in place of a data loader."""
+
+    def __init__(self, views, steps):
+        self.views, self.steps = views, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        return iter([(self.views, None)] * self.steps)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """One process: warm up, time the steps, read the peak memory."""
+    flags = ["--data_path", "none", "--net", options.net, "--arch", options.arch, "--out_dim", str(options.out_dim)]
+    flags += ["--batch_size_per_gpu", str(options.batch_size), "--warmup_epochs", "0", "--epochs", "2"]
+    args = main_dino.get_args_parser().parse_args(flags + ["--freeze_last_layer", "0", "--print_freq", "1000000"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    amp_dtype = distributed.resolve_amp_dtype(options.amp_dtype, device)
+    training = main_dino.build_training(args, device, amp_dtype)
+    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    views = [torch.randn(options.batch_size, 3, size, size, device=device) for size in sizes]
+
+    if options.implementation == "ours":
+        schedules = main_dino.build_schedules(args, options.steps)
+
+        def run(steps):
+            batches = Repeat(views, steps)
+            main_dino.train_one_epoch(training, training.student, batches, schedules, 0, device, amp_dtype, args)
+    else:
+        heads = [h for network in (training.student, training.teacher) for h in (network.head, network.head2) if h]
+        for head in heads:
+            head.last_layer = NormalizedWeightLinear(head.last_layer)
+        heads_out = [args.out_dim] + ([args.DVR_out_dim] if args.net == "CLeVER" else [])
+        criterion = StraightforwardLoss(len(views), heads_out, args.teacher_temp)
+        optimizer = torch.optim.AdamW(optim.param_groups(training.student), lr=1e-5, weight_decay=0.04)
+
+        def run(steps):
+            for _ in range(steps):
+                straightforward_step(training, criterion, optimizer, views, device, amp_dtype, args)
+
+    run(1)
+    start = time.perf_counter()
+    run(options.steps)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / options.steps
+    return {"seconds": seconds, "memory_gib": peak_memory_gib(device), "device": str(device), "dtype": str(amp_dtype)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="CLeVER", choices=main_dino.NETS)
+    parser.add_argument("--arch", default="vit_tiny")
+    parser.add_argument("--out_dim", type=int, default=65536)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--amp_dtype", default="fp32", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a process")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each implementation")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one, here, and print JSON")
+    options = parser.parse_args()
+    if options.implementation:
+        print(json.dumps(measure(options)))
+        return
+    found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
+    for _ in range(options.rounds):
+        for name in IMPLEMENTATIONS:
+            command = [sys.executable, "-m", "scripts.bench.pretrain", *sys.argv[1:], "--implementation", name]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[name].append(json.loads(output.splitlines()[-1]))
+    medians = {
+        name: {key: statistics.median(r[key] for r in runs) for key in ("seconds", "memory_gib")}
+        for name, runs in found.items()
+    }
+    ours, other = (medians[name] for name in IMPLEMENTATIONS)
+    first = found["ours"][0]
+    print(f"{options.net} {options.arch}, out_dim {options.out_dim}, batch {options.batch_size}, 2 + 8 crops, "
+          f"{first['dtype'].removeprefix('torch.')} on {first['device']}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")  # fmt: skip
+    print("| step | seconds | peak memory, GiB |\n|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median['seconds']:.3f} | {median['memory_gib']:.2f} |")
+    print(f"| ratio | {other['seconds'] / ours['seconds']:.2f} x | {other['memory_gib'] / ours['memory_gib']:.2f} x |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The bilateral solver against its plain reference, and what it does to a mask."""
+
+import numpy as np
+import pytest
+from support.saliency_reference import grid_matrices, solved
+
+from evaluation.saliency.bilateral_solver import bilateral_solver, bistochastize, build_grid, largest_object, smoothness_matrix
+
+SIGMAS = (16, 16, 8)
+
+
+def texture(H: int = 45, W: int = 60, seed: int = 0) -> np.ndarray:
+    """Slow waves of colour and a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:H, :W]
+    waves = [128 + 100 * np.sin(x / (11 + c) + y / (17 - c) + c) for c in range(3)]
+    return (np.stack(waves, -1) + rng.normal(0, 4, (H, W, 3))).clip(0, 255).astype(np.uint8)
+
+
+def two_tone(H: int = 48, W: int = 64, edge: int = 29) -> np.ndarray:
+    """Blue left of the column `edge`, yellow right of it."""
+    image = np.empty((H, W, 3), np.uint8)
+    image[:, :edge], image[:, edge:] = (30, 40, 200), (220, 210, 40)
+    return image
+
+
+@pytest.mark.parametrize("sigmas", [SIGMAS, (8, 4, 4)])
+def test_soft_mask_is_that_of_the_reference(sigmas):
+    image, target = texture(), np.zeros((45, 60))
+    target[10:30, 15:40] = 1
+    soft = bilateral_solver(image, target, *sigmas)
+    np.testing.assert_allclose(soft, solved(image, target, sigmas), atol=1e-10)
+    assert np.abs(soft - target).mean() > 0.02  # it did something
+
+
+def test_stops_after_25_steps_as_the_original_does():
+    image, target = texture(), np.zeros((45, 60))
+    target[10:30, 15:40] = 1
+    soft = bilateral_solver(image, target)
+    assert np.abs(soft - solved(image, target, iterations=25)).max() < 1e-10
+    assert np.abs(soft - solved(image, target, iterations=1000)).max() > 1e-3
+
+
+def test_vertices_and_neighbours_are_those_of_all_pairs():
+    image = texture()
+    image[0, :9], image[-1, -9:] = 255, 0  # the ends of the colour range
+    grid = build_grid(image, *SIGMAS)
+    vertices, splat, blur = grid_matrices(image, SIGMAS)
+    assert grid.blur.shape == (len(vertices), len(vertices))
+    counts = grid.splat(np.ones(image.shape[0] * image.shape[1]))
+    assert sorted(counts) == sorted(splat.sum(1))
+    first = np.zeros(len(vertices), int)  # our number of each of the reference's vertices
+    first[np.argmax(splat.toarray(), axis=0)] = grid.vertex
+    assert (grid.blur.toarray()[np.ix_(first, first)] == blur).all()
+
+
+def test_neighbours_do_not_wrap_around_the_image():
+    """White pixels at the end of a row of cells and black ones at the start of the next are no neighbours."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:16, 48:] = 255
+    grid = build_grid(image, 16, 16, 8)
+    white = grid.vertex[63]
+    assert grid.blur.toarray()[white].sum() == 10
+
+
+def test_grey_levels_on_the_border_of_two_cells_are_above_it():
+    """Grey is 128 in U and V, and its own level in Y; rounding errors must not move it to the cell below."""
+    image = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2)  # 1, 256, 3
+    grid = build_grid(image, sigma_spatial=1000, sigma_luma=16, sigma_chroma=8)
+    assert (np.bincount(grid.vertex) == 16).all() and grid.blur.shape == (16, 16)
+
+
+def test_constant_target_stays():
+    for value in (0.0, 0.3, 1.0):
+        soft = bilateral_solver(texture(), np.full((45, 60), value))
+        np.testing.assert_allclose(soft, value, atol=1e-12)
+
+
+def test_smoothness_is_symmetric_semidefinite_and_kills_constants():
+    grid = build_grid(texture(), *SIGMAS)
+    matrix = smoothness_matrix(grid).toarray()
+    np.testing.assert_allclose(matrix.sum(1), 0, atol=1e-10)
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
+    values = np.linalg.eigvalsh(matrix)
+    assert values[0] > -1e-10 and values[-1] > 1
+
+
+def test_bistochastization_balances_the_blur():
+    grid = build_grid(texture(), *SIGMAS)
+    n, m = bistochastize(grid)
+    counts = grid.splat(np.ones(45 * 60))
+    np.testing.assert_allclose(n * (grid.blur @ n), m)
+    assert np.abs(m - counts).sum() < 0.05 * counts.sum()
+
+
+def test_mask_moves_to_the_edge_of_the_image():
+    image = two_tone(edge=29)
+    mask = np.zeros((48, 64))
+    mask[:, 24:] = 1  # five columns too wide
+    soft = bilateral_solver(image, mask)
+    assert (soft[:, :29] < 0.5).all() and (soft[:, 29:] > 0.5).all()
+
+
+def test_soft_values_stay_between_those_of_the_mask():
+    soft = bilateral_solver(texture(seed=1), np.eye(45, 60) > 0)
+    assert soft.min() > -1e-9 and soft.max() < 1 + 1e-9
+
+
+# --- the object that is drawn ------------------------------------------------------------------------------------------
+
+
+def test_largest_piece_is_kept_and_its_holes_filled():
+    soft = np.zeros((20, 30))
+    soft[2:12, 3:15] = 0.8
+    soft[5:7, 6:9] = 0.2  # a hole
+    soft[15:18, 20:25] = 0.9  # a smaller piece
+    soft[12, 15] = 0.9  # at a corner of the larger one: not connected to it
+    expected = np.zeros((20, 30), bool)
+    expected[2:12, 3:15] = True
+    assert (largest_object(soft) == expected).all()
+
+
+def test_object_larger_than_its_background_is_kept():
+    soft = np.ones((20, 30))
+    soft[0, 0] = 0  # the original takes the background here
+    assert largest_object(soft).sum() == 599
+
+
+def test_no_object_gives_none():
+    assert not largest_object(np.full((20, 30), 0.5)).any()

@@ -1,0 +1,191 @@
+"""TokenCut: planted objects, the dense generalised problem as oracle, and graphs without a defined cut."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from support.saliency_reference import dense_cut, dense_graph, looped_mask
+
+from evaluation.saliency.tokencut import DENSE, EPS, connect, partition, second_eigenvector, tokencut
+from utils import InputError
+
+BACKGROUND, OBJECT = (1.0, 0.0), (-0.5, 3.0)
+
+
+def planted(mask: np.ndarray) -> np.ndarray:
+    """Features [N, 2] of a grid whose patches are object where `mask` says so."""
+    return np.where(mask.reshape(-1, 1), OBJECT, BACKGROUND)
+
+
+def rectangle(rows=slice(2, 4), columns=slice(3, 6)) -> np.ndarray:
+    mask = np.zeros((6, 8), bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def clusters(N: int, k: int, noise: float, D: int = 32, seed: int = 0) -> np.ndarray:
+    """N noisy features around k directions."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((k, D))
+    return centres[rng.integers(0, k, N)] + noise * rng.standard_normal((N, D))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+# --- golden: planted grids ---------------------------------------------------------------------------------------------
+
+
+def test_planted_object_is_found_and_holds_the_seed():
+    mask = rectangle()
+    cut = tokencut(planted(mask), mask.shape)
+    assert (cut.mask == mask).all() and mask[cut.seed] and cut.degenerate is None
+    assert (cut.eigenvector > 0)[mask].all() and (cut.eigenvector < 0)[~mask].all()
+
+
+def test_patch_apart_from_the_object_is_dropped():
+    mask = rectangle()
+    more = mask.copy()
+    more[5, 7] = more[4, 6] = True  # the second touches the object's corner only
+    cut = tokencut(planted(more), mask.shape)
+    assert (cut.mask == mask).all() and cut.seed == (2, 3)
+    assert cut.eigenvector[5, 7] == pytest.approx(cut.eigenvector[2, 3])
+
+
+def test_component_of_the_seed_is_kept_and_no_other():
+    y = np.full((6, 8), -0.1)
+    y[rectangle()] = 0.9
+    y[0, 0] = 0.8
+    y[4, 6] = 0.8  # at the object's corner
+    y[2, 3] = 1.0
+    mask, seed = partition(y)
+    assert (mask == rectangle()).all() and seed == (2, 3)
+
+
+def test_object_of_most_patches_gives_the_rest():
+    rest = rectangle()
+    cut = tokencut(planted(~rest), rest.shape)
+    assert cut.mask.sum() == 6 and (cut.mask == rest).all()
+
+
+def test_sign_of_the_eigenvector_does_not_matter():
+    y = np.random.default_rng(0).standard_normal((9, 11))
+    (mask, seed), (flipped, flipped_seed) = partition(y), partition(-y)
+    assert (mask == flipped).all() and seed == flipped_seed
+    assert (mask == looped_mask(y)).all() and mask.any() and not mask.all()
+
+
+def test_first_of_equal_seeds_wins():
+    y = np.array([[-0.2, 0.7, -0.2], [-0.2, -0.2, -0.2], [-0.2, -0.2, 0.7 * (1 + 1e-13)]])
+    mask, seed = partition(y)
+    assert seed == (0, 1) and mask.sum() == 1
+
+
+# --- the dense generalised problem -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [12, 120, 500])
+@pytest.mark.parametrize("k, noise", [(3, 0.3), (3, 1.5), (8, 1.0)])
+def test_eigenvector_is_that_of_the_dense_problem(N, k, noise):
+    features = clusters(N, k, noise)
+    y, gap = second_eigenvector(connect(features))
+    assert gap > 1e-7 and cosine(y, dense_cut(dense_graph(features))) > 1 - 1e-9
+
+
+def test_both_solvers_and_lobpcg_agree(monkeypatch):
+    features = clusters(DENSE, 5, 1.0)
+    B = connect(features)
+    dense, dense_gap = second_eigenvector(B)
+    monkeypatch.setattr("evaluation.saliency.tokencut.DENSE", 0)
+    sparse, sparse_gap = second_eigenvector(B)
+    assert cosine(dense, sparse) > 1 - 1e-9 and dense_gap == pytest.approx(sparse_gap, rel=1e-6)
+    W = torch.from_numpy(B.toarray()) * (1 - EPS) + EPS
+    scale = W.sum(1).rsqrt()
+    torch.manual_seed(0)
+    _, vectors = torch.lobpcg(scale[:, None] * W * scale, k=3, niter=500, tol=1e-12)
+    assert cosine((scale * vectors[:, 1]).numpy(), sparse) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("grid", [(9, 12), (20, 25)])
+def test_masks_are_those_of_the_dense_problem(grid):
+    for seed in range(5):
+        features = clusters(grid[0] * grid[1], 6, 1.2, seed=seed)
+        cut = tokencut(features, grid)
+        assert (cut.mask == looped_mask(dense_cut(dense_graph(features)).reshape(grid))).all()
+
+
+def test_the_same_features_give_the_same_bits():
+    features = clusters(400, 6, 1.2)
+    first, second = (tokencut(features, (20, 20)).eigenvector for _ in range(2))
+    assert (first == second).all()
+
+
+def test_patches_are_joined_above_tau_only():
+    features = np.array([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])  # cosines .6, 0, -1; .8, -.6; 0
+    assert (connect(features, 0.0).toarray() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).all()
+    assert (connect(features, 0.7).toarray() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).all()
+
+
+# --- graphs without a defined cut --------------------------------------------------------------------------------------
+
+
+def ring(N: int) -> np.ndarray:
+    """Features around a circle: every rotation of a cut is one as good."""
+    angle = 2 * np.pi * np.arange(N) / N
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+@pytest.mark.parametrize(
+    "features, reason",
+    [
+        (np.ones((48, 7)), "all patches are alike"),
+        (1 + 0.01 * np.random.default_rng(0).standard_normal((400, 7)), "all patches are alike"),
+        (np.eye(48), "no patch resembles another"),
+        (np.eye(300), "no patch resembles another"),
+        (np.zeros((48, 7)), "no patch resembles another"),
+        (np.repeat(np.eye(3), 16, 0), "two cuts are equally good"),
+        (np.repeat(np.eye(4), 100, 0), "two cuts are equally good"),
+        (ring(48), "two cuts are equally good"),
+        (ring(300), "two cuts are equally good"),
+        (np.ones((1, 7)), "1 patch: a cut needs three"),
+        (np.eye(2), "2 patches: a cut needs three"),
+    ],
+)
+def test_undefined_cut_gives_an_empty_mask_and_a_reason(features, reason):
+    cut = tokencut(features, (1, len(features)))
+    assert cut.degenerate == reason and cut.seed is None
+    assert not cut.mask.any() and not cut.eigenvector.any() and cut.mask.shape == (1, len(features))
+
+
+def test_almost_equal_cuts_are_told_apart():
+    features = np.repeat(np.eye(3), (16, 15, 17), 0)
+    assert tokencut(features, (6, 8)).degenerate is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    features = clusters(20, 3, 0.5)
+    features[3, 4] = value
+    with pytest.raises(InputError, match="not finite"):
+        tokencut(features, (4, 5))
+
+
+# --- speed -------------------------------------------------------------------------------------------------------------
+
+
+def seconds(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def test_cut_of_1900_patches_takes_a_tenth_of_the_dense_problem():
+    features = clusters(1900, 3, 1.0, D=384).astype(np.float32)
+    B, W = connect(features), dense_graph(features)
+    own, dense = [], []
+    for _ in range(2):
+        own += [seconds(second_eigenvector, B) for _ in range(3)]
+        dense.append(seconds(dense_cut, W))
+    assert min(dense) > 10 * min(own), f"{min(own):.3f} s, dense {min(dense):.3f} s"

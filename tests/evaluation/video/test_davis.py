@@ -1,0 +1,124 @@
+"""Frames, label images and masks of videos, and the files that videos are made of."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import video_reference as reference
+from support.synthetic_davis import write_labels, write_list, write_video
+
+from evaluation.video import davis
+from utils import InputError
+
+# --- frames, labels, masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, patch_size, short_side, expected",
+    [
+        ((480, 854), 16, 480, (480, 832)), ((480, 910), 8, 480, (480, 896)), ((480, 1152), 16, 480, (480, 1152)),
+        ((854, 480), 16, 480, (832, 480)), ((100, 100), 16, 480, (480, 448)), ((96, 160), 16, 480, (480, 768)),
+        ((96, 160), 16, 96, (96, 128)), ((480, 854), 14, 476, (476, 840)), ((20, 30), 8, 32, (32, 48)),
+    ],
+)  # fmt: skip
+def test_network_sees_frames_of_the_originals_size(size, patch_size, short_side, expected):
+    davis.check_short_side(short_side, patch_size)
+    assert davis.network_size(size, patch_size, short_side) == expected
+
+
+def test_frames_are_resized_like_the_originals(tmp_path):
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    pixels[:, 2:, 0] = 200
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    frame = davis.read_frame(tmp_path / "x.png", (2, 2), (0.5, 0, 0), (0.25, 1, 1))  # every output lies between two pixels
+    assert frame[0].tolist() == [[-2, pytest.approx((200 / 255 - 0.5) / 0.25)]] * 2
+    assert frame[1:].abs().max() == 0
+
+
+def test_palette_is_that_of_pascal():
+    first = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
+    assert [tuple(colour) for colour in davis.palette()[:8].tolist()] == first
+    assert davis.palette()[[8, 255]].tolist() == [[64, 0, 0], [224, 224, 192]]
+
+
+def test_masks_survive_being_written(tmp_path):
+    labels = np.random.default_rng(0).integers(0, 9, (13, 17)).astype(np.uint8)
+    davis.write_mask(labels, tmp_path / "mask.png")
+    assert (davis.read_labels(tmp_path / "mask.png") == labels).all()
+    image = Image.open(tmp_path / "mask.png")
+    assert image.mode == "P" and image.getpalette()[:27] == davis.palette()[:9].ravel().tolist()
+
+
+def test_objects_keep_their_channel_however_small_and_void_has_none(tmp_path):
+    labels = np.zeros((64, 64), np.uint8)
+    labels[8:40, 8:40], labels[60:63, 60:61], labels[:4] = 1, 3, 255
+    write_labels(labels, tmp_path / "first.png")
+    hot = davis.one_hot_labels(davis.read_labels(tmp_path / "first.png"), (4, 4))
+    assert hot.shape == (4, 4, 4)  # background and three objects: 2 is absent, 3 falls between the samples
+    assert hot.sum((0, 1)).tolist() == [12, 4, 0, 0]
+
+
+def test_soft_labels_become_masks_as_in_the_original():
+    generator = torch.Generator().manual_seed(0)
+    for size in ((40, 56), (33, 21)):
+        soft = torch.rand(5, 7, 3, generator=generator)
+        assert (davis.soft_labels_to_mask(soft, 8, size) == reference.mask_of(soft, 8, size)).all()
+    weak = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).view(1, 2, 2)
+    assert davis.soft_labels_to_mask(weak, 4, (4, 8))[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # stretched: a weak peak wins
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, 1.0])
+def test_constant_channels_are_left_as_they_are(constant):
+    soft = torch.stack([torch.full((2, 2), constant), torch.zeros(2, 2)], -1)
+    assert (davis.soft_labels_to_mask(soft, 4, (8, 8)) == 0).all()
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_videos_are_those_of_the_list_and_frames_come_in_order_of_their_names(tmp_path):
+    write_video(tmp_path, "b", frames=3, first=9)
+    write_video(tmp_path, "a", frames=2)
+    write_list(tmp_path, "b", "", "a")
+    (tmp_path / "JPEGImages/480p/b/.hidden.jpg").write_text("")
+    (tmp_path / "JPEGImages/480p/b/Thumbs.db").write_text("")
+    assert davis.list_videos(tmp_path, "val") == ["b", "a"]
+    video = davis.open_video(tmp_path, "b")
+    assert video.mask_names == ["00009.png", "00010.png", "00011.png"] and video.size == (96, 160)
+    assert [path.name for path in video.annotations] == video.mask_names
+
+
+@pytest.mark.parametrize("name", ["..", "../b", "b/../../x", "b\nb"])
+def test_names_that_lead_elsewhere_or_come_twice_are_refused(tmp_path, name):
+    write_video(tmp_path, "b", frames=2)
+    write_list(tmp_path, name)
+    with pytest.raises(InputError, match="val.txt"):
+        davis.list_videos(tmp_path, "val")
+
+
+def test_fingerprint_changes_with_frames_and_the_first_annotation_only(tmp_path):
+    write_video(tmp_path, "b", frames=3)
+    before = davis.open_video(tmp_path, "b").fingerprint()
+    write_labels(np.ones((96, 160), np.uint8), tmp_path / "Annotations/480p/b/00002.png")
+    assert davis.open_video(tmp_path, "b").fingerprint() == before
+    for changed in ("Annotations/480p/b/00000.png", "JPEGImages/480p/b/00002.jpg"):
+        Image.fromarray(np.zeros((96, 160), np.uint8)).save(tmp_path / changed)
+        after = davis.open_video(tmp_path, "b").fingerprint()
+        assert after != before
+        before = after
+
+
+def test_masks_of_anything_can_be_scored(tmp_path):
+    """Void in the truth is background, void in a mask a fault; the first and the last mask need not exist."""
+    write_video(tmp_path, "b", frames=4)
+    truths = [davis.read_labels(path) for path in davis.open_video(tmp_path, "b").annotations]
+    marked = truths[1].copy()
+    marked[80:90, 5:20] = 255
+    write_labels(marked, tmp_path / "Annotations/480p/b/00001.png")
+    for t in (1, 2):
+        write_labels(np.where(truths[t] == t, 0, truths[t]), tmp_path / f"masks/{t:05}.png")  # lacks object t
+    scores = davis.score_video(davis.open_video(tmp_path, "b"), tmp_path / "masks")
+    assert scores.j.tolist() == scores.f.tolist() == [[0, 1], [1, 0]]
+    write_labels(marked, tmp_path / "masks/00001.png")
+    with pytest.raises(InputError, match="masks/00001.png: .*label 255"):
+        davis.score_video(davis.open_video(tmp_path, "b"), tmp_path / "masks")

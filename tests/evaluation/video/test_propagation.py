@@ -1,0 +1,161 @@
+"""Mask propagation against golden values and the original's steps written plainly; its window, memory and speed."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from support import video_reference as reference
+
+import utils
+from evaluation.video.propagation import Propagation, make_tiles, window_mask
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "radius, topk, expected",
+    [
+        (0, 1, [0, 0, 1, 1]),
+        (1, 1, [0.5, 0, 1, 1]),  # patch 0's match is outside the window, and the two sources in it are equally unlike it
+        (0, 2, [9.07875e-05, 9.07875e-05, 0.99990922, 0.99990922]),  # three sources share the second place: all vote
+    ],
+)
+@pytest.mark.parametrize("memory_mb", [256, 0.001])
+def test_golden_values_of_a_row_of_patches(radius, topk, expected, memory_mb):
+    foreground = torch.tensor([0.0, 1, 1, 0])
+    labels = torch.stack([1 - foreground, foreground], -1)[None]  # 1, 4, 2
+    propagation = Propagation(torch.eye(4)[None], labels, 7, radius, topk, memory_mb)
+    soft = propagation.step(torch.eye(4).roll(1, 0)[None])
+    assert soft[0, :, 1].tolist() == pytest.approx(expected, abs=1e-8, rel=1e-6)
+    assert soft.sum(-1).tolist() == [pytest.approx([1] * 4)]
+
+
+def moving_features(frames, rows=9, columns=13, width=16, seed=0):
+    """Features that keep half of what they were and move by a patch per frame; random soft labels of three channels."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, columns, width, generator=generator)
+    noise = torch.randn(frames, rows, columns, width, generator=generator)
+    labels = torch.rand(rows, columns, 3, generator=generator).softmax(-1)
+    return [base.roll(t, 1) + noise[t] for t in range(frames)], labels
+
+
+@pytest.mark.parametrize(
+    "n_last_frames, radius, topk, memory_mb",
+    [
+        (7, 12, 5, 256), (3, 2, 5, 256), (3, 2, 5, 0.05), (2, 0, 5, 256), (2, 0, 3, 0.1), (1, 1, 20, 256), (0, 4, 1, 256),
+        (4, 3, 1, 256),
+    ],
+)  # fmt: skip
+def test_propagation_is_that_of_the_original_step_by_step(n_last_frames, radius, topk, memory_mb):
+    features, labels = moving_features(7)
+    ours = Propagation(features[0], labels, n_last_frames, radius, topk, memory_mb)
+    plain = reference.Propagation(features[0], labels, n_last_frames, radius, topk)
+    for feature in features[1:]:
+        found, expected = ours.step(feature), plain.step(feature)
+        assert (found - expected).abs().max() < 1e-6
+        assert (reference.mask_of(found, 4, (36, 52)) == reference.mask_of(expected, 4, (36, 52))).all()
+    assert (expected - labels).abs().max() > 0.1
+
+
+def test_all_of_many_equal_sources_vote():
+    features = torch.eye(4)[torch.randint(4, (6, 7), generator=torch.Generator().manual_seed(0))]  # exact ties everywhere
+    labels = moving_features(1, 6, 7)[1]
+    ours, plain = (make(features, labels, 2, 2, 3) for make in (Propagation, reference.Propagation))
+    for _ in range(4):
+        assert (ours.step(features) - plain.step(features)).abs().max() < 1e-6
+
+
+def test_translation_by_whole_patches_moves_the_labels_along():
+    features, _ = moving_features(1, 6, 10)
+    labels = torch.nn.functional.one_hot((torch.arange(60) % 7 > 3).long().view(6, 10)).float()
+    soft = Propagation(features[0], labels, 3, 0, 1).step(features[0].roll((1, 2), (0, 1)))
+    assert torch.equal(soft.argmax(-1), labels.roll((1, 2), (0, 1)).argmax(-1))
+
+
+def test_the_last_frames_and_always_the_first_are_context():
+    """One patch, so that the only choice is among frames: topk 1 takes the label of the frame that looks alike."""
+    looks = torch.eye(5)
+    labels = torch.tensor([0.25, 0.75]).view(1, 1, 2)
+    first = Propagation(looks[0].view(1, 1, 5), labels, 2, 0, 1)
+    for look in (1, 2, 3):
+        first.step(looks[look].view(1, 1, 5))
+    assert first.features[0, 0, 0].tolist() == looks[0].tolist()
+    assert {int(f.argmax()) for f in first.features} == {0, 2, 3}  # not 1, which is three frames ago
+
+
+def test_tiles_cover_each_query_once_and_keep_within_the_memory():
+    for memory_mb in (256, 1, 0.2):
+        covered = torch.zeros(17, 23, dtype=torch.long)
+        for tile in make_tiles(17, 23, 5, 8, memory_mb, CPU):
+            covered[tile.queries] += 1
+            pairs = covered[tile.queries].numel() * 8 * covered[tile.sources].numel()
+            assert pairs * 4 <= memory_mb * 2**20
+        assert (covered == 1).all()
+    with pytest.raises(utils.InputError, match=r"--similarity_mb 0\.001.*one patch takes"):
+        list(make_tiles(17, 23, 5, 8, 0.001, CPU))
+
+
+def test_memory_of_propagation_is_bounded():
+    """The widest video at patch size 8: all pairs would take 2.2 GiB, and the tiles with their contexts a tenth of it."""
+    for radius in (12, 0):
+        for memory_mb in (256, 16):
+            largest = max(
+                13 * 8 * np.prod([q.stop - q.start for q in tile.queries]) * np.prod([s.stop - s.start for s in tile.sources])
+                for tile in make_tiles(60, 144, radius, 8, memory_mb, CPU)
+            )
+            assert largest <= memory_mb * 2**20
+        if radius:
+            assert sum(tile.barrier.numel() for tile in make_tiles(60, 144, radius, 8, 256, CPU)) * 4 < 64 * 2**20
+
+
+def assembled_mask(rows, columns, radius):
+    """[N, N] of all tiles."""
+    mask = torch.zeros(rows, columns, rows, columns)
+    for queries, sources, barrier in make_tiles(rows, columns, radius, 8, 256, CPU):
+        part = mask[(*queries, *sources)]
+        mask[(*queries, *sources)] = (barrier == 0).float().view(part.shape)
+    return mask.flatten(2).flatten(0, 1)
+
+
+def test_window_is_that_of_the_loop():
+    for rows, columns, radius in ((6, 9, 2), (5, 4, 12), (12, 25, 4), (1, 7, 1)):
+        expected = reference.window_mask(rows, columns, radius)
+        whole = range(rows), range(columns)
+        assert torch.equal(window_mask(whole, whole, radius).float(), expected)
+        assert torch.equal(assembled_mask(rows, columns, radius), expected)
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_window_takes_a_hundredth_of_the_loops_time(one_thread):
+    loop = seconds(lambda: reference.window_mask(20, 30, 12))
+    tiles = min(seconds(lambda: list(make_tiles(20, 30, 12, 8, 256, CPU))) for _ in range(5))
+    assert loop > 100 * tiles, (loop, tiles)
+
+
+def test_a_frame_takes_a_third_of_the_plain_steps_time(one_thread):
+    """A frame of 480p at patch size 16, with a full queue; measured: an eighth."""
+    features, labels = moving_features(9, 30, 52, 192)
+    ours, plain = Propagation(features[0], labels), reference.Propagation(features[0], labels, radius=0)
+    plain.mask = window_mask((range(30), range(52)), (range(30), range(52)), 12).float()  # its loop would take seconds
+    for feature in features[1:8]:
+        plain.queue.append((feature.flatten(0, 1), ours.step(feature).flatten(0, 1)))
+    found, expected = ours.step(features[8]), plain.step(features[8])
+    assert (reference.mask_of(found, 4, (120, 208)) == reference.mask_of(expected, 4, (120, 208))).all()
+    # They take turns; the steps above, the first ones, do not count.
+    rounds = [(seconds(lambda: plain.step(features[8])), seconds(lambda: ours.step(features[8]))) for _ in range(3)]
+    slow, fast = (min(times) for times in zip(*rounds, strict=True))
+    assert slow > 3 * fast, (slow, fast)

@@ -1,0 +1,66 @@
+import subprocess
+import sys
+
+import pytest
+from support.processes import ROOT
+
+from scripts import model_table
+from utils import InputError
+
+pytest.importorskip("fvcore")
+
+@pytest.mark.parametrize(
+    "arch, dim, params, gflops, with_scan",
+    [  # the paper's table
+        ("vit_tiny", "192", "5.5", "1.26", "-"),
+        ("vit_small", "384", "21.7", "4.61", "-"),
+        ("resnet18", "512", "11.2", "1.83", "-"),
+        ("resnet50", "2048", "23.5", "4.14", "-"),
+        # 4.91 with the 0.77 M multiply-adds of a classifier of 1000 classes
+        ("vssm2-vmambav2_tiny_224", "768", "29.5", "4.84", "4.90"),
+    ],
+)
+def test_numbers_of_the_paper(arch, dim, params, gflops, with_scan):
+    assert model_table.table_row(arch, 224) == (arch, dim, params, gflops, with_scan)
+
+
+def test_scan_alone():
+    """4 directions of (9 N + 1) multiply-adds per position and channel; the projection of delta counts with the linears."""
+    model = model_table.build_backbone("vssm2-vmambav2_tiny_224")
+    flops, scan = model_table.count_flops(model, 32)
+    sizes = [(2, 96, 8), (2, 192, 4), (8, 384, 2), (2, 768, 1)]  # blocks, channels, side
+    assert scan == sum(blocks * 4 * channels * side**2 * 10 for blocks, channels, side in sizes)
+
+
+def test_runs_as_a_module_and_writes_markdown(tmp_path):
+    arguments = ["vit_micro", "resnet8", "--img_size", "32", "--markdown", str(tmp_path / "table.md")]
+    command = [sys.executable, "-m", "scripts.model_table", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[:3] for row in rows[1:]] == [["vit_micro", "128", "1.3"], ["resnet8", "128", "0.3"]]
+    markdown = (tmp_path / "table.md").read_text().splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown[2:]] == rows[1:]
+
+
+def test_without_names_what_does_not_run_at_the_size_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(model_table, "BACKBONES", ["vit_tiny", "resnet8"])
+    monkeypatch.setattr(sys, "argv", ["model_table.py", "--img_size", "40"])
+    model_table.main()
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["backbone", "resnet8"]
+    assert "vit_tiny left out: image size 40" in printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["resnot"], "unknown arch 'resnot'"),
+        (["vit_tiny", "--img_size", "40"], "image size 40"),
+        (["--img_size", "0"], "img_size 0"),
+    ],
+)
+def test_bad_arguments(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["model_table.py", *arguments])
+    with pytest.raises(InputError, match=message):
+        model_table.main()

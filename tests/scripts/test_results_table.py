@@ -1,0 +1,168 @@
+"""The table of results: rows, columns, newest file, what is passed over, errors, the files that are written."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import results_table
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(file, accuracy, net, part, aug, ...) makes a result of eval_linear.py; every one is newer than the last."""
+    clock = iter(range(1_000_000, 2_000_000))
+
+    def write(file, accuracy, net="CLeVER", part="ALL", aug="ori", epochs=20, arch="resnet8", recipe="aug1_2", **more):
+        path = tmp_path / "runs" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "kind": "linear_probe", "net": net, "arch": arch, "part": part, "hp1": 0.8, "pretrained_epochs": epochs,
+            "test_aug_type": aug, "aug": recipe, "accuracy": accuracy, "num_test_images": 360, "num_labels": 10, "seed": 0,
+            "args": {"lr": 0.1}, **more,
+        }  # fmt: skip
+        path.write_text(json.dumps(record))
+        os.utime(path, (when := next(clock), when))
+        return path
+
+    return write
+
+
+def table_of(tmp_path, capsys, *folders):
+    """Runs the script: (lines of the Markdown table as lists of cells, results.json, stderr)."""
+    folders = folders or (tmp_path / "runs",)
+    assert results_table.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert printed.out.startswith(results["markdown"])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in results["markdown"].splitlines()]
+    return lines, results, printed.err
+
+
+def test_networks_of_the_same_kind_are_told_apart_by_what_differs(tmp_path, write, capsys):
+    """Only that: dino and CLeVER may differ in hp1, and an untrained network has no recipe."""
+    for recipe, accuracy in (("aug1", 70.0), ("aug1_2", 60.0)):
+        write(f"{recipe}/c.json", accuracy, recipe=recipe)
+    write("d.json", 50.0, net="dino", hp1=1.0)
+    write("r.json", 20.0, epochs=0, recipe="aug1_4_2")
+    lines, _, _ = table_of(tmp_path, capsys)
+    assert lines[2:] == [
+        ["random ALL", "20.0"],
+        ["dino ALL", "50.0"],
+        ["CLeVER aug1 ALL", "70.0"],
+        ["CLeVER aug1_2 ALL", "60.0"],
+    ]
+
+
+def test_rows_and_columns_have_an_order_and_gaps_a_dash(tmp_path, write, capsys):
+    write("c/ef.json", 33.333, part="else_part")
+    write("c/ir_rot.json", 61.0, part="main_part", aug="aug1_2")
+    write("c/all.json", 90.0)
+    write("c/odd.json", 12.0, aug="zoom")
+    write("d/all_rot.json", 55.55, net="dino", aug="aug1_2")
+    write("d/all_basic.json", 56.0, net="dino", aug="basic")
+    write("r/all.json", 40.04, net="dino", epochs=0)
+    lines, results, err = table_of(tmp_path, capsys)
+    assert lines[0] == ["top-1 (%)", "ori", "basic", "aug1_2", "zoom"]
+    assert lines[2:] == [
+        ["random ALL", "40.0", "-", "-", "-"],
+        ["dino ALL", "-", "56.0", "55.5", "-"],
+        ["CLeVER ALL", "90.0", "-", "-", "12.0"],
+        ["CLeVER IR", "-", "-", "61.0", "-"],
+        ["CLeVER EF", "33.3", "-", "-", "-"],
+    ]
+    assert results["table"]["columns"] == ["ori", "basic", "aug1_2", "zoom"]
+    assert results["table"]["rows"][0] == {"row": "random ALL", "ori": 40.04}
+    assert err == ""
+
+
+def test_markdown_columns_are_aligned(tmp_path, write, capsys):
+    write("a.json", 100.0)
+    write("b.json", 5.0, net="dino", aug="aug1_4_2")
+    _, results, _ = table_of(tmp_path, capsys)
+    assert results["markdown"] == (
+        "| top-1 (%)  |   ori | aug1_4_2 |\n"
+        "| ---------- | ----: | -------: |\n"
+        "| dino ALL   |     - |      5.0 |\n"
+        "| CLeVER ALL | 100.0 |        - |"
+    )
+
+
+def test_the_newest_of_several_results_counts(tmp_path, write, capsys):
+    write("z/first.json", 10.0)
+    newest = write("a/second.json", 20.0)
+    lines, results, err = table_of(tmp_path, capsys, tmp_path / "runs" / "z", tmp_path / "runs" / "a")
+    assert lines[2] == ["CLeVER ALL", "20.0"]
+    assert err == f"note: CLeVER ALL, ori: 2 results, the newest counts: {newest}\n"
+    [record] = results["records"]
+    assert record["accuracy"] == 20.0 and record["file"] == str(newest) and "args" not in record
+
+
+def test_a_file_that_two_folders_share_is_one_result(tmp_path, write, capsys):
+    write("a/x.json", 10.0)
+    _, results, err = table_of(tmp_path, capsys, tmp_path / "runs", tmp_path / "runs" / "a")
+    assert len(results["records"]) == 1 and err == ""
+
+
+def test_architectures_are_told_apart(tmp_path, write, capsys):
+    write("a.json", 10.0, arch="vit_tiny")
+    write("b.json", 20.0, arch="resnet18")
+    lines, _, _ = table_of(tmp_path, capsys)
+    assert lines[2:] == [["CLeVER resnet18 ALL", "20.0"], ["CLeVER vit_tiny ALL", "10.0"]]
+
+
+def test_other_files_are_passed_over(tmp_path, write, capsys):
+    runs = write("a.json", 10.0).parent
+    write("other.json", 99.0, kind="knn", net="dino")
+    (runs / "list.json").write_text("[1, 2]")
+    (runs / "log.txt").write_text('{"kind": "linear_probe"}')
+    (runs / "half.json").write_text('{"kind": "linear_pro')
+    lines, _, err = table_of(tmp_path, capsys)
+    assert lines[2:] == [["CLeVER ALL", "10.0"]]
+    assert err == f"note: {runs / 'half.json'} is no JSON, passed over\n"
+    lines, _, _ = table_of(tmp_path, capsys, runs, tmp_path / "out")  # its own results.json among the input
+    assert lines[2:] == [["CLeVER ALL", "10.0"]]
+
+
+def test_errors_are_one_line_and_nothing_is_written(tmp_path, write, capsys):
+    (tmp_path / "runs").mkdir()
+    arguments = [str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    broken = tmp_path / "runs" / "broken.json"
+    for words in ("no results", "broken.json is a result without net, arch, part", "is not a folder"):
+        assert results_table.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1
+        if broken.exists():
+            arguments[0] = str(tmp_path / "nowhere")
+        broken.write_text('{"kind": "linear_probe", "test_aug_type": "ori", "accuracy": 1.0}')
+    assert not (tmp_path / "out").exists()
+
+
+def test_chance_level_needs_one_number_of_classes():
+    assert results_table.chance_level([{"num_labels": 10}, {"num_labels": 10}]) == 10.0
+    assert results_table.chance_level([{"num_labels": 10}, {"num_labels": 100}]) is None
+    assert results_table.chance_level([{}]) is None
+
+
+def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr(results_table.plt, "close", figures.append)
+    for i, part in enumerate(("ALL", "main_part", "else_part")):
+        for j, aug in enumerate(("ori", "aug1_2")):
+            write(f"{i}{j}.json", 100.0 if i == 0 else 10.0 * i + j, part=part, aug=aug)
+    table_of(tmp_path, capsys)
+    [figure] = figures
+    [axes] = figure.axes
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert heights == {"CLeVER ALL": [100, 100], "CLeVER IR": [10, 11], "CLeVER EF": [20, 21]}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["ori", "aug1_2"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-3:] == list(heights)
+    assert "chance (10 %)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    monkeypatch.undo()
+    results_table.plt.close(figure)
+
+    pixels = np.asarray(Image.open(tmp_path / "out" / "results.png").convert("L"))
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert pixels.min() < 50 and edge.min() == 255

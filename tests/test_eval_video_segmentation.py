@@ -1,0 +1,458 @@
+"""The whole evaluation on small videos: scores of the original, files, reruns, several processes, and bad input."""
+
+import csv
+import json
+import re
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import video_reference as reference
+from support.golden import rel_error
+from support.in_process import assert_refused, call, pretrain, snapshot, times
+from support.processes import launch, run, write_images
+from support.synthetic_davis import (
+    colour_probe,
+    constant_network,
+    save_checkpoint,
+    shallow_vit_tiny,
+    write_davis,
+    write_labels,
+    write_list,
+    write_video,
+)
+
+import backbones
+import eval_video_segmentation as evaluation
+import vision_transformer
+from evaluation.video import davis
+from scripts import score_davis
+
+# --- the whole evaluation ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The videos of the original's scores, and checkpoints by name and patch size."""
+    root = tmp_path_factory.mktemp("davis")
+    write_davis(root / "DAVIS")
+    for patch_size in (4, 16):
+        save_checkpoint(colour_probe(patch_size), root / f"probe{patch_size}.pth")
+        save_checkpoint(constant_network(patch_size), root / f"constant{patch_size}.pth")
+    return root
+
+
+def evaluate(weights, data, output, *flags):
+    """eval_video_segmentation.py with a ViT-tiny of one block."""
+    common = ("--pretrained_weights", weights, "--data_path", data, "--output_dir", output, "--num_workers", 0)
+    with mock.patch.dict(backbones.VITS, vit_tiny=shallow_vit_tiny):
+        return call(evaluation.main, "--arch", "vit_tiny", *common, *flags)
+
+
+def results(output):
+    return json.loads((output / "results-val.json").read_text())
+
+
+# Frames of 96x128, 24x32 patches: the same tests in a fifth of the time.
+SMALL = ("--patch_size", 4, "--short_side", 96)
+
+
+@pytest.fixture(scope="module")
+def small(world):
+    output = world / "small"
+    outcome = evaluate(world / "probe4.pth", world / "DAVIS", output, *SMALL)
+    assert outcome.status == 0, outcome
+    return output, outcome
+
+
+# J&F, J, F of the original and the DAVIS tool, and J of the objects in order.
+SCORES = {
+    12: ((0.8809, 0.8479, 0.9140), (0.899, 0.937, 0.917, 0.968, 0.366, 0.938, 0.910)),
+    0: ((0.9641, 0.9281, 1.000), (None, None, None, None, 0.923, None, None)),
+}
+
+
+@pytest.mark.parametrize("radius", SCORES)
+def test_scores_are_those_of_the_original(world, tmp_path, radius):
+    data, output = world / "DAVIS", tmp_path / "out"
+    outcome = evaluate(world / "probe16.pth", data, output, "--size_mask_neighborhood", radius)
+    assert outcome.status == 0, outcome
+    means, per_object = SCORES[radius]
+    found = results(output)
+    assert [found["global"][name] for name in ("J&F-Mean", "J-Mean", "F-Mean")] == pytest.approx(means, abs=0.005)
+    for row, expected in zip(found["objects"].values(), per_object, strict=True):
+        assert expected is None or row["J-Mean"] == pytest.approx(expected, abs=0.005)
+    later = [np.asarray(Image.open(output / "fast" / f"{t:05}.png")) for t in range(3, 7)]
+    if radius:
+        assert not np.any(later)  # it jumped out of the window's reach
+    else:
+        assert found["objects"]["fast_1"]["J-Mean"] > 0.85
+
+
+def test_scores_are_those_of_vos_benchmark(world, small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "masks")  # it writes a file of its own there
+    found = results(small[0])["global"]
+    theirs = reference.vos_benchmark(world / "DAVIS/Annotations/480p", tmp_path / "masks")
+    assert theirs == pytest.approx([100 * found[name] for name in ("J&F-Mean", "J-Mean", "F-Mean")], abs=1e-6)
+
+
+def test_constant_features_score_low(world, tmp_path):
+    assert evaluate(world / "constant4.pth", world / "DAVIS", tmp_path, *SMALL).status == 0
+    assert results(tmp_path)["global"]["J-Mean"] < 0.4
+
+
+def test_masks_tables_and_contact_sheet_of_a_run(world, small):
+    output, outcome = small
+    names = ["two-squares", "static", "fast", "unaligned"]
+    tables = ["contact_sheet-val.png", "global_results-val.csv", "per-sequence_results-val.csv", "results-val.json"]
+    assert sorted(path.name for path in output.iterdir()) == sorted(names + tables)
+    for name in names:
+        annotations = sorted((world / "DAVIS/Annotations/480p" / name).iterdir())
+        assert sorted(p.name for p in (output / name).glob("*.png")) == [p.name for p in annotations]
+        assert (output / name / "00000.png").read_bytes() == annotations[0].read_bytes()
+        masks = [Image.open(path) for path in sorted((output / name).glob("*.png"))]
+        assert {(mask.mode, mask.size) for mask in masks} == {("P", (160, 96))}
+    found = results(output)
+    assert found["kind"] == "video_segmentation" and found["arch"] == "vit_tiny" and len(found["objects"]) == 7
+    assert all(row["J-Mean"] > 0.8 for name, row in found["objects"].items() if name != "fast_1")
+    assert found["args"]["std"] == [0.228, 0.224, 0.225]
+    assert [len(values) for values in found["frames"]["static"]["J"]] == [3, 3]  # 5 frames, the first and last do not count
+    assert np.mean(found["frames"]["static"]["F"][1]) == pytest.approx(found["objects"]["static_2"]["F-Mean"])
+    rows = list(csv.reader((output / "per-sequence_results-val.csv").open()))
+    assert [row[0] for row in rows] == ["Sequence", *found["objects"]]
+    assert f"J&F-Mean {found['global']['J&F-Mean']:.3f}" in outcome.stdout
+    for number, name in enumerate(names, 1):
+        assert re.search(
+            rf"^video {number}/4 {name}  \d+/28  \d+(\.\d)? frames/s  left 0:0", outcome.stdout, re.MULTILINE
+        )
+    assert outcome.stderr == ""
+
+
+def test_contact_sheet_shows_frames_and_masks(world, small):
+    sheet = np.asarray(Image.open(small[0] / "contact_sheet-val.png")).astype(int)
+    assert sheet.shape == (4 * (22 + 120 + 4), 6 * 204 + 4, 3)
+    top, left = 22, 4  # of the first frame: object 1 covers rows and columns 8 to 39 of 96x160, here five fourths of that
+    blend = (np.array([220, 40, 40]) + davis.palette()[1]) / 2
+    assert abs(sheet[top + 30, left + 30] - blend).max() < 12
+    assert abs(sheet[top + 5, left + 100] - [30, 60, 30]).max() < 12
+    assert (sheet[top + 30, left + 7 : left + 14] == 255).all(-1).any()  # the outline
+    assert (sheet[: top - 1] < 100).all(-1).any()  # the caption
+
+
+def test_a_rerun_keeps_what_is_finished_and_redoes_what_changed(world, tmp_path):
+    data, output = tmp_path / "DAVIS", tmp_path / "out"
+    shutil.copytree(world / "DAVIS", data)
+    write_list(data, "static", "fast")
+    weights = world / "probe4.pth"
+    first = evaluate(weights, data, output, *SMALL)
+    assert first.status == 0, first
+    before, scores = times(output), results(output)
+    again = evaluate(weights, data, output, *SMALL)
+    assert again.status == 0 and again.stdout.count(": kept") == 2
+    masks = {name for name in before if "/" in name}
+    assert {name: time for name, time in times(output).items() if name in masks} == {name: before[name] for name in masks}
+    assert results(output) == scores
+
+    (output / "static/00003.png").unlink()  # a mask is gone: that video is made again
+    write_labels(np.ones((96, 160), np.uint8), output / "fast/00003.png")  # a mask is changed: it counts as it is
+    third = evaluate(weights, data, output, *SMALL)
+    assert third.stdout.count(": kept") == 1 and (output / "static/00003.png").exists()
+    assert results(output)["objects"]["static_1"] == scores["objects"]["static_1"]
+    assert results(output)["objects"]["fast_1"] != scores["objects"]["fast_1"]
+    shutil.rmtree(output / "fast")
+
+    frame = data / "JPEGImages/480p/static/00002.jpg"
+    Image.open(frame).rotate(180).save(frame)
+    assert evaluate(weights, data, output, *SMALL).stdout.count(": kept") == 0
+    assert evaluate(weights, data, output, *SMALL, "--topk", 4).stdout.count(": kept") == 0
+    assert evaluate(world / "constant4.pth", data, output, *SMALL, "--topk", 4).stdout.count(": kept") == 0
+
+
+def test_a_stopped_video_leaves_nothing_and_finished_ones_stay(world, tmp_path):
+    output = tmp_path / "out"
+    make = evaluation.propagate
+
+    def stop_at_third(video, *rest):
+        make(video, *rest)
+        if video.name == "fast":
+            raise KeyboardInterrupt
+
+    with mock.patch.object(evaluation, "propagate", stop_at_third), pytest.raises(KeyboardInterrupt):
+        evaluate(world / "probe4.pth", world / "DAVIS", output, *SMALL)
+    assert sorted(path.name for path in output.iterdir()) == ["static", "two-squares"]
+    (output / ".fast.unfinished").mkdir()  # what a SIGKILL leaves
+    (output / ".fast.unfinished/00001.png").write_text("half")
+    outcome = evaluate(world / "probe4.pth", world / "DAVIS", output, *SMALL)
+    assert outcome.stdout.count(": kept") == 2 and not list(output.glob(".*"))
+    assert results(output)["objects"] == results(world / "small")["objects"]
+
+
+def test_portrait_square_and_other_first_names(world, tmp_path):
+    data, output = tmp_path / "DAVIS", tmp_path / "out"
+    write_video(data, "portrait", frames=4, height=160, width=96)
+    write_video(data, "square", frames=4, height=96, width=96, objects=1)
+    write_video(data, "late.jpg", frames=4, first=17)
+    write_list(data, "portrait", "square", "late.jpg")
+    outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
+    assert outcome.status == 0, outcome
+    assert all(row["J-Mean"] > 0.85 for row in results(output)["objects"].values())
+    assert sorted(path.name for path in (output / "late.jpg").glob("*.png")) == [f"{t:05}.png" for t in range(17, 21)]
+    assert Image.open(output / "portrait/00002.png").size == (96, 160)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--n_last_frames", 0), ("--n_last_frames", 1), ("--bs", 3), ("--num_workers", 2), ("--topk", 5000)]
+)
+def test_odd_settings_work(world, tmp_path, flags):
+    data = tmp_path / "DAVIS"
+    write_video(data, "two", frames=5)
+    write_list(data, "two")
+    settings = [(world / "probe4.pth", data, tmp_path / str(i), *SMALL, *more) for i, more in enumerate(((), flags))]
+    for setting in settings:
+        outcome = evaluate(*setting)
+        assert outcome.status == 0, outcome
+    plain, odd = (results(tmp_path / number) for number in "01")
+    if flags[0] in ("--bs", "--num_workers"):
+        assert odd["objects"] == plain["objects"]
+    assert np.isfinite(odd["global"]["J&F-Mean"])
+
+
+def test_masks_alone_need_first_annotations_only(world, tmp_path):
+    data = tmp_path / "DAVIS"
+    shutil.copytree(world / "DAVIS", data)
+    for path in (data / "Annotations/480p").glob("*/*.png"):
+        if path.name != "00000.png":
+            path.unlink()
+    outcome = evaluate(world / "probe4.pth", data, tmp_path / "out", *SMALL, "--score", "false")
+    assert outcome.status == 0, outcome
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["contact_sheet-val.png"]
+    for name in ("00001.png", "00004.png"):
+        assert (tmp_path / "out/static" / name).read_bytes() == (world / "small/static" / name).read_bytes()
+
+
+# --- the network at these sizes ----------------------------------------------------------------------------------------
+
+
+def test_attention_over_many_tokens_is_the_same_without_a_matrix_of_all_pairs(monkeypatch):
+    vit = backbones.build_backbone("vit_micro", 8).eval()
+    image = torch.randn(1, 3, 272, 264, generator=torch.Generator().manual_seed(0))  # 1122 patches
+    fused = mock.Mock(side_effect=torch.nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    with torch.no_grad():
+        found = vit(image)
+        assert fused.call_count == len(vit.blocks)
+        monkeypatch.setattr(vision_transformer, "LONG", 10**6)
+        assert rel_error(found, vit(image)) < 1e-5
+    assert fused.call_count == len(vit.blocks)
+
+
+def test_positions_by_size_are_resized_to_the_grid():
+    vit = backbones.build_backbone("vit_micro", 8)
+    assert vit.positions_by == "factor"
+    by_factor = vit._positions(60, 104)
+    vit.positions_by = "size"
+    square = vit.pos_embed[:, 1:].unflatten(1, (28, 28)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(square, (60, 104), mode="bicubic").flatten(2).transpose(1, 2)
+    assert torch.equal(vit._positions(60, 104)[:, 1:], expected)
+    assert rel_error(by_factor[:, 1:], expected) > 0.01
+
+
+# --- as users run it ---------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_and_a_kill_give_what_one_process_gives(world, tmp_path):
+    """vit_micro as main_dino.py saves it; the second run is killed after its first video, and started again."""
+    outcome = pretrain(write_images(tmp_path / "images", 8), tmp_path / "weights", "--epochs", 0)
+    assert outcome.status == 0, outcome
+    common = ("--pretrained_weights", tmp_path / "weights/checkpoint.pth", "--data_path", world / "DAVIS", "--num_workers", 1)
+    flags = ("eval_video_segmentation.py", *common, "--short_side", 96, "--output_dir")
+    run(*flags, tmp_path / "two", output=tmp_path / "log2", processes=2)
+    run(*flags, tmp_path / "one", output=tmp_path / "log1", kill_at="video 1/4")
+    assert not list((tmp_path / "one").glob("*.*"))  # no tables
+    assert run(*flags, tmp_path / "one", output=tmp_path / "log3").count(": kept") == 1
+    one, two = (snapshot(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 28 + 4 + 4  # masks, settings, tables and sheet
+    assert all(one[name] == two[name] for name in one if name != "results-val.json")
+    assert results(tmp_path / "one")["frames"] == results(tmp_path / "two")["frames"]
+
+
+def test_runs_from_any_directory(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(backbones.build_backbone("vit_micro", 8, 32), tmp_path / "micro.pth")
+    write_video(tmp_path / "DAVIS", "two", frames=3)
+    write_list(tmp_path / "DAVIS", "two")
+    flags = ("--arch", "vit_micro", "--patch_size", 8, "--pretrained_weights", "micro.pth", "--short_side", 96)
+    done = launch("", "eval_video_segmentation.py", *flags, "--data_path", "DAVIS", "--output_dir", "out")
+    assert done.returncode == 0, done.stderr
+    scored = call(score_davis.main, "--data_path", "DAVIS", "--masks", "out", "--out", "again")
+    assert scored.status == 0, scored
+    for name in ("global_results-val.csv", "per-sequence_results-val.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, mentioned",
+    [
+        (("--data_path", "{root}/absent"), ("{root}/absent", "no folder")),
+        (("--data_path", "{root}/small"), ("no folder {root}/small/JPEGImages/480p", "JPEGImages, Annotations, ImageSets")),
+        (("--subset", "train"), ("--subset train", "no list", "lists there: val")),
+        (("--pretrained_weights", "{root}/absent.pth"), ("{root}/absent.pth", "no such file")),
+        (("--arch", "vit_small"), ("weights do not fit",)),
+        (("--short_side", 100), ("--short_side 100", "multiple of the patch size 16", "such as 96")),
+        (("--short_side", 0), ("--short_side 0", "greater than 0")),
+        (("--topk", 0), ("--topk 0", "greater than 0")),
+        (("--n_last_frames", -1), ("--n_last_frames -1", "0 or greater")),
+        (("--size_mask_neighborhood", -1), ("--size_mask_neighborhood -1", "0 or greater")),
+        (("--similarity_mb", "nan"), ("--similarity_mb nan", "greater than 0")),
+        (("--std", 0.2, 0, 0.2), ("--std [0.2, 0.0, 0.2]", "greater than 0")),
+        (("--positions", "none"), ("--positions", "factor", "size")),
+        (("--output_dir", "{root}/probe4.pth"), ("{root}/probe4.pth", "is a file")),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_written(world, tmp_path, flags, mentioned):
+    words = [str(word).format(root=world) for word in flags]
+    outcome = evaluate(world / "probe16.pth", world / "DAVIS", tmp_path / "out", *words)
+    assert_refused(outcome, *(text.format(root=world) for text in mentioned))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "vit_tiny_patch16_224"])
+def test_backbones_with_pooled_features_are_refused(world, tmp_path, arch):
+    weights = save_checkpoint(backbones.build_backbone(arch), tmp_path / "weights.pth")
+    outcome = evaluate(weights, world / "DAVIS", tmp_path / "out", "--arch", arch)
+    assert_refused(outcome, f"--arch {arch}", "its features are pooled", "vit_small")
+
+
+def remove(path):
+    def spoil(data):
+        target = data / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    return spoil
+
+
+def write(path, content):
+    def spoil(data):
+        if isinstance(content, bytes):
+            (data / path).write_bytes(content)
+        else:
+            Image.fromarray(content).save(data / path)
+
+    return spoil
+
+
+def cut_short(path):
+    def spoil(data):
+        content = (data / path).read_bytes()
+        (data / path).write_bytes(content[: len(content) * 2 // 3])
+
+    return spoil
+
+
+ANNOTATIONS, FRAMES = "Annotations/480p/bad", "JPEGImages/480p/bad"
+FAULTS = {
+    "no frames": (remove(FRAMES), "no folder", FRAMES),
+    "no annotations": (remove(ANNOTATIONS), "no folder", ANNOTATIONS),
+    "no first annotation": (remove(f"{ANNOTATIONS}/00000.png"), "no annotation 00000.png"),
+    "frame alone": (remove(f"{ANNOTATIONS}/00002.png"), "frame 00002 has no annotation"),
+    "annotation alone": (remove(f"{FRAMES}/00002.jpg"), "annotation 00002 has no frame"),
+    "small frame": (write(f"{FRAMES}/00001.jpg", np.zeros((90, 160, 3), np.uint8)), "160x90", "160x96"),
+    "small annotation": (write(f"{ANNOTATIONS}/00001.png", np.zeros((96, 150), np.uint8)), "150x96", "160x96"),
+    "colours": (write(f"{ANNOTATIONS}/00001.png", np.zeros((96, 160, 3), np.uint8)), "00001.png", "mode RGB", "palette"),
+    "colours first": (write(f"{ANNOTATIONS}/00000.png", np.zeros((96, 160, 3), np.uint8)), "00000.png", "mode RGB"),
+    "cut frame": (cut_short(f"{FRAMES}/00002.jpg"), "00002.jpg", "cannot be read"),
+    "cut annotation": (cut_short(f"{ANNOTATIONS}/00001.png"), "00001.png", "cannot be read"),
+    "no image": (write(f"{ANNOTATIONS}/00002.png", b"no image"), "00002.png", "cannot be read"),
+}
+
+
+@pytest.fixture(scope="module")
+def good_and_bad(tmp_path_factory):
+    data = tmp_path_factory.mktemp("faults") / "DAVIS"
+    write_video(data, "good", frames=3, objects=1)
+    write_video(data, "bad", frames=4)
+    write_list(data, "bad", "good")
+    return data
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_video_at_fault_is_told_and_the_others_are_made(world, good_and_bad, tmp_path, fault):
+    data, output = tmp_path / "DAVIS", tmp_path / "out"
+    shutil.copytree(good_and_bad, data)
+    output.mkdir()
+    (output / "global_results-val.csv").write_text("of an earlier run")
+    spoil, *mentioned = FAULTS[fault]
+    spoil(data)
+    outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
+    assert outcome.status == 2
+    told, error = outcome.stderr.splitlines()
+    assert told.startswith("left out: bad: ") and error.startswith("error: 1 of 2 videos at fault")
+    for text in mentioned:
+        assert text in told and text in error
+    assert sorted(path.name for path in (output / "good").iterdir()) == ["00000.png", "00001.png", "00002.png", "settings.json"]
+    assert not list(output.glob("*.csv")) and not list(output.glob("*.json")) and not list(output.glob(".*"))
+    if fault == "frame alone":  # once it is repaired, the other one is not made again
+        shutil.copytree(good_and_bad, data, dirs_exist_ok=True)
+        outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
+        assert outcome.status == 0 and outcome.stdout.count(": kept") == 1
+        assert list(results(output)["objects"]) == ["bad_1", "bad_2", "good_1"]
+
+
+def test_folders_of_others_are_never_touched(world, good_and_bad, tmp_path):
+    (tmp_path / "out/bad").mkdir(parents=True)
+    (tmp_path / "out/bad/precious.txt").write_text("mine")
+    outcome = evaluate(world / "probe4.pth", good_and_bad, tmp_path / "out", *SMALL)
+    assert outcome.status == 2 and "not of this script's making" in outcome.stderr
+    assert snapshot(tmp_path / "out/bad") == {"precious.txt": b"mine"} and (tmp_path / "out/good").exists()
+    before = snapshot(good_and_bad)
+    outcome = evaluate(world / "probe4.pth", good_and_bad, good_and_bad / "Annotations/480p", *SMALL)
+    assert outcome.status == 2 and outcome.stderr.count("left out") == 2
+    assert snapshot(good_and_bad) == before
+
+
+def test_frames_smaller_than_a_patch_are_refused(world, tmp_path):
+    data = tmp_path / "DAVIS"
+    write_video(data, "tiny", frames=3, height=15, width=40, side=4, objects=1)
+    write_list(data, "tiny")
+    outcome = evaluate(world / "probe16.pth", data, tmp_path / "out")
+    assert outcome.status == 2
+    assert "tiny: frames of 40x15 pixels are smaller than a patch (16x16)" in outcome.stderr
+
+
+def test_videos_without_a_frame_or_an_object_to_score_do_not_count(world, tmp_path):
+    data, output = tmp_path / "DAVIS", tmp_path / "out"
+    write_video(data, "one", frames=1)
+    write_video(data, "two", frames=2)
+    write_video(data, "none", frames=3, objects=0)
+    write_video(data, "whole", frames=3)
+    write_list(data, "one", "two", "none", "whole")
+    outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
+    assert outcome.status == 0, outcome
+    assert "not scored, for lack of objects or of a third frame: one, two, none" in outcome.stdout
+    assert list(results(output)["objects"]) == ["whole_1", "whole_2"]
+    assert [len(list((output / name).glob("*.png"))) for name in ("one", "two", "none")] == [1, 2, 3]
+    write_list(data, "one", "none")
+    assert_refused(evaluate(world / "probe4.pth", data, output, *SMALL), "nothing can be scored")
+
+
+def test_void_pixels_are_background(world, tmp_path):
+    outputs = []
+    for name, void in (("plain", 0), ("void", 255)):
+        data = tmp_path / name
+        write_video(data, "v", frames=4)
+        write_list(data, "v")
+        for path in (data / "Annotations/480p/v").iterdir():
+            labels = davis.read_labels(path)
+            labels[88:94, 60:90] = void
+            write_labels(labels, path)
+        outcome = evaluate(world / "probe4.pth", data, tmp_path / f"out-{name}", *SMALL)
+        assert outcome.status == 0, outcome
+        outputs.append(tmp_path / f"out-{name}")
+    assert results(outputs[0])["objects"] == results(outputs[1])["objects"]
+    assert (outputs[0] / "v/00002.png").read_bytes() == (outputs[1] / "v/00002.png").read_bytes()

@@ -1,0 +1,116 @@
+"""The Triton kernels pass Triton's compiler, for GPUs that are not there. Their numbers: test_selective_scan.py.
+
+This file is also the script that compiles, in a process of its own: here Triton may have been imported as an interpreter.
+The launches are recorded instead of run, and compiled for a target as a launch on it would be.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from support.processes import SETTINGS
+from torch import Tensor
+
+from vmamba import scan_triton
+
+pytestmark = pytest.mark.slow  # compiling takes most of a minute
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED_MEMORY = 48 * 1024  # bytes that a block may have on every GPU
+CASES = {"images, 8.0": 80, "images, 9.0": 90, "sequences": 90}  # to compute capability
+
+
+def scan_images() -> None:
+    """N 1 and bfloat16, as VMamba's."""
+    batch, height, width, channels, rank = 2, 14, 14, 48, 6
+    x = torch.zeros(batch, height, width, channels, dtype=torch.bfloat16)
+    proj = torch.zeros(batch, height, width, 4, rank + 2, dtype=torch.bfloat16)
+    parameters = [torch.zeros(4, channels, rank), torch.zeros(4 * channels, 1), *torch.zeros(2, 4 * channels)]
+    y, saved = scan_triton.forward_2d(x, proj, *parameters)
+    scan_triton.backward_2d(y, x, proj, *parameters, saved)
+
+
+def scan_sequences() -> None:
+    """Odd numbers, the shortest sequence, nothing that may be left out."""
+    directions, channels, states, length = 2, 5, 3, 1
+    u = torch.zeros(1, directions * channels, length)
+    A = torch.zeros(directions * channels, states)
+    B = torch.zeros(1, directions, states, length)
+    y, saved = scan_triton.forward(u, u, A, B, B, None, None, False)
+    scan_triton.backward(y, u, u, A, B, B, None, None, saved, False)
+
+
+class Recorder:
+    """Stands for a kernel; keeps the arguments of its launches in `launches`."""
+
+    def __init__(self, kernel, launches: list[tuple]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **keywords: self.launches.append((self.kernel, arguments, keywords))
+
+
+def compile_launch(capability: int, kernel, arguments: tuple, keywords: dict):
+    """As a launch does: integers that are 1 become constants, multiples of 16 are known as such."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"num_warps": keywords.pop("num_warps")}
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = given[name]
+        if value is None or name in keywords or (name not in unspecialised and isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if name not in unspecialised and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    """Prints for each case what became of its forward and backward kernel, as JSON."""
+    kernels = scan_triton._kernels()
+    outcome = {}
+    for case, capability in CASES.items():
+        launches = []
+        names = ("forward", "backward")
+        stand_in = SimpleNamespace(INTERPRETED=False, **{name: Recorder(getattr(kernels, name), launches) for name in names})
+        with mock.patch.object(scan_triton, "_kernels", lambda stand_in=stand_in: stand_in):
+            scan_sequences() if case == "sequences" else scan_images()
+        compiled = [compile_launch(capability, *launch) for launch in launches]
+        outcome[case] = [{"code": len(each.asm["cubin"]), "shared": each.metadata.shared} for each in compiled]
+    print(json.dumps(outcome))
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    pytest.importorskip("triton", minversion="3.3", reason="compiling without a GPU needs Triton 3.3")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = os.environ | SETTINGS | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile(outcome: dict[str, list[dict]], case: str) -> None:
+    assert len(outcome[case]) == 2  # forward and backward
+    for kernel in outcome[case]:
+        assert kernel["code"] > 0
+        assert kernel["shared"] <= SHARED_MEMORY
+
+
+if __name__ == "__main__":
+    main()
