@@ -27,8 +27,9 @@ import utils
 from augmentations import eval_transform
 from checkpoint import save_atomically
 from datasets import ImageDataset, check_same_classes, labelled_dataset, shard
-from evaluation.features import PARTS, FeatureExtractor, extract_features, gather_in_order, part_suffix, select_part
+from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
 from evaluation.knn import MIN_TEMPERATURE, knn_scores, nearest_neighbors
+from evaluation.names import PARTS, part_suffix
 from evaluation.pretrained import add_backbone_arguments, agree, check_part, load_pretrained
 from telemetry import progress
 from utils import InputError, bool_flag

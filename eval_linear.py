@@ -23,7 +23,8 @@ import optim
 import utils
 from augmentations import eval_transform, probe_train_transform
 from datasets import check_same_classes, labelled_dataset, shard
-from evaluation.features import FeatureExtractor, extract_features, part_suffix
+from evaluation.features import FeatureExtractor, extract_features
+from evaluation.names import part_suffix
 from evaluation.pretrained import add_backbone_arguments, check_part, load_pretrained
 from evaluation.probe import (
     SETTINGS,

@@ -36,7 +36,8 @@ from datasets import (
     shard,
     torchvision_samples,
 )
-from evaluation.features import FeatureExtractor, extract_features, part_suffix
+from evaluation.features import FeatureExtractor, extract_features
+from evaluation.names import part_suffix
 from evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained
 from evaluation.probe import (
     SETTINGS,

@@ -8,11 +8,10 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from distributed import all_gather_rows, get_world_size
+from evaluation.names import PARTS
 from heads import split_sizes
 from telemetry import progress
 from utils import InputError
-
-PARTS = ("ALL", "main_part", "else_part")  # the whole representation, its IR, its EF
 
 
 def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tensor:
@@ -24,11 +23,6 @@ def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tenso
         return x
     _, ef = split_sizes(dim, hp1)
     return x[:, :-ef] if part == "main_part" else x[:, -ef:]
-
-
-def part_suffix(part: str, hp1: float) -> str:
-    """How names of files tell the parts apart, with hp1 as it was typed."""
-    return {"ALL": "", "main_part": f"_hp{hp1}", "else_part": f"_hp{hp1}_else"}[part]
 
 
 class FeatureExtractor(nn.Module):

@@ -22,7 +22,7 @@ import utils
 from augmentations import PERTURBATIONS
 from backbones import backbone_state, load_backbone_weights
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
-from evaluation.features import PARTS
+from evaluation.names import PARTS
 from evaluation.pretrained import Pretrained
 from telemetry import TrainingProgress
 from utils import InputError, TypedFloat, bool_flag

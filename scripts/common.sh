@@ -60,20 +60,20 @@ launch() {
   fi
 }
 
-# probe_name PART: how the names of logs tell the parts apart.
-probe_name() {
-  case $1 in
-    ALL) echo linear ;;
-    main_part) echo "linear_hp$HP1" ;;
-    else_part) echo "linear_hp${HP1}_else" ;;
-    *) die "unknown part $1 in PARTS; valid: ALL main_part else_part" ;;
-  esac
+# name_of KIND --flag value ...: the name of a probe's files without suffix; KIND is linear or downstream.
+name_of() { "$(command -v python || command -v python3)" "$ROOT/evaluation/names.py" "$@"; }
+
+# linear_name PART: the name of a linear probe's files.
+linear_name() {
+  name_of linear --part="$1" --hp1="$HP1" --lr="$lr" --epochs="$EPOCH_LN" --trial_name="$TRIAL_name"
 }
 
-# check_probe: stops unless the parts are known and this run has been pretrained.
+# check_probe: stops unless the parts are valid and this run has been pretrained.
 check_probe() {
-  local part
-  for part in $PARTS; do probe_name "$part" > /dev/null; done
+  local part error
+  for part in $PARTS; do
+    error=$(linear_name "$part" 2>&1 > /dev/null) || die "PARTS: $error"
+  done
   [[ ${DRY_RUN:-0} == 1 || -f $RUN_DIR/checkpoint.pth ]] ||
     die "no $RUN_DIR/checkpoint.pth: run scripts/pretrain.sh first, with the same variables (they make up that folder)"
 }

@@ -34,7 +34,8 @@ downstream() {
     "$DATASET") path=$DATASET_PATH; [[ $data == Imagenet || $data == IN100 ]] || type=() ;;
     *) die "unknown data $data in JOBS; valid: ${SETS[*]} $DATASET" ;;
   esac
-  name=ds_${mode}_${data}_$(probe_name "$part")_${TRIAL_name}_sgd_lr${lr_DS}_lrbk${lrbk}_ep${EPOCH_DS}_bs${BATCH_DS}_li_aug1
+  name=$(name_of downstream --mode="$mode" --data="$data" --part="$part" --hp1="$HP1" --trial_name="$TRIAL_name" \
+    --lr="$lr_DS" --backbone_lr="$lrbk" --epochs="$EPOCH_DS" --batch_size="$BATCH_DS")
   # shellcheck disable=SC2086  # DS_FLAGS are several words
   launch "$GPU_num_DS" "$RUN_DIR/ds/$name.txt" eval_linear_ds.py --ds_mode "$mode" ${type[@]+"${type[@]}"} \
     --data_path "$path" ${list[@]+"${list[@]}"} --pretrained_weights "$RUN_DIR/checkpoint.pth" \

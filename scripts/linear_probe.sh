@@ -11,5 +11,5 @@ echo "linear probe: $PARTS of $net_name $backbone_name, $EPOCH_LN epochs of $DAT
   "$GPU_num_LN x $BATCH_LN images, lr $lr, in $RUN_DIR"
 check_probe
 for part in $PARTS; do
-  eval_linear "$GPU_num_LN" "$RUN_DIR/result_$(probe_name "$part")_${lr}_${EPOCH_LN}_$TRIAL_name.txt" "$part"
+  eval_linear "$GPU_num_LN" "$RUN_DIR/result_$(linear_name "$part").txt" "$part"
 done

@@ -12,7 +12,7 @@ echo "perturbation: $TEST_AUGS on $PARTS of $net_name $backbone_name, $DATASET_P
 check_probe
 for aug in $TEST_AUGS; do
   for part in $PARTS; do
-    eval_linear "$GPU_num_EVAL" "$RUN_DIR/only_eval_${aug}_$(probe_name "$part")_${lr}_${EPOCH_LN}_$TRIAL_name.txt" \
-      "$part" --evaluate --test_aug_type "$aug"
+    eval_linear "$GPU_num_EVAL" "$RUN_DIR/only_eval_${aug}_$(linear_name "$part").txt" "$part" \
+      --evaluate --test_aug_type "$aug"
   done
 done

@@ -215,7 +215,7 @@ def test_probe_without_a_pretrained_network_or_with_an_unknown_part(tmp_path):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert f"{tmp_path}/none/IN100_ep200/" in result.stderr and "pretrain.sh first" in result.stderr
     result = run(SCRIPTS / "linear_probe.sh", PARTS="ALL IR", LAUNCHER="false", DRY_RUN="1")
-    assert result.returncode == 2 and "IR in PARTS; valid: ALL main_part else_part" in result.stderr
+    assert result.returncode == 2 and "PARTS: unknown part 'IR': must be one of ALL, main_part, else_part" in result.stderr
     assert "eval_linear.py" not in result.stdout
 
 

@@ -1,0 +1,69 @@
+"""Names of the files that the probes write, for the evaluation scripts and for the launch scripts.
+
+The launch scripts run it as a command, which prints one name:
+    python evaluation/names.py linear --part main_part --hp1 0.8 --lr 0.001 --epochs 100 --trial_name T
+Imports nothing but the standard library, so that it answers at once and on machines without torch. lr, epochs and hp1
+stand in a name as the user typed them (0.50 stays 0.50): pass strings or utils.TypedFloat.
+"""
+
+import argparse
+import sys
+
+PARTS = ("ALL", "main_part", "else_part")  # the whole representation, its IR, its EF
+
+
+def part_suffix(part: str, hp1: object) -> str:
+    """What distinguishes the parts in file names: nothing for ALL, _hp<hp1> for the IR, _hp<hp1>_else for the EF."""
+    return {"ALL": "", "main_part": f"_hp{hp1}", "else_part": f"_hp{hp1}_else"}[part]
+
+
+def linear_probe_name(part: str, hp1: object, lr: object, epochs: object, trial_name: str) -> str:
+    """linear[_hp<hp1>[_else]]_<lr>_<epochs>_<trial>: the linear probe of eval_linear.py."""
+    return f"linear{part_suffix(part, hp1)}_{lr}_{epochs}_{trial_name}"
+
+
+def downstream_name(
+    mode: str,
+    data: str,
+    part: str,
+    hp1: object,
+    trial_name: str,
+    lr: object,
+    backbone_lr: object,
+    epochs: object,
+    batch_size: object,
+) -> str:
+    """ds_<mode>_<data>_linear[_hp<hp1>[_else]][_<trial>]_sgd_lr<lr>_lrbk<lr>_ep<epochs>_bs<batch>_li_aug1: eval_linear_ds.py's.
+
+    `batch_size` counts the images per process.
+    """
+    recipe = f"sgd_lr{lr}_lrbk{backbone_lr}_ep{epochs}_bs{batch_size}_li_aug1"
+    pieces = ["ds", mode, data, f"linear{part_suffix(part, hp1)}", trial_name, recipe]
+    return "_".join(filter(None, pieces))
+
+
+NAMES = {
+    "linear": (linear_probe_name, ("part", "hp1", "lr", "epochs", "trial_name")),
+    "downstream": (
+        downstream_name, ("mode", "data", "part", "hp1", "trial_name", "lr", "backbone_lr", "epochs", "batch_size"),
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, (function, fields) in NAMES.items():
+        subparser = commands.add_parser(command, help=function.__doc__.splitlines()[0])
+        for field in fields:
+            subparser.add_argument(f"--{field}", required=True)
+    args = vars(parser.parse_args())
+    function, _ = NAMES[args.pop("command")]
+    if args["part"] not in PARTS:
+        print(f"unknown part {args['part']!r}: must be one of {', '.join(PARTS)}", file=sys.stderr)
+        sys.exit(2)
+    print(function(**args))
+
+
+if __name__ == "__main__":
+    main()
