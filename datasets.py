@@ -1,4 +1,4 @@
-"""Image folders: pretraining (labels unused) and classification (one sub-folder per class), and small built-in data."""
+"""Image datasets from folders: for pretraining (labels unused) and for classification (one sub-folder per class)."""
 
 import os
 import struct
@@ -21,7 +21,7 @@ UNLABELLED = -1
 
 Sample = tuple[str, int]  # path, label
 
-# What Pillow raises on files that are missing, cut short, damaged or no images.
+# What Pillow raises for files that are missing, truncated, damaged or not images.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
     struct.error, zlib.error, Image.DecompressionBombError,
@@ -32,16 +32,16 @@ DECODE_ERRORS = (
 
 
 def list_images(root: str | os.PathLike) -> list[str]:
-    """Paths of all images below `root`, sorted; symbolic links are followed, hidden files and folders left out.
+    """Sorted paths of all images below `root`. Symbolic links are followed; hidden files and folders are skipped.
 
-    Raises InputError if the folder is missing, cannot be read, or has no images.
+    Raises InputError if the folder is missing, cannot be read, or contains no images.
     """
     root = os.fspath(root)
     _check_is_folder(root)
     paths = []
     try:
         for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
-            subfolders[:] = [name for name in subfolders if _leads_on(folder, name)]
+            subfolders[:] = [name for name in subfolders if _should_enter(folder, name)]
             paths += [os.path.join(folder, name) for name in files if _is_image(name)]
     except OSError as error:
         raise InputError(f"image folder {root}: cannot be read ({error})") from error
@@ -53,7 +53,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
 def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
     """Class names (the sub-folders, sorted) and (path, index of the class) for every image at any depth below them.
 
-    Raises InputError if the folder is missing, has no class folders, or has a class folder without images.
+    Raises InputError if the folder is missing, contains no class folders, or contains a class folder without images.
     """
     root = os.fspath(root)
     _check_is_folder(root)
@@ -68,7 +68,7 @@ def _check_is_folder(root):
     if not os.path.isdir(root):
         raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
     if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"image folder {root}: may not be read by this user")
+        raise InputError(f"image folder {root}: is not readable by this user")
 
 
 def _raise(error):
@@ -79,8 +79,8 @@ def _is_image(name):
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _leads_on(folder, name):
-    """False for hidden folders and for links back to a folder above, which would never end."""
+def _should_enter(folder, name):
+    """False for hidden folders and for links to a parent folder, which would be followed forever."""
     path = os.path.join(folder, name)
     loops = os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
     return not loops and not name.startswith(".")
@@ -99,7 +99,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _to_rgb(image):
-    """Transparency is dropped, not blended; 16-bit grey is scaled to 8 bits (Pillow would clip it)."""
+    """Drops transparency without blending, and scales 16-bit grey to 8 bits (Pillow would clip it)."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
@@ -110,13 +110,13 @@ def _to_rgb(image):
 class ImageDataset(Dataset):
     """(transform(RGB image), label) for each (path, label) of `samples`.
 
-    The transform's random draws are a function of (seed, epoch, index): they depend on neither the number of workers
-    nor that of processes, a resumed run draws what an uninterrupted one would, and torch's generator is left as it was.
+    The transform's random draws are a function of (seed, epoch, index). They do not depend on the number of workers or
+    processes, a resumed run repeats them, and torch's global generator is left unchanged.
     """
 
     def __init__(self, samples: Sequence[Sample], transform: Callable, seed: int = 0, classes: Sequence[str] = ()) -> None:
         self.samples, self.transform, self.seed, self.classes = list(samples), transform, seed, list(classes)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: persistent workers must see it
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # in shared memory, where persistent workers see it
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
@@ -128,14 +128,14 @@ class ImageDataset(Dataset):
         """Raises InputError if the file cannot be decoded."""
         path, label = self.samples[index]
         image = read_image(path)
-        draw = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
+        image_seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(draw))  # torch.manual_seed would seed GPUs as well
+            torch.default_generator.manual_seed(int(image_seed))  # torch.manual_seed would seed GPUs as well
             return self.transform(image), label
 
 
 def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
-    """Every world_size-th image from `rank` on: over all ranks each image once, without padding."""
+    """Every `world_size`-th image, starting at `rank`: all ranks together have each image once, without padding."""
     return Subset(dataset, range(rank, len(dataset), world_size))
 
 
@@ -143,26 +143,27 @@ def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
 
 
 def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
-    """Decode every image once, the processes sharing the work; {path: reason} of those that cannot be used.
+    """Decode every image once, and return {path: reason} for the unreadable ones.
 
-    Prints the progress about every five seconds. All processes must call it, and all get the same answer.
+    The processes of a group share the work: all must call it, and all get the same result. Prints the progress about
+    every five seconds.
     """
     own = paths[get_rank() :: get_world_size()]
     bad: dict[str, str] = {}
     meter = Progress("checking images", len(own), silent_if_quick=True)
-    block = 512  # a pool's queue of a million images would fill the memory
+    block = 512  # the queue of a pool must not hold a million images at once
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for first in range(0, len(own), block):
             names = own[first : first + block]
-            bad |= {name: why for name, why in zip(names, pool.map(_why_unusable, names), strict=True) if why}
+            bad |= {name: why for name, why in zip(names, pool.map(_read_error, names), strict=True) if why}
             meter.advance(len(names))
     return {path: why for share in all_gather_objects(bad) for path, why in share.items()}
 
 
-def _why_unusable(path):
+def _read_error(path):
     try:
-        with Image.open(path) as image:  # refuses images without pixels, too
-            image.draft("L", (1, 1))  # JPEG: the whole stream is read, but an eighth of the pixels computed
+        with Image.open(path) as image:  # also fails for images without pixels
+            image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
             image.load()
     except DECODE_ERRORS as error:
         return describe_error(error)
@@ -170,14 +171,14 @@ def _why_unusable(path):
 
 
 def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, threads: int = 8) -> list[Sample]:
-    """The samples whose images can be decoded.
+    """Decode all images once, and return the samples if all can be read; with `skip_bad_images` only the readable ones.
 
-    Raises InputError naming the first that cannot, unless `skip_bad_images`, which drops them, and if none can.
+    Raises InputError naming the first unreadable images, or if no image can be read.
     """
     bad = check_images([path for path, _ in samples], threads)
     if not bad:
         return list(samples)
-    first = "; ".join(f"{path} ({why})" for path, why in sorted(bad.items())[:3])
+    first = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:3])
     summary = f"{len(bad)} of {len(samples)} images cannot be read: {first}{'; ...' if len(bad) > 3 else ''}"
     if len(bad) == len(samples):
         raise InputError(summary)
@@ -188,35 +189,7 @@ def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, thre
     return [(path, label) for path, label in samples if path not in bad]
 
 
-def _check(samples, skip_bad_images, threads, check):
-    if skip_bad_images and not check:
-        raise InputError("--skip_bad_images true with --check_images false: only the check finds the images to skip")
-    return keep_readable(list(samples), skip_bad_images, threads) if check else list(samples)
-
-
-def pretraining_dataset(
-    root: str | os.PathLike,
-    transform: Callable,
-    seed: int = 0,
-    skip_bad_images: bool = False,
-    threads: int = 8,
-    check: bool = True,
-) -> ImageDataset:
-    """All images below `root`, flat or nested, labelled -1. Raises InputError as list_images and keep_readable do."""
-    samples = _check(((path, UNLABELLED) for path in list_images(root)), skip_bad_images, threads, check)
-    return ImageDataset(samples, transform, seed)
-
-
-def labelled_dataset(
-    root: str | os.PathLike,
-    transform: Callable,
-    seed: int = 0,
-    skip_bad_images: bool = False,
-    threads: int = 8,
-    check: bool = True,
-) -> ImageDataset:
-    """Images of <root>/<class>/ with their classes. Raises InputError as labelled_samples and keep_readable do."""
-    return dataset_of(*labelled_samples(root), transform, seed, skip_bad_images, threads, check)
+# --- datasets --------------------------------------------------------------------------------------------------------
 
 
 def dataset_of(
@@ -228,88 +201,35 @@ def dataset_of(
     threads: int = 8,
     check: bool = True,
 ) -> ImageDataset:
-    """A data set of these images, once they are checked. Raises InputError as keep_readable does."""
-    return ImageDataset(_check(samples, skip_bad_images, threads, check), transform, seed, classes)
+    """A dataset of these samples, after every image was decoded once with `threads` threads (unless `check` is false).
+
+    Raises InputError for unreadable images; with `skip_bad_images` they are left out.
+    """
+    if skip_bad_images and not check:
+        raise InputError("--skip_bad_images true with --check_images false: unreadable images are found by the check")
+    samples = keep_readable(samples, skip_bad_images, threads) if check else samples
+    return ImageDataset(samples, transform, seed, classes)
+
+
+def pretraining_dataset(root: str | os.PathLike, transform: Callable, seed: int = 0, **checks) -> ImageDataset:
+    """All images below `root`, flat or nested, with label -1. `checks`: skip_bad_images, threads, check of dataset_of.
+
+    Raises InputError as list_images and dataset_of do.
+    """
+    return dataset_of((), [(path, UNLABELLED) for path in list_images(root)], transform, seed, **checks)
+
+
+def labelled_dataset(root: str | os.PathLike, transform: Callable, seed: int = 0, **checks) -> ImageDataset:
+    """Images of <root>/<class>/ with their classes. `checks`: skip_bad_images, threads, check of dataset_of.
+
+    Raises InputError as labelled_samples and dataset_of do.
+    """
+    return dataset_of(*labelled_samples(root), transform, seed, **checks)
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
-    """Raise InputError unless both hold the same class folders: otherwise one number means two classes."""
+    """Raise InputError unless both have the same class folders: a label must mean the same class in both."""
     differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise InputError(f"train/ and val/ must hold the same class folders: only in one of them: {shown}")
-
-
-# --- downstream data -------------------------------------------------------------------------------------------------
-
-# torchvision's data sets: folder below the root, number of classes, attributes of the images and of their classes.
-TORCHVISION = {
-    "Flowers102": ("flowers-102", 102, "_image_files", "_labels"),
-    "Food101": ("food-101", 101, "_image_files", "_labels"),
-    "OxfordIIITPet": ("oxford-iiit-pet", 37, "_images", "_labels"),
-}
-
-
-def torchvision_samples(
-    name: str, root: str | os.PathLike, split: str, download: bool = False
-) -> tuple[list[str], list[Sample]]:
-    """Classes (their numbers) and samples of one split of a data set of torchvision; the network only with `download`.
-
-    Raises InputError if the data are missing or damaged, or if a class has no image.
-    """
-    from torchvision import datasets
-
-    folder, count, images, labels = TORCHVISION[name]
-    where = Path(root) / folder
-    if not where.is_dir() and not download:
-        raise InputError(f"{name}: no folder {where} (torchvision's layout); --download true fetches it")
-    try:
-        data = getattr(datasets, name)(root, split=split, download=download)
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{name} in {where}: cannot be read ({describe_error(error)})") from error
-    samples = [(os.fspath(path), int(label)) for path, label in zip(getattr(data, images), getattr(data, labels), strict=True)]
-    found = {label for _, label in samples}
-    if found != set(range(count)):
-        raise InputError(f"{name} in {where}: its split {split} has images of {len(found)} classes, not of {count}")
-    return [str(label) for label in range(count)], samples
-
-
-def read_semi_list(path: str | os.PathLike) -> dict[str, str]:
-    """{<class>/<image>: class} of a list of images, one a line: <class>_<rest>, as in ImageNet, or <class>/<image>.
-
-    Raises InputError if there is no such list, if it is empty, or if it names an image twice.
-    """
-    try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list of images {path}: cannot be read ({describe_error(error)})") from error
-    if not lines:
-        raise InputError(f"list of images {path}: is empty")
-    classes = {}
-    for line in lines:
-        name, slash, _ = line.partition("/")
-        place, name = (line, name) if slash else (f"{line.split('_')[0]}/{line}", line.split("_")[0])
-        if place in classes:
-            raise InputError(f"list of images {path}: {line} stands in it twice")
-        classes[place] = name
-    return classes
-
-
-def listed_samples(path: str | os.PathLike, root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
-    """Classes of the folder `root`, and of its images those in the list, in the list's order.
-
-    Raises InputError if a listed class or image is not there, or if a class has no image in the list.
-    """
-    listed = read_semi_list(path)
-    classes, samples = labelled_samples(root)
-    start = len(os.path.join(root, ""))
-    found = {file[start:].replace(os.sep, "/"): (file, label) for file, label in samples}
-    for problem, names in (
-        (f"{root} lacks its class folders", sorted(set(listed.values()) - set(classes))),
-        (f"{root} lacks its images", [place for place in listed if place not in found]),
-        (f"it has no image of the class folders of {root}", sorted(set(classes) - set(listed.values()))),
-    ):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise InputError(f"list of images {path}: {problem}: {shown} ({len(names)} in all)")
-    return classes, [found[place] for place in listed]
+        raise InputError(f"train/ and val/ must contain the same class folders; found in only one of them: {shown}")

@@ -26,16 +26,8 @@ import distributed
 import utils
 from augmentations import eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
-from datasets import (
-    TORCHVISION,
-    ImageDataset,
-    check_same_classes,
-    dataset_of,
-    labelled_samples,
-    listed_samples,
-    shard,
-    torchvision_samples,
-)
+from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples, shard
+from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
 from evaluation.features import FeatureExtractor, extract_features
 from evaluation.names import part_suffix
 from evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained

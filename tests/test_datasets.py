@@ -253,8 +253,8 @@ def test_images_without_pixels_are_reported(tmp_path, size):
 def check_in_a_group(rank, store, paths, opened):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    seen, why = [], datasets._why_unusable
-    datasets._why_unusable = lambda path: (seen.append(path), why(path))[1]
+    seen, why = [], datasets._read_error
+    datasets._read_error = lambda path: (seen.append(path), why(path))[1]
     found = check_images(paths, threads=2)
     Path(f"{opened}{rank}").write_text("\n".join([str(len(found)), *sorted(found), *sorted(seen)]))
     dist.destroy_process_group()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import labelled_samples, read_semi_list
+from datasets import labelled_samples
 from distributed import run_entry_point
+from evaluation.downstream_data import read_semi_list
 from utils import ArgumentParser, InputError, write_text_atomically
 
 

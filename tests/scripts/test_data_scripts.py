@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from support.in_process import assert_refused, call, snapshot
 
-from datasets import labelled_samples, listed_samples
+from datasets import labelled_samples
+from evaluation.downstream_data import listed_samples
 from scripts.data import make_cub200, make_semi_lists
 
 # --- lists of images ---------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def test_a_filter_keeps_the_classes_that_are_there(tmp_path):
         ("filter --list {absent}", "cannot be read"),
         ("filter --list {foreign}", "no image of the 2 class folders"),
         ("filter --list {wrong}", "1 of its images are not in the class folders: n01/n01_9.JPEG"),
-        ("filter --list {twice}", "n01_0.JPEG stands in it twice"),
+        ("filter --list {twice}", "lists n01_0.JPEG twice"),
         ("sort", "sort"),
     ],
 )
