@@ -1,11 +1,11 @@
-"""One table and one plot of all linear probes: a row per network and part, a column per perturbation.
+"""Collects all linear-probe results into one table and one plot: a row per network and part, a column per perturbation.
 
     python -m scripts.results_table results/digits_ep20 --out results/digits_ep20
 
-Gathers the JSON files that eval_linear.py wrote below the given folders, prints the table in Markdown, and writes
-results.json (table, Markdown, records) and results.png to --out. Accuracies are of the last epoch, in percent.
-A network that was not pretrained is the row `random`. Where a row has several results for a perturbation, the newest
-file counts, and a line on stderr says so.
+Reads the JSON files that eval_linear.py wrote below the given folders, prints the table in Markdown, and writes results.json
+(table, Markdown, records) and results.png to --out. Accuracies are those of the last epoch, in percent. A network that was
+not pretrained is the row `random`. If several files hold a result for the same cell, the newest one counts, and a note on
+stderr says so.
 """
 
 import argparse
@@ -19,96 +19,126 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+# Rows and columns appear in this order; unknown names follow in alphabetical order.
 RANDOM = "random"
 NETS = (RANDOM, "dino", "CLeVER")
-DISTINGUISHING = {"arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}"}  # how a row's name tells them
-PARTS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}
+PARTS = ("ALL", "IR", "EF")
 PERTURBATIONS = ("ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3")
-NEEDED = ("net", "arch", "part", "test_aug_type", "accuracy")
-COLORS = {"random": "Greys", "dino": "Blues", "CLeVER": "Oranges"}
+
+PART_LABELS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}  # parts in the files -> in the table
+# Where networks of the same kind differ in one of these fields, its value is a piece of the row's name.
+VARIANT_FORMATS = {"arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}"}
+REQUIRED_FIELDS = ("net", "arch", "part", "test_aug_type", "accuracy")
+COLORS = {RANDOM: "Greys", "dino": "Blues", "CLeVER": "Oranges"}
 SHADES = {"ALL": 0.85, "IR": 0.6, "EF": 0.35}
+
+Table = dict[str, dict[str, float]]  # {row: {perturbation: accuracy}}
 
 
 class ResultError(ValueError):
-    """There is nothing to make a table of, or a result file is incomplete."""
+    """There are no results, or a result file is incomplete."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_records(folders: list[Path]) -> list[dict]:
-    """Every linear-probe result below the folders, oldest file first, with `file` and `row` added.
+    """Every linear-probe result below the folders, oldest file first, with the path added as `file`.
 
-    Files of other kinds, or that hold no JSON, are passed over.
-
-    Raises: ResultError if a folder is missing, a result lacks a field, or there is no result at all.
+    Files of other kinds are ignored. Raises ResultError if a folder is missing, if a result lacks a field, or if there
+    are no results.
     """
     for folder in folders:
         if not folder.is_dir():
             raise ResultError(f"{folder} is not a folder")
     files = {path.resolve(): path for folder in folders for path in folder.rglob("*.json")}
-    records = []
-    for path in sorted(files.values(), key=lambda path: (path.stat().st_mtime_ns, str(path))):
-        try:
-            record = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            print(f"note: {path} is no JSON, passed over", file=sys.stderr)
-            continue
-        if not isinstance(record, dict) or record.get("kind") != "linear_probe":
-            continue
-        missing = [name for name in NEEDED if name not in record]
-        if missing:
-            raise ResultError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
-        record.pop("args", None)  # stays in the file itself
-        records.append({**record, "file": str(path)})
+    oldest_first = sorted(files.values(), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    records = [record for path in oldest_first if (record := read_record(path)) is not None]
     if not records:
         names = ", ".join(map(str, folders))
         raise ResultError(f"no results of eval_linear.py (JSON files) below {names}; run scripts/linear_probe.sh first")
     return records
 
 
-def rank(names: tuple[str, ...], name: str) -> tuple[int, str]:
-    """Sort key: known names in their order, then the others by name."""
-    return (names.index(name) if name in names else len(names), name)
+def read_record(path: Path) -> dict | None:
+    """The linear-probe result in a file, without its `args`; None if the file holds something else."""
+    try:
+        record = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        print(f"note: {path} is not valid JSON, ignored", file=sys.stderr)
+        return None
+    if not isinstance(record, dict) or record.get("kind") != "linear_probe":
+        return None
+    missing = [name for name in REQUIRED_FIELDS if name not in record]
+    if missing:
+        raise ResultError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
+    record.pop("args", None)
+    return {**record, "file": str(path)}
 
 
-def build_table(records: list[dict]) -> tuple[dict[str, dict[str, float]], list[str], list[dict]]:
-    """{row: {perturbation: accuracy}}, the perturbations in order, and the records that count.
+# --- table -----------------------------------------------------------------------------------------------------------
 
-    `records` come oldest first: a later one replaces an earlier one of the same row and perturbation. A row's name tells
-    architecture, recipe, epochs and hp1 where networks of the same kind differ in them.
+
+def network_name(record: dict) -> str:
+    return RANDOM if record.get("pretrained_epochs") == 0 else record["net"]
+
+
+def differing_fields(records: list[dict]) -> dict[str, list[str]]:
+    """{network: the fields of VARIANT_FORMATS that its rows must name}.
+
+    The architecture is named in all rows or in none; the other fields where records of the same network differ in them.
+    `random` has no recipe, epochs or hp1.
     """
-    nets = [RANDOM if record.get("pretrained_epochs") == 0 else record["net"] for record in records]
-    values: dict[tuple[str, str], set] = {}
-    for net, record in zip(nets, records, strict=True):
-        for name in DISTINGUISHING if net != RANDOM else ("arch",):
-            values.setdefault((net, name), set()).add(record.get(name))
-    archs = set().union(*(found for (_, name), found in values.items() if name == "arch"))
-    chosen: dict[tuple, dict] = {}
-    count: dict[tuple, int] = {}
-    for net, record in zip(nets, records, strict=True):
-        part = PARTS.get(record["part"], record["part"])
-        differing = [name for name in DISTINGUISHING if len(archs if name == "arch" else values.get((net, name), ())) > 1]
-        variant = " ".join(DISTINGUISHING[name].format(record.get(name)) for name in differing)
-        key = (variant, rank(NETS, net), rank(tuple(SHADES), part), rank(PERTURBATIONS, record["test_aug_type"]))
-        chosen[key] = {**record, "row": " ".join(filter(None, (net, variant, part)))}
-        count[key] = count.get(key, 0) + 1
-    for key, record in chosen.items():
-        if count[key] > 1:
-            print(
-                f"note: {record['row']}, {record['test_aug_type']}: {count[key]} results, the newest counts: "
-                f"{record['file']}", file=sys.stderr,
-            )  # fmt: skip
-    used = [chosen[key] for key in sorted(chosen)]
-    columns = [name for _, name in sorted({key[-1] for key in chosen})]
-    table: dict[str, dict[str, float]] = {}
-    for record in used:
+    networks: dict[str, list[dict]] = {}
+    for record in records:
+        networks.setdefault(network_name(record), []).append(record)
+
+    def differ(name: str, net: str) -> bool:
+        if name != "arch" and net == RANDOM:
+            return False
+        return len({record.get(name) for record in (records if name == "arch" else networks[net])}) > 1
+
+    return {net: [name for name in VARIANT_FORMATS if differ(name, net)] for net in networks}
+
+
+def rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
+    """Sort key: names in `order` first, then all others by name."""
+    return (order.index(name) if name in order else len(order), name)
+
+
+def choose_records(records: list[dict]) -> list[dict]:
+    """The newest record of every cell, in the order of the table, with the name of its `row` added.
+
+    `records` must be sorted from the oldest to the newest.
+    """
+    fields = differing_fields(records)
+    cells: dict[tuple, list[dict]] = {}
+    for record in records:
+        net, part = network_name(record), PART_LABELS.get(record["part"], record["part"])
+        variant = " ".join(VARIANT_FORMATS[name].format(record.get(name)) for name in fields[net])
+        key = (variant, rank(NETS, net), rank(PARTS, part), rank(PERTURBATIONS, record["test_aug_type"]))
+        cells.setdefault(key, []).append({**record, "row": " ".join(filter(None, (net, variant, part)))})
+    for *older, newest in cells.values():
+        if older:
+            cell = f"{newest['row']}, {newest['test_aug_type']}"
+            print(f"note: {cell}: {len(older) + 1} results, the newest counts: {newest['file']}", file=sys.stderr)
+    return [cells[key][-1] for key in sorted(cells)]
+
+
+def build_table(chosen: list[dict]) -> tuple[Table, list[str]]:
+    """The table of the chosen records, and its perturbations in the order of the columns."""
+    table: Table = {}
+    for record in chosen:
         table.setdefault(record["row"], {})[record["test_aug_type"]] = record["accuracy"]
-    return table, columns, used
+    columns = sorted({record["test_aug_type"] for record in chosen}, key=lambda name: rank(PERTURBATIONS, name))
+    return table, columns
 
 
-def to_markdown(table: dict[str, dict[str, float]], columns: list[str]) -> str:
-    """The table with columns of equal width; a result that is not there is a dash."""
+def to_markdown(table: Table, columns: list[str]) -> str:
+    """The table with aligned columns; a missing result is a dash."""
     lines = [["top-1 (%)", *columns]]
     lines += [[row, *(f"{cells[c]:.1f}" if c in cells else "-" for c in columns)] for row, cells in table.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     rows = [
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
@@ -117,15 +147,18 @@ def to_markdown(table: dict[str, dict[str, float]], columns: list[str]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
+# --- plot ------------------------------------------------------------------------------------------------------------
+
+
 def chance_level(records: list[dict]) -> float | None:
-    """Accuracy of guessing in percent, where every record tells the same number of classes."""
-    labels = {record.get("num_labels") for record in records}
-    number = labels.pop() if len(labels) == 1 else None
+    """Accuracy of guessing, in percent; None unless all records have the same number of classes."""
+    numbers = {record.get("num_labels") for record in records}
+    number = numbers.pop() if len(numbers) == 1 else None
     return 100 / number if number else None
 
 
-def plot(table: dict[str, dict[str, float]], columns: list[str], chance: float | None, path: Path) -> None:
-    """Grouped bars: a group per perturbation, a bar per row."""
+def plot(table: Table, columns: list[str], chance: float | None, path: Path) -> None:
+    """Write a bar chart: a group of bars per perturbation, a bar per row."""
     rows = list(table)
     width = 0.86 / len(rows)
     figure, axes = plt.subplots(figsize=(2.5 + max(5, 0.28 * len(rows) * len(columns)), 4.2), layout="constrained")
@@ -147,9 +180,12 @@ def plot(table: dict[str, dict[str, float]], columns: list[str], chance: float |
     plt.close(figure)
 
 
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="searched for results, with all below")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="searched for results, with sub-folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for results.json and results.png")
     args = parser.parse_args(argv)
     try:
@@ -157,14 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     except ResultError as error:
         print(f"results_table.py: {error}", file=sys.stderr)
         return 2
-    table, columns, used = build_table(records)
+    chosen = choose_records(records)
+    table, columns = build_table(chosen)
     markdown = to_markdown(table, columns)
     print(markdown)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [{"row": row, **cells} for row, cells in table.items()]
-    results = {"table": {"columns": columns, "rows": rows}, "markdown": markdown, "records": used}
+    results = {"table": {"columns": columns, "rows": rows}, "markdown": markdown, "records": chosen}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(table, columns, chance_level(used), args.out / "results.png")
+    plot(table, columns, chance_level(chosen), args.out / "results.png")
     print(f"\nwrote {args.out / 'results.json'} and {args.out / 'results.png'}")
     return 0
 

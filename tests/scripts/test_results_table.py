@@ -121,7 +121,7 @@ def test_other_files_are_passed_over(tmp_path, write, capsys):
     (runs / "half.json").write_text('{"kind": "linear_pro')
     lines, _, err = table_of(tmp_path, capsys)
     assert lines[2:] == [["CLeVER ALL", "10.0"]]
-    assert err == f"note: {runs / 'half.json'} is no JSON, passed over\n"
+    assert err == f"note: {runs / 'half.json'} is not valid JSON, ignored\n"
     lines, _, _ = table_of(tmp_path, capsys, runs, tmp_path / "out")  # its own results.json among the input
     assert lines[2:] == [["CLeVER ALL", "10.0"]]
 
