@@ -1,13 +1,15 @@
-# source scripts/common.sh   (the launch scripts do; every variable below can be set from the environment)
+# source scripts/common.sh   (as the launch scripts do)
+#
+# Variables and functions of the launch scripts. All variables that have a default below can be set in the environment.
 # shellcheck shell=bash
 set -euo pipefail
-set -f # lists of flags, parts, ... are split at blanks without matching file names
+set -f # lists such as PARTS or PRETRAIN_FLAGS are split into words, without expanding * to file names
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
-# What and where
+# Network and data
 : "${net_name:=CLeVER}" "${backbone_name:=vit_small}" "${PATCH:=16}"
 : "${DATASET:=IN100}" "${DATASET_PATH:=$ROOT/data/$DATASET}" # the folder with train/ and val/
 : "${Result_dir:=$ROOT/results}"
@@ -15,28 +17,28 @@ die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
 # Machine
 : "${GPU_num:=4}" "${GPU_num_LN:=2}" "${GPU_num_EVAL:=1}" # processes: pretraining, probe, evaluation
-DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_DEVICES is left alone
-: "${PORT_NUM:=29500}"                                    # another one for a second run on the same machine
-: "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for one process without a group
+DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_DEVICES is not changed
+: "${PORT_NUM:=29500}"                                    # a second run on the same machine needs another port
+: "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for a single process
 
 # Pretraining
-: "${EPOCH:=200}" "${BATCH:=$((512 / GPU_num))}" # BATCH is per GPU: 128 on 4, 256 on 2
+: "${EPOCH:=200}" "${BATCH:=$((512 / GPU_num))}" # BATCH: images per GPU, 512 in total by default
 : "${HP1:=0.8}" "${SEP_LAMBD:=1.0}" "${DVR_out_dim:=65536}"
 reg=${reg-_reg0.001}    # empty: no regulariser
-: "${PRETRAIN_FLAGS:=}" # more flags for main_dino.py, e.g. "--out_dim 1024 --warmup_epochs 1"
+: "${PRETRAIN_FLAGS:=}" # additional flags of main_dino.py, e.g. "--out_dim 1024 --warmup_epochs 1"
 
 # Linear probe and evaluation
 : "${EPOCH_LN:=100}" "${BATCH_LN:=128}" "${lr:=0.001}" "${n_last_blocks:=4}"
 [[ $net_name == dino ]] && : "${PARTS:=ALL}"
 : "${PARTS:=ALL main_part else_part}"
 : "${TEST_AUGS:=basic aug1 aug1_2 aug1_4_2}"
-: "${PROBE_FLAGS:=}" # more flags for eval_linear.py
+: "${PROBE_FLAGS:=}" # additional flags of eval_linear.py
 
 TRIAL_name=${net_name}_${backbone_name}_${BATCH}_${HP1}_${DVR_out_dim}_${SEP_LAMBD}${reg}
 RUN_DIR=$Result_dir/${DATASET}_ep$EPOCH/${net_name}_$backbone_name/$AUG_TYPE/$BATCH/$HP1/$TRIAL_name
 
-# launch N LOG script.py args...: on N processes; the output goes to the terminal and is appended to the file LOG.
-# DRY_RUN=1 prints the command and the name of the log instead.
+# launch N LOG script.py args...: run the script in N processes. The output is shown and appended to the file LOG.
+# DRY_RUN=1 only prints the command and the name of the log.
 launch() {
   local processes=$1 log=$2 script=$3 cores settings options=()
   shift 3
@@ -60,15 +62,15 @@ launch() {
   fi
 }
 
-# name_of KIND --flag value ...: the name of a probe's files without suffix; KIND is linear or downstream.
+# name_of KIND --flag=value ...: print the name of a probe's files (evaluation/names.py); KIND is linear or downstream.
 name_of() { "$(command -v python || command -v python3)" "$ROOT/evaluation/names.py" "$@"; }
 
-# linear_name PART: the name of a linear probe's files.
+# linear_name PART: print the name of the files of this run's linear probe.
 linear_name() {
   name_of linear --part="$1" --hp1="$HP1" --lr="$lr" --epochs="$EPOCH_LN" --trial_name="$TRIAL_name"
 }
 
-# check_probe: stops unless the parts are valid and this run has been pretrained.
+# check_probe: exit unless all PARTS are valid and this run has been pretrained.
 check_probe() {
   local part error
   for part in $PARTS; do
@@ -78,7 +80,7 @@ check_probe() {
     die "no $RUN_DIR/checkpoint.pth: run scripts/pretrain.sh first, with the same variables (they make up that folder)"
 }
 
-# eval_linear N LOG PART flags...: the probe of one part of this run's network.
+# eval_linear N LOG PART flags...: run eval_linear.py on one part of this run's network, in N processes.
 eval_linear() {
   local processes=$1 log=$2 part=$3 dataset_type=""
   shift 3
@@ -90,7 +92,7 @@ eval_linear() {
     --batch_size_per_gpu "$BATCH_LN" --n_last_blocks "$n_last_blocks" --else_part "$part" "$@" $PROBE_FLAGS
 }
 
-# Without an active environment that has torch, the one that setup.sh made.
+# If the active python has no torch, use the environment that setup.sh made.
 if ! python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' 2> /dev/null &&
   [[ -x $ROOT/.venv/bin/python ]]; then
   export PATH="$ROOT/.venv/bin:$PATH"

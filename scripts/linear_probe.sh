@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # DATASET_PATH=/data/IN100 net_name=CLeVER backbone_name=vit_small GPU_num=4 GPU_num_LN=2 bash scripts/linear_probe.sh
 #
-# Trains the linear probes of a network that pretrain.sh made (eval_linear.py), one for each of PARTS.
-# Give it pretrain.sh's variables: they make up the folder. DRY_RUN=1 only prints the commands.
+# Trains a linear probe (eval_linear.py) on each of PARTS of a network from pretrain.sh.
+# Set the same variables as for pretrain.sh: the folder of the run is named after them. DRY_RUN=1 only prints the commands.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # DATASET_PATH=/data/IN100 net_name=CLeVER backbone_name=vit_small GPU_num=4 bash scripts/perturbation.sh
 #
-# Measures the probes that linear_probe.sh trained on perturbed images: each of TEST_AUGS with each of PARTS.
-# Give it linear_probe.sh's variables: they make up the names. DRY_RUN=1 only prints the commands.
+# Evaluates the probes from linear_probe.sh on perturbed test images: each of TEST_AUGS with each of PARTS.
+# Set the same variables as for linear_probe.sh: files are named after them. DRY_RUN=1 only prints the commands.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

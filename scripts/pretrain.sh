@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DATASET_PATH=/data/IN100 net_name=CLeVER backbone_name=vit_small GPU_num=4 bash scripts/pretrain.sh
 #
-# Pretrains (main_dino.py). A run that was stopped continues from its checkpoint. Variables: scripts/common.sh.
+# Pretraining (main_dino.py). An interrupted run continues from its checkpoint. All variables: scripts/common.sh.
 # DRY_RUN=1 only prints the command.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 echo "pretrain: $net_name $backbone_name, $AUG_TYPE, $EPOCH epochs of $DATASET_PATH/train," \
   "$GPU_num x $BATCH images, hp1 $HP1, sep_lambd $SEP_LAMBD, reg '$reg', into $RUN_DIR"
-# shellcheck disable=SC2086  # PRETRAIN_FLAGS are several words
+# shellcheck disable=SC2086  # PRETRAIN_FLAGS is split into words
 launch "$GPU_num" "$RUN_DIR/result_pretrain_$TRIAL_name.txt" main_dino.py \
   --net "$net_name" --arch "$backbone_name" --patch_size "$PATCH" --aug "$AUG_TYPE" --hp1 "$HP1" \
   --sep_lambd "$SEP_LAMBD" --reg_lambd "$reg" --DVR_out_dim "$DVR_out_dim" \

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# bash scripts/quickstart.sh   (sets up what is needed; then about ten minutes on two cores, no GPU)
+# bash scripts/quickstart.sh   (installs what is missing, then takes about ten minutes on two cores, without a GPU)
 #
-# Pretrains dino and CLeVER on small real images, trains linear probes of all of the representation (ALL), its invariant
-# part (IR) and its equivariant factor (EF), measures them on perturbed images, and prints one table. The row `random` is
-# a network that was not pretrained, probed in the same way. Every step is one of the launch scripts with small settings.
-# Safe to run again: what is finished is reused, what was interrupted continues.
+# Pretrains dino and CLeVER on small real images, trains linear probes on the whole representation (ALL), the invariant
+# representation (IR) and the equivariant factor (EF), evaluates them on perturbed images, and prints one table. The row
+# `random` is a network without pretraining, probed in the same way. Every step runs a launch script with small settings.
+# Can be run again: finished steps are reused, interrupted ones continue.
 #
-#   QUICK=long            more epochs of pretraining
-#   ARCH=vssm2-vmambav2_micro   a small VMamba; takes twice as long
-#   ARCH=vit_micro        a small ViT instead of the small ResNet; slower, the finer the patches (PATCH=4; by default 8)
-#   DATA=fashion-mnist    instead of the digits: FASHION_MNIST_DIR holds its files, or DOWNLOAD=1 fetches them there
-#   SEED=1                another seed
-#   RESULT=results/mine   where the results go; by default results/quickstart, with a seed results/quickstart_seed<SEED>
+#   QUICK=long                  four times as many epochs of pretraining
+#   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes twice as long
+#   ARCH=vit_micro              a small ViT; PATCH sets the side of its patches (default 8), smaller ones take longer
+#   DATA=fashion-mnist          instead of the digits; FASHION_MNIST_DIR has its files, or DOWNLOAD=1 downloads them there
+#   SEED=1                      another seed
+#   RESULT=results/mine         folder of the results; default: results/quickstart, or results/quickstart_seed<SEED>
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,18 +37,18 @@ case $DATA in
 esac
 
 rate=0.004
-[[ $ARCH != resnet* ]] || rate=0.016 # batch norm bears, and needs, the higher one
+[[ $ARCH != resnet* ]] || rate=0.016 # networks with batch norm need the higher learning rate
 
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 SECONDS=0
 
-# Two processes on the CPU; on a machine with GPUs too, since the settings are made for it.
+# Two processes on the CPU, even on a machine with GPUs: the settings are made for it.
 export CUDA_VISIBLE_DEVICES="" DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PORT_NUM=${PORT_NUM:-29517}
 export DATASET=$DATA DATASET_PATH=data/$DATA Result_dir=$RESULT backbone_name=$ARCH PATCH=${PATCH:-8} AUG_TYPE=aug1_2
 export GPU_num=2 BATCH=32 HP1=0.8 SEP_LAMBD=1.0 DVR_out_dim=256 reg=_reg0.001
-# What a small network on little data needs to leave ln(out_dim): batch norm in narrow heads, a sharp teacher that
-# follows quickly, a high rate, and views that are not too different. No local views: augmentation is half of the time.
+# With little data, the loss of a small network leaves its plateau at ln(out_dim) only with batch norm in narrow heads, a
+# sharp teacher that follows quickly, a high learning rate, and similar views. No local views: they take too much time.
 export PRETRAIN_FLAGS="--out_dim 256 --use_bn_in_head true --head_hidden_dim 256 --head_bottleneck_dim 64
   --teacher_temp 0.02 --warmup_teacher_temp 0.02 --momentum_teacher 0.98 --freeze_last_layer 0
   --lr $rate --min_lr 1e-5 --warmup_epochs 3 --weight_decay 0.001 --weight_decay_end 0.001 --use_fp16 false
@@ -57,7 +57,7 @@ export PRETRAIN_FLAGS="--out_dim 256 --use_bn_in_head true --head_hidden_dim 256
 export GPU_num_LN=1 GPU_num_EVAL=1 EPOCH_LN=20 BATCH_LN=64 lr=0.3 n_last_blocks=4
 export PROBE_FLAGS="--val_freq 10 --num_workers 0 --seed $SEED"
 
-# measure NET EPOCHS PART: the probe of one part of a network and its accuracy on perturbed images, in one process.
+# measure NET EPOCHS PART: train the probe of one part of a network and evaluate it on perturbed images, in one process.
 measure() {
   local row=$1
   [[ $2 != 0 ]] || row=random
@@ -65,7 +65,7 @@ measure() {
   { bash scripts/linear_probe.sh && bash scripts/perturbation.sh; } 2>&1 | sed "s/^/[$row $3] /"
 }
 
-# both COMMAND -- COMMAND: side by side; fails if either does.
+# both COMMAND -- COMMAND: run two commands at the same time; fails if either fails.
 both() {
   local first=() second status=0
   while [[ $1 != -- ]]; do first+=("$1"); shift; done
@@ -91,7 +91,7 @@ both measure CLeVER 0 ALL -- measure dino "$epochs" ALL
 both measure CLeVER "$epochs" ALL -- measure CLeVER "$epochs" main_part
 measure CLeVER "$epochs" else_part
 
-step "results: top-1 accuracy in percent; columns are perturbations of the test images, ori are the clean ones"
+step "results: top-1 accuracy in percent; columns are perturbations of the test images, ori is the clean images"
 python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
-printf '\nquickstart: %d minutes %d seconds after the set-up. Logs and checkpoints: %s\n' \
+printf '\nquickstart: %d minutes %d seconds after the installation. Logs and checkpoints: %s\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$RESULT"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/test.sh   (sets up what is needed, then style and tests; arguments go to pytest, such as -k losses)
+# bash scripts/test.sh   (installs what is missing, checks style, runs the tests; arguments go to pytest, e.g. -k losses)
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
