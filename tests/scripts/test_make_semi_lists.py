@@ -1,0 +1,107 @@
+"""make_semi_lists.py: seeded draws, filtered lists, and refused input."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.in_process import assert_refused, call
+
+from evaluation.downstream_data import listed_samples
+from scripts.data import make_semi_lists
+
+
+def write_classes(root, counts, name="{wnid}_{number}.JPEG"):
+    """Empty images <root>/train/<wnid>/...; `counts` gives their number per class."""
+    for wnid, count in counts.items():
+        folder = root / "train" / wnid
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / name.format(wnid=wnid, number=number)).touch()
+    return root
+
+
+def draw(data, out, percent, *more):
+    return call(make_semi_lists.main, "draw", "--percent", percent, "--data_path", data, "--out", out, *more)
+
+
+def classes_in(path):
+    return Counter(line.split("_")[0].split("/")[0] for line in path.read_text().splitlines())
+
+
+def test_draw_is_balanced_and_reproducible(tmp_path):
+    data = write_classes(tmp_path / "data", {"n01": 40, "n02": 25, "n03": 60})
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        outcome = draw(data, tmp_path / name, 10, "--seed", seed)
+        assert outcome.status == 0, outcome
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1] != texts[2]
+    counts = classes_in(tmp_path / "a")  # 10 % of 125, rounded to even
+    assert counts == {"n01": 4, "n02": 4, "n03": 4} and "12 images of 3 classes, 4 to 4 per class" in outcome.stdout
+    assert len(set(texts[0].splitlines())) == 12 and "n01_" in texts[0] and "/" not in texts[0]
+    classes, samples = listed_samples(tmp_path / "a", data / "train")
+    assert classes == ["n01", "n02", "n03"] and sorted(Path(path).name for path, _ in samples) == texts[0].splitlines()
+
+
+@pytest.mark.parametrize(
+    "counts, percent, expected",
+    [
+        ((10, 55, 60), 1, [1, 1, 1]),  # at least one of each class
+        ((40, 25, 60), 11, [4, 5, 5]),  # 13.75 images, rounded to 14
+        ((10, 55, 60), 60, [10, 32, 33]),  # 75 images: all of the small class
+        ((10, 55, 60), 100, [10, 55, 60]),
+    ],
+)
+def test_class_sizes_of_a_draw(tmp_path, counts, percent, expected):
+    data = write_classes(tmp_path / "data", dict(zip(("a", "b", "c"), counts, strict=True)))
+    assert draw(data, tmp_path / "list", percent).status == 0
+    assert sorted(classes_in(tmp_path / "list").values()) == expected
+
+
+def test_other_file_names_keep_their_folder(tmp_path):
+    data = write_classes(tmp_path / "data", {"my_class": 3, "9": 3}, name="{number}.png")
+    (data / "train" / "9" / "deeper").mkdir()
+    (data / "train" / "9" / "deeper" / "9_1.png").touch()
+    assert draw(data, tmp_path / "list", 100).status == 0
+    lines = (tmp_path / "list").read_text().splitlines()
+    assert {"my_class/0.png", "9/deeper/9_1.png"} <= set(lines) and len(lines) == 7
+    assert len(listed_samples(tmp_path / "list", data / "train")[1]) == 7
+
+
+def test_filter_keeps_the_existing_classes(tmp_path):
+    data = write_classes(tmp_path / "data", {"n01": 3, "n03": 3})
+    (tmp_path / "all").write_text("n03_2.JPEG\nn01_0.JPEG\nn02_5.JPEG\nn01_2.JPEG\nn04_0.JPEG\n")
+    flags = ("filter", "--list", tmp_path / "all", "--data_path", data, "--out", data / "IN100_1percent.txt")
+    outcome = call(make_semi_lists.main, *flags)
+    assert outcome.status == 0 and "3 images of 2 classes, 1 to 2 per class" in outcome.stdout, outcome
+    assert (data / "IN100_1percent.txt").read_text() == "n01_0.JPEG\nn01_2.JPEG\nn03_2.JPEG\n"
+    assert call(make_semi_lists.main, *flags).status == 0  # the same list again
+    (data / "IN100_1percent.txt").write_text("mine\n")
+    assert_refused(call(make_semi_lists.main, *flags), "other content")
+    assert (data / "IN100_1percent.txt").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    "words, mentioned",
+    [
+        ("draw --percent 0", "--percent 0"),
+        ("draw --percent 101", "--percent 101"),
+        ("draw --percent nan", "--percent nan"),
+        ("draw --percent 1 --seed -1", "--seed -1"),
+        ("draw --percent 1 --data_path {absent}", "does not exist"),
+        ("filter --list {absent}", "cannot be read"),
+        ("filter --list {foreign}", "no image of the 2 class folders"),
+        ("filter --list {wrong}", "1 of its images are not in the class folders: n01/n01_9.JPEG"),
+        ("filter --list {twice}", "lists n01_0.JPEG twice"),
+        ("sort", "sort"),
+    ],
+)
+def test_refuses(tmp_path, words, mentioned):
+    data = write_classes(tmp_path / "data", {"n01": 3, "n02": 3})
+    lists = {"foreign": "n07_1.JPEG\n", "wrong": "n01_9.JPEG\nn02_0.JPEG\n", "twice": "n01_0.JPEG\nn01_0.JPEG\n"}
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+    words = words.format(absent=tmp_path / "absent", **{name: tmp_path / name for name in lists}).split()
+    outcome = call(make_semi_lists.main, words[0], "--data_path", data, "--out", tmp_path / "out" / "list", *words[1:])
+    assert_refused(outcome, mentioned)
+    assert not (tmp_path / "out").exists()
