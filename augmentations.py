@@ -1,7 +1,7 @@
 """Training views and test perturbations, as pipelines of torchvision.transforms.v2.
 
-All random draws come from torch's global generator, so that a seed fixes an image's views.
-Letters: C channels, H height, W width, S side of a square view, N side length of an image.
+All random draws come from torch's global generator, so a seed determines the views of an image.
+Shapes: S side of a square view.
 """
 
 from collections.abc import Sequence
@@ -19,33 +19,33 @@ from utils import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Stats = Sequence[float]  # one number per channel, for pixels in 0..1
+Stats = Sequence[float]  # a number per channel, for pixel values in 0..1
 
 
-# --- operations that torchvision lacks, or has only in a slow form ---------------------------------------------------
+# --- operations that torchvision does not have, or only in a slow version --------------------------------------------
 
 
 @lru_cache(maxsize=16)
 def smoothing_matrix(size: int, sigma: float) -> Tensor:
-    """The matrix [N, N] that convolves N numbers, padded by reflection, with a Gaussian of int(8 * sigma + 1) taps.
+    """The matrix [size, size] that convolves `size` numbers with a Gaussian of int(8 * sigma + 1) taps, rounded up to odd.
 
-    The number of taps is made odd. Padding longer than the numbers themselves is reflected as often as it takes.
+    The numbers are padded by reflection, repeatedly if the padding is longer than the numbers.
     """
     radius = int(8 * sigma + 1) // 2
     offsets = torch.arange(-radius, radius + 1)  # [2R+1]
     taps = torch.softmax(-0.5 * (offsets.double() / sigma) ** 2, dim=0)
     period = max(2 * (size - 1), 1)
-    source = (torch.arange(size)[:, None] + offsets) % period  # [N, 2R+1]
+    source = (torch.arange(size)[:, None] + offsets) % period  # [size, 2R+1]
     source = torch.minimum(source, period - source)
     return torch.zeros(size, size, dtype=torch.double).scatter_add_(1, source, taps.expand(size, -1)).float()
 
 
 class ElasticTransform(nn.Module):
-    """Distort a PIL or tensor image by a smooth random field; the same distribution as v2.ElasticTransform.
+    """Distort a PIL or tensor image by a smooth random displacement field, distributed as in v2.ElasticTransform.
 
     Uniform noise in -1..1 per pixel and direction is smoothed by a Gaussian of `sigma` pixels and scaled so that a
-    value of 1 moves by alpha / 2 pixels; sampling is bilinear, outside is black. Smoothing is two matrix products with
-    a cached matrix instead of a dense 41 x 41 convolution, which is most of torchvision's time.
+    value of 1 is a displacement of alpha / 2 pixels. Sampling is bilinear, with black outside the image. Two products
+    with a cached matrix replace the dense 41 x 41 convolution that takes most of the time in torchvision.
     """
 
     def __init__(self, alpha: float, sigma: float = 5.0) -> None:
@@ -53,7 +53,7 @@ class ElasticTransform(nn.Module):
         self.alpha, self.sigma = alpha, sigma
 
     def displacement(self, height: int, width: int) -> Tensor:
-        """A random field [1, H, W, 2] of (x, y) shifts, in units in which the image spans -1..1."""
+        """A random field [1, H, W, 2] of displacements (x, y), in coordinates in which the image spans -1..1."""
         noise = torch.rand(2, height, width) * 2 - 1
         field = smoothing_matrix(height, self.sigma) @ noise @ smoothing_matrix(width, self.sigma).T  # [2, H, W]
         return (field * self.alpha / torch.tensor([width, height])[:, None, None]).permute(1, 2, 0)[None]
@@ -64,7 +64,7 @@ class ElasticTransform(nn.Module):
 
 
 class GaussianBlur(nn.Module):
-    """Pillow's Gaussian blur (a few box filters) with a radius drawn from `radius`, in pixels."""
+    """Pillow's Gaussian blur (repeated box filters) with a radius drawn uniformly from the range `radius`, in pixels."""
 
     def __init__(self, radius: tuple[float, float] = (0.1, 2.0)) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class GaussianBlur(nn.Module):
 
 
 class ToNormalizedTensor(nn.Module):
-    """PIL image (RGB) -> float32 tensor [3, H, W], normalised per channel; one pass instead of v2's four operations."""
+    """PIL image (RGB) -> float32 tensor [3, H, W], normalised per channel, in one pass instead of v2's four operations."""
 
     def __init__(self, mean: Stats, std: Stats) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ class ToNormalizedTensor(nn.Module):
 class Recipe:
     """What a training recipe adds to DINO's augmentation (CLeVER, arXiv 2406.00262)."""
 
-    rotation: float = 0.0  # degrees either way
+    rotation: float = 0.0  # largest angle in either direction, degrees
     elastic_p: float = 0.0  # probability of elastic distortion
 
 
 RECIPES = {
-    "aug1": Recipe(),  # BAug: DINO's
+    "aug1": Recipe(),  # BAug: that of DINO
     "aug1_2": Recipe(rotation=90.0),  # CAug
     "aug1_4_2": Recipe(rotation=90.0, elastic_p=0.5),  # CAug+
 }
@@ -116,7 +116,7 @@ def view_transform(
 ) -> v2.Compose:
     """One random view: uint8 tensor [3, H, W] -> float32 tensor [3, S, S].
 
-    Each operation runs where it is fastest: the resize on a tensor; rotation and colours on a PIL image.
+    Each operation runs where it is fastest: resizing on a tensor, rotation and colour changes on a PIL image.
     """
     steps: list[nn.Module] = [
         v2.RandomResizedCrop(size, tuple(scale), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
@@ -137,9 +137,9 @@ def view_transform(
 
 
 class MultiCropAugmentation:
-    """PIL image (RGB) -> list of float32 tensors [3, S, S]: 2 global views, then `local_crops_number` local ones.
+    """PIL image (RGB) -> list of float32 tensors [3, S, S]: 2 global views, then `local_crops_number` local views.
 
-    Raises InputError on an unknown recipe, a crop scale that is not a range within (0, 1], a negative number of crops.
+    Raises InputError for an unknown recipe, a crop scale that is not a range within (0, 1], or a negative number of crops.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class MultiCropAugmentation:
 
 _JITTER = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
-# Applied in this order to the centre crop, always (no probabilities).
+# Always applied to the centre crop, in this order.
 PERTURBATIONS: dict[str, tuple[nn.Module, ...]] = {
     "ori": (),
     "basic": (_JITTER,),
@@ -189,10 +189,10 @@ PERTURBATIONS: dict[str, tuple[nn.Module, ...]] = {
 def eval_transform(
     test_aug_type: str = "ori", size: int = 224, mean: Stats = IMAGENET_MEAN, std: Stats = IMAGENET_STD
 ) -> v2.Compose:
-    """Resized centre crop, perturbed: PIL image (RGB) -> float32 tensor [3, S, S].
+    """Resize, centre crop and perturbation: PIL image (RGB) -> float32 tensor [3, S, S].
 
-    `ori`, the clean image, is resized bicubically and all others bilinearly, as in CLeVER's evaluation.
-    Raises InputError on an unknown perturbation.
+    The clean image, `ori`, is resized bicubically, all others bilinearly, as in CLeVER's evaluation.
+    Raises InputError for an unknown perturbation.
     """
     perturbation = _choose("test_aug_type", test_aug_type, PERTURBATIONS)
     mode = v2.InterpolationMode.BICUBIC if test_aug_type == "ori" else v2.InterpolationMode.BILINEAR
@@ -201,7 +201,7 @@ def eval_transform(
 
 
 def probe_train_transform(size: int = 224, mean: Stats = IMAGENET_MEAN, std: Stats = IMAGENET_STD) -> v2.Compose:
-    """Training images of the linear probe and of fine-tuning: PIL image (RGB) -> float32 tensor [3, S, S]."""
+    """Random crop and flip for training a probe and for fine-tuning: PIL image (RGB) -> float32 tensor [3, S, S]."""
     crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip(0.5), ToNormalizedTensor(mean, std)])
 
@@ -210,7 +210,7 @@ def probe_train_transform(size: int = 224, mean: Stats = IMAGENET_MEAN, std: Sta
 
 
 def check_crop_scale(name: str, scale: Sequence[float]) -> None:
-    """Raise InputError unless `scale` is two increasing numbers in (0, 1], shares of the image's area."""
+    """Raise InputError unless `scale` is two increasing fractions of the image's area, in (0, 1]."""
     if len(scale) != 2 or not 0 < scale[0] < scale[1] <= 1:
         raise InputError(f"{name} {' '.join(map(str, scale))}: must be two increasing numbers in (0, 1]")
 

@@ -1,14 +1,14 @@
-"""Parameters and computation of the backbones, as the paper counts them.
+"""Parameters and GFLOPs of the backbones, counted as in the paper.
 
     python -m scripts.model_table
     python -m scripts.model_table vit_tiny resnet18 convnext_tiny --img_size 96 --markdown models.md
 
-GFLOPs are fvcore's: one multiply-add is one, normalisation and pooling count, in train mode, per image.
-Attention counts because on a CPU it is two plain matrix products. A VMamba's selective scan does not, as in the paper; the last
-column adds it, as VMamba's authors count it (their 4.91 for the tiny one includes a classifier of 1000 classes).
+GFLOPs are counted by fvcore, in train mode and per image: a multiply-add is one operation, and normalisation and pooling
+are included. So is attention, which consists of two plain matrix products on a CPU. As in the paper, VMamba's selective scan
+is not included; the last column adds it, counted as by VMamba's authors (whose 4.91 for the tiny model includes a
+classifier of 1000 classes).
 """
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,19 +18,19 @@ from torch import nn
 
 from backbones import BACKBONES, build_backbone
 from distributed import run_entry_point
-from utils import InputError, check_positive, write_text_atomically
+from utils import ArgumentParser, InputError, check_positive, write_text_atomically
 from vmamba.selective_scan import scan_flops
 
 HEADER = ("backbone", "dimensions", "params (M)", "GFLOPs", "with scan")
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that training changes."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _count_scan(inputs: list, outputs: list) -> Counter:
-    """Multiply-adds of one 2D scan: of the projection of delta, which it contains, and of the scan itself."""
+    """Multiply-adds of one 2D scan, separately for the projection of delta, which it contains, and for the scan itself."""
     x, _, dt_weight, A, *_ = (value.type().sizes() if value.isCompleteTensor() else None for value in inputs)
     batch, height, width, channels = x
     projection = batch * height * width * dt_weight[0] * dt_weight[1] * dt_weight[2]
@@ -38,12 +38,12 @@ def _count_scan(inputs: list, outputs: list) -> Counter:
 
 
 def count_flops(model: nn.Module, img_size: int) -> tuple[float, float]:
-    """Multiply-adds of one forward pass of one image in train mode, on a CPU: without selective scans, and of these."""
+    """Multiply-adds of one image's forward pass in train mode, on a CPU: without selective scans, and of the scans alone."""
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:
         raise InputError("counting needs fvcore: pip install fvcore") from None
-    images = torch.randn(2, 3, img_size, img_size)  # two: batch norm refuses one image of one position
+    images = torch.randn(2, 3, img_size, img_size)  # batch norm needs more than one value per channel
     analysis = FlopCountAnalysis(model.train(), images)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     analysis.set_op_handle("clever::selective_scan_2d", _count_scan)
@@ -52,7 +52,7 @@ def count_flops(model: nn.Module, img_size: int) -> tuple[float, float]:
 
 
 def table_row(arch: str, img_size: int) -> tuple[str, ...]:
-    """One line of the table, as text."""
+    """One row of the table, as text."""
     model = build_backbone(arch, img_size=img_size)
     params, (flops, scan) = count_parameters(model), count_flops(model, img_size)
     with_scan = f"{(flops + scan) / 1e9:.2f}" if scan else "-"
@@ -60,7 +60,7 @@ def table_row(arch: str, img_size: int) -> tuple[str, ...]:
 
 
 def as_text(rows: list[tuple[str, ...]]) -> str:
-    """Aligned columns."""
+    """The table with aligned columns."""
     rows = [HEADER, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = []
@@ -71,15 +71,15 @@ def as_text(rows: list[tuple[str, ...]]) -> str:
 
 
 def as_markdown(rows: list[tuple[str, ...]]) -> str:
-    """The same as a Markdown table."""
+    """The table in Markdown."""
     rule = ("---", *["---:"] * (len(HEADER) - 1))
     return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, rule, *rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="ours or timm's; default: all of ours that run at this size")
-    parser.add_argument("--img_size", type=int, default=224, help="side of the square images in pixels")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="ours or timm's; default: all of ours that support --img_size")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the square images, pixels")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file, as Markdown")
     args = parser.parse_args()
     check_positive(args, "img_size")

@@ -18,7 +18,7 @@ SPLITS = {"1": "train", "0": "val"}  # values in train_test_split.txt
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--cub", required=True, type=Path, help="folder with images.txt and images/")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument("--copy", action="store_true", help="copy the images instead of linking them")

@@ -18,7 +18,7 @@ SPLITS = ("train", "val")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--imagenet", required=True, type=Path, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument(

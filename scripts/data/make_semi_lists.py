@@ -22,7 +22,7 @@ from utils import ArgumentParser, InputError, write_text_atomically
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     kept = commands.add_parser("filter", help="keep the listed images whose class folders exist")
     kept.add_argument("--list", required=True, type=Path, help="text file, per line: <class>_<rest> or <class>/<image>")

@@ -130,7 +130,7 @@ def _write_image_folder(root: Path, splits: dict[str, Split], class_names: list[
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="data", required=True)
     digits = commands.add_parser("digits", help="scikit-learn's 1,797 handwritten digits, 8x8; no download")
     digits.add_argument("--out", required=True, help="new folder")

@@ -1,3 +1,5 @@
+"""The model table: the numbers of the paper, Markdown, and refused input."""
+
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ from scripts import model_table
 from utils import InputError
 
 pytest.importorskip("fvcore")
+
 
 @pytest.mark.parametrize(
     "arch, dim, params, gflops, with_scan",
