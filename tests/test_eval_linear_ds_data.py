@@ -1,0 +1,192 @@
+"""The images that eval_linear_ds.py trains and tests on, and the input that it refuses before anything is written."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.downstream_world import downstream, make_world, parse, result_of
+from support.in_process import assert_refused, times
+from torchvision import datasets as torchvision_datasets
+
+import eval_linear_ds as ds
+from datasets import ImageDataset
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+# --- partial labels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images_read(monkeypatch):
+    """(path, label) of every image that a dataset has read."""
+    read, get = [], ImageDataset.__getitem__
+    monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, index: read.append(self.samples[index]) or get(self, index))
+    return read
+
+
+@pytest.mark.parametrize("mode", ["semi_1", "semi_10"])
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_semi_trains_on_exactly_the_listed_images(world, images_read, tmp_path, mode, by_flag):
+    data, more = world.data, ("--semi_list", world.listed)
+    if not by_flag:  # the default list, in the folder of the data
+        data, more = shutil.copytree(world.data, tmp_path / "data"), ()
+        shutil.copy(world.listed, data / f"data_{mode.removeprefix('semi_')}percent.txt")
+    outcome = downstream(world, world.vit, tmp_path / "out", "--ds_mode", mode, "--data_path", data, *more)
+    assert outcome.status == 0, outcome
+    listed = [("cyan/00.png", 0), ("cyan/02.png", 0), ("grey/03.png", 1), ("red/01.png", 2)]
+    expected = [(str(data / "train" / name), label) for name, label in listed]
+    trained = [sample for sample in images_read if Path(sample[0]).is_relative_to(data / "train")]
+    assert sorted(trained) == sorted(2 * expected)  # two epochs
+    result = result_of(tmp_path / "out")
+    assert (result["num_train_images"], result["num_test_images"], result["num_labels"]) == (4, 13, 3)
+
+
+# --- torchvision's datasets --------------------------------------------------------------------------------------------
+
+
+def save_image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Food101 and OxfordIIITPet in torchvision's layout, with one image per class and split (Pets: two for training)."""
+    root = tmp_path_factory.mktemp("sets")
+    food, meta = root / "food-101", {"train": {}, "test": {}}
+    for label in range(101):
+        for split, number in (("train", 1), ("test", 2)):
+            meta[split][f"dish_{label:03}"] = [f"dish_{label:03}/{number}"]
+            save_image(food / "images" / f"dish_{label:03}" / f"{number}.jpg")
+    (food / "meta").mkdir()
+    for split, images in meta.items():
+        (food / "meta" / f"{split}.json").write_text(json.dumps(images))
+    pets, lines = root / "oxford-iiit-pet", {"trainval": [], "test": []}
+    for label in range(37):
+        for split, numbers in (("trainval", (1, 2)), ("test", (3,))):
+            for number in numbers:
+                lines[split].append(f"Pet_{label}_{number} {label + 1} 1 1\n")
+                save_image(pets / "images" / f"Pet_{label}_{number}.jpg")
+    (pets / "annotations").mkdir()
+    for split, rows in lines.items():
+        (pets / "annotations" / f"{split}.txt").write_text("".join(rows))
+    return root
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """Flowers102 with an image per class and split: image 1 + i + 102 * split is of class i. MD5 sums are not checked."""
+    from scipy.io import savemat
+
+    folder = tmp_path / "flowers-102"
+    for number in range(1, 307):
+        save_image(folder / "jpg" / f"image_{number:05}.jpg")
+    numbers = np.arange(1, 307)
+    savemat(folder / "imagelabels.mat", {"labels": (numbers - 1) % 102 + 1})
+    savemat(folder / "setid.mat", dict(zip(("trnid", "valid", "tstid"), numbers.reshape(3, 102), strict=True)))
+    monkeypatch.setattr(torchvision_datasets.Flowers102, "_check_integrity", lambda self: True)
+    return tmp_path
+
+
+def found(root, name, split, *more):
+    classes, samples = ds.find_images(parse("--dataset_type", name, "--data_path", root, *more), split)
+    assert len(classes) == ds.CLASSES[name] and all(Path(path).is_file() for path, _ in samples)
+    return [(Path(path).stem, label) for path, label in samples]
+
+
+def test_splits_of_food_and_pets(sets):
+    assert found(sets, "Food101", "train") == [("1", label) for label in range(101)]
+    assert found(sets, "Food101", "test") == [("2", label) for label in range(101)]
+    assert found(sets, "OxfordIIITPet", "train") == [(f"Pet_{i}_{number}", i) for i in range(37) for number in (1, 2)]
+    assert found(sets, "OxfordIIITPet", "test") == [(f"Pet_{i}_3", i) for i in range(37)]
+
+
+def test_splits_of_flowers(flowers):
+    splits = [[(f"image_{1 + i + 102 * split:05}", i) for i in range(102)] for split in range(3)]
+    assert found(flowers, "Flowers102", "train") == splits[0]
+    assert found(flowers, "Flowers102", "train", "--train_on_val", "true") == splits[0] + splits[1]
+    assert found(flowers, "Flowers102", "test", "--train_on_val", "true") == splits[2]
+
+
+def test_a_run_on_pets(world, sets, tmp_path):
+    outcome = downstream(world, world.resnet, tmp_path, "--dataset_type", "OxfordIIITPet", "--data_path", sets, "--epochs", 1)
+    assert outcome.status == 0, outcome
+    result = result_of(tmp_path)
+    counts = [result[name] for name in ("num_labels", "num_train_images", "num_test_images", "dataset")]
+    assert counts == [37, 74, 37, "OxfordIIITPet"] and result["top5"] >= result["accuracy"]
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+# Flags that eval_linear.py has as well are refused by the same functions: one case for each of these.
+REFUSED = [
+    ("--lr 0", "--lr 0", "greater than 0"),
+    ("--pretrained_weights {dino} --else_part main_part", "main_part", "dino", "only ALL"),
+    ("--hp1 0.5", "--hp1 0.5", "0.8"),
+    ("--num_labels 4", "--num_labels 4", "holds 3"),
+    ("--data_path {root}/absent", "{root}/absent/val", "does not exist"),
+    ("--data_path {renamed}", "same class folders", "blue"),
+    ("--ds_mode semi_5", "'semi_5'", "linear, ds_ft, semi_1, semi_10"),
+    ("--dataset_type Cars", "'Cars'", "Imagenet, IN100, CUB200, Flowers102, Food101, OxfordIIITPet"),
+    ("--dataset_type IN100", "--dataset_type IN100", "100 classes", "holds 3"),
+    ("--dataset_type CUB200", "--dataset_type CUB200", "200 classes", "holds 3"),
+    ("--data_path {raw}", "{raw}", "python -m scripts.data.make_cub200"),
+    ("--dataset_type Food101", "Food101", "{data}/food-101", "--download"),
+    ("--download", "--download", "Flowers102, Food101, OxfordIIITPet"),
+    ("--train_on_val true", "--train_on_val true", "Flowers102"),
+    ("--train_on_val true --dataset_type OxfordIIITPet", "--train_on_val true", "Flowers102"),
+    ("--ds_mode semi_1", "{data}/data_1percent.txt", "no such file", "scripts.data.make_semi_lists", "--semi_list"),
+    ("--ds_mode semi_1 --semi_list {root}/absent.txt", "{root}/absent.txt", "no such file"),
+    ("--ds_mode semi_1 --semi_list {unlisted}", "{unlisted}", "images that are not in {data}/train", "grey/99.png"),
+    ("--ds_mode semi_1 --dataset_type Food101", "semi_1", "Food101"),
+    ("--semi_list {listed}", "--semi_list {listed}", "semi_1 or semi_10", "linear"),
+    ("--backbone_lr 0.1", "--backbone_lr 0.1", "must be 0", "linear"),
+    ("--weight_decay 0.1", "--weight_decay 0.1", "must be 0", "linear"),
+    ("--ds_mode ds_ft --backbone_lr -1", "--backbone_lr -1", "0 or greater"),
+    ("--ds_mode ds_ft --weight_decay nan", "--weight_decay nan", "0 or greater"),
+    ("--evaluate", "ds_linear_data_linear_sgd_lr0.5_lrbk0_ep2_bs4_li_aug1.pth.tar", "no such file"),
+    ("--evaluate --final_eval_weights {resnet}", "{resnet}", "no linear classifier"),
+    ("--output_dir {file}", "{file}", "is a file"),
+    ("--output_dir {file}/x.pth.tar", "{file}", "is a file"),
+    ("--output_dir {folder}", "{folder}", "is a folder"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(world):
+    """The world, and paths that eval_linear_ds.py refuses, by name."""
+    root = world.root / "bad"
+    renamed = shutil.copytree(world.data, root / "renamed")
+    (renamed / "val" / "red").rename(renamed / "val" / "blue")
+    (root / "raw").mkdir()
+    (root / "raw" / "image_class_labels.txt").touch()
+    (root / "x.pth.tar").mkdir()
+    (root / "file").touch()
+    (root / "unlisted.txt").write_text("cyan/00.png\ngrey/99.png\nred/00.png\n")
+    return argparse.Namespace(
+        **vars(world), renamed=renamed, raw=root / "raw", folder=root / "x.pth.tar", file=root / "file",
+        unlisted=root / "unlisted.txt",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, mentioned", [(flags, mentioned) for flags, *mentioned in REFUSED])
+def test_refuses(bad, tmp_path, flags, mentioned):
+    before = times(bad.root)
+    outcome = downstream(bad, bad.resnet, tmp_path / "out", *flags.format(**vars(bad)).split())
+    assert_refused(outcome, *(text.format(**vars(bad)) for text in mentioned))
+    assert not (tmp_path / "out").exists() and times(bad.root) == before
+
+
+def test_refuses_a_download_in_several_processes(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = downstream(world, world.resnet, tmp_path / "out", "--dataset_type", "Food101", "--download")
+    assert_refused(outcome, "--download", "with one process only")
+    assert not (tmp_path / "out").exists()
