@@ -1,4 +1,4 @@
-"""Image folders, reproducible draws, unreadable files."""
+"""Image folders, reproducible random draws, unreadable files."""
 
 import itertools
 import warnings
@@ -38,7 +38,7 @@ def save_image(path, size=(20, 16), seed=0):
 
 
 def make_bad_images(folder):
-    """Files that name themselves images and cannot be decoded: {name: path}."""
+    """{name: path} of files with image suffixes that cannot be decoded."""
     whole = Path(save_image(folder / "whole.jpg", (200, 150))).read_bytes()
     png = Path(save_image(folder / "whole.png", (200, 150))).read_bytes()
     contents = {
@@ -59,7 +59,7 @@ def samples(tmp_path):
 # --- finding images --------------------------------------------------------------------------------------------------
 
 
-def test_list_images_is_recursive_sorted_and_knows_the_suffixes(tmp_path):
+def test_list_images_is_recursive_sorted_and_finds_all_suffixes(tmp_path):
     names = ["b/deep/er/1.JPG", "a.jpeg", "b/2.PnG", "c.bmp", "d.ppm", "e.webp", "f.tif", "g.TIFF", "b.jpg"]
     for name in [*names, "notes.txt", "x.jpg.part", ".hidden.jpg", ".cache/y.jpg"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def test_flat_folder_has_no_classes(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGB", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    """A left half that is dark and a right half that is light stay so, without a warning."""
+    """A dark left half stays dark and a light right half light, without a warning."""
     grey = np.full((8, 8), 64, np.uint8)
     grey[:, 4:] = 200
     if mode == "I;16":
@@ -168,7 +168,7 @@ def test_draws_depend_on_seed_epoch_and_index_only(samples):
     assert len(everything.unique(dim=0)) == len(everything)  # also: (seed 0, epoch 1) is not (seed 1, epoch 0)
 
 
-def test_torchs_generator_is_left_as_it_was(samples):
+def test_the_global_generator_is_left_unchanged(samples):
     dataset = ImageDataset(samples, draw)
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -203,7 +203,7 @@ def test_persistent_workers_see_the_epoch(samples):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 11])
-def test_shards_hold_every_image_once_with_its_own_draws(samples, world_size):
+def test_shards_contain_every_image_once_with_its_own_draws(samples, world_size):
     dataset = ImageDataset(samples, eval_transform("aug1_2", 16))
     shards = [shard(dataset, rank, world_size) for rank in range(world_size)]
     assert sum(len(part) for part in shards) == len(samples)
@@ -217,7 +217,7 @@ def test_shards_hold_every_image_once_with_its_own_draws(samples, world_size):
 # --- checking images -------------------------------------------------------------------------------------------------
 
 
-def test_check_images_finds_exactly_what_cannot_be_read(tmp_path):
+def test_check_images_finds_exactly_the_unreadable_files(tmp_path):
     bad = make_bad_images(tmp_path)
     suffixes = (".jpg", ".png", ".webp")
     good = [save_image(tmp_path / f"good{i}{suffix}", (1 + i, 300)) for i, suffix in enumerate(suffixes)]
@@ -253,10 +253,10 @@ def test_images_without_pixels_are_reported(tmp_path, size):
 def check_in_a_group(rank, store, paths, opened):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    seen, why = [], datasets._read_error
-    datasets._read_error = lambda path: (seen.append(path), why(path))[1]
+    opened_here, read_error = [], datasets._read_error
+    datasets._read_error = lambda path: (opened_here.append(path), read_error(path))[1]
     found = check_images(paths, threads=2)
-    Path(f"{opened}{rank}").write_text("\n".join([str(len(found)), *sorted(found), *sorted(seen)]))
+    Path(f"{opened}{rank}").write_text("\n".join([str(len(found)), *sorted(found), *sorted(opened_here)]))
     dist.destroy_process_group()
 
 

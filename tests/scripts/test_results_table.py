@@ -1,4 +1,4 @@
-"""The table of results: rows, columns, newest file, what is passed over, errors, the files that are written."""
+"""The table of results: rows, columns, the newest of several results, ignored files, errors, written files."""
 
 import json
 import os
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from augmentations import PERTURBATIONS
 from scripts import results_table
 
 
 @pytest.fixture
 def write(tmp_path):
-    """write(file, accuracy, net, part, aug, ...) makes a result of eval_linear.py; every one is newer than the last."""
+    """write(file, accuracy, net, part, aug, ...) writes a result of eval_linear.py, newer than all before."""
     clock = iter(range(1_000_000, 2_000_000))
 
     def write(file, accuracy, net="CLeVER", part="ALL", aug="ori", epochs=20, arch="resnet8", recipe="aug1_2", **more):
@@ -31,7 +32,7 @@ def write(tmp_path):
 
 
 def table_of(tmp_path, capsys, *folders):
-    """Runs the script: (lines of the Markdown table as lists of cells, results.json, stderr)."""
+    """Run the script: (rows of the Markdown table as lists of cells, results.json, stderr)."""
     folders = folders or (tmp_path / "runs",)
     assert results_table.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
@@ -41,8 +42,8 @@ def table_of(tmp_path, capsys, *folders):
     return lines, results, printed.err
 
 
-def test_networks_of_the_same_kind_are_told_apart_by_what_differs(tmp_path, write, capsys):
-    """Only that: dino and CLeVER may differ in hp1, and an untrained network has no recipe."""
+def test_rows_name_the_fields_in_which_networks_of_the_same_kind_differ(tmp_path, write, capsys):
+    """Only these: dino and CLeVER may differ in hp1, and an untrained network has no recipe."""
     for recipe, accuracy in (("aug1", 70.0), ("aug1_2", 60.0)):
         write(f"{recipe}/c.json", accuracy, recipe=recipe)
     write("d.json", 50.0, net="dino", hp1=1.0)
@@ -56,7 +57,7 @@ def test_networks_of_the_same_kind_are_told_apart_by_what_differs(tmp_path, writ
     ]
 
 
-def test_rows_and_columns_have_an_order_and_gaps_a_dash(tmp_path, write, capsys):
+def test_order_of_rows_and_columns_and_missing_results(tmp_path, write, capsys):
     write("c/ef.json", 33.333, part="else_part")
     write("c/ir_rot.json", 61.0, part="main_part", aug="aug1_2")
     write("c/all.json", 90.0)
@@ -76,6 +77,10 @@ def test_rows_and_columns_have_an_order_and_gaps_a_dash(tmp_path, write, capsys)
     assert results["table"]["columns"] == ["ori", "basic", "aug1_2", "zoom"]
     assert results["table"]["rows"][0] == {"row": "random ALL", "ori": 40.04}
     assert err == ""
+
+
+def test_every_perturbation_has_its_place():
+    assert results_table.PERTURBATIONS == tuple(PERTURBATIONS)
 
 
 def test_markdown_columns_are_aligned(tmp_path, write, capsys):
@@ -106,14 +111,14 @@ def test_a_file_that_two_folders_share_is_one_result(tmp_path, write, capsys):
     assert len(results["records"]) == 1 and err == ""
 
 
-def test_architectures_are_told_apart(tmp_path, write, capsys):
+def test_rows_name_the_architecture_if_there_are_several(tmp_path, write, capsys):
     write("a.json", 10.0, arch="vit_tiny")
     write("b.json", 20.0, arch="resnet18")
     lines, _, _ = table_of(tmp_path, capsys)
     assert lines[2:] == [["CLeVER resnet18 ALL", "20.0"], ["CLeVER vit_tiny ALL", "10.0"]]
 
 
-def test_other_files_are_passed_over(tmp_path, write, capsys):
+def test_other_files_are_ignored(tmp_path, write, capsys):
     runs = write("a.json", 10.0).parent
     write("other.json", 99.0, kind="knn", net="dino")
     (runs / "list.json").write_text("[1, 2]")
@@ -122,7 +127,7 @@ def test_other_files_are_passed_over(tmp_path, write, capsys):
     lines, _, err = table_of(tmp_path, capsys)
     assert lines[2:] == [["CLeVER ALL", "10.0"]]
     assert err == f"note: {runs / 'half.json'} is not valid JSON, ignored\n"
-    lines, _, _ = table_of(tmp_path, capsys, runs, tmp_path / "out")  # its own results.json among the input
+    lines, _, _ = table_of(tmp_path, capsys, runs, tmp_path / "out")  # with its own results.json in the input
     assert lines[2:] == [["CLeVER ALL", "10.0"]]
 
 
