@@ -80,7 +80,7 @@ def test_order_of_rows_and_columns_and_missing_results(tmp_path, write, capsys):
 
 
 def test_every_perturbation_has_its_place():
-    assert results_table.PERTURBATIONS == tuple(PERTURBATIONS)
+    assert tuple(PERTURBATIONS) == results_table.PERTURBATIONS
 
 
 def test_markdown_columns_are_aligned(tmp_path, write, capsys):
