@@ -1,47 +1,15 @@
 """ResNets (He et al., arXiv 1512.03385): torchvision's, with its state-dict names, pooled features and no classifier.
 
-Letters: B batch, H W image size, D width of the pooled features.
+Shapes: D width of the pooled features.
 """
 
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-
-class CheckpointedStage(nn.Sequential):
-    """A stage that is recomputed in the backward pass instead of keeping its activations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x)
-        contexts = (nullcontext(), KeptBuffers(self))  # of the forward pass and of the recomputation
-        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: contexts)
-
-
-class KeptBuffers(AbstractContextManager):
-    """Inside it, a module works on copies of its buffers: batch norms do not update their running statistics.
-
-    `track_running_stats = False` would not do: checkpointing wants the recomputation to save as many tensors as the
-    forward pass did, and batch norm saves its running statistics.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        owners = list(self.module.modules())
-        self.kept = [(owner, name, buffer) for owner in owners for name, buffer in owner.named_buffers(recurse=False)]
-        for owner, name, buffer in self.kept:
-            setattr(owner, name, buffer.clone())
-
-    def __exit__(self, *exception: object) -> None:
-        for owner, name, buffer in self.kept:
-            setattr(owner, name, buffer)
+from recompute import CheckpointedSequential
 
 
 class ResNet(TorchvisionResNet):
@@ -50,7 +18,7 @@ class ResNet(TorchvisionResNet):
     Args:
         block, layers: as torchvision's.
         small: a 3x3 stem of stride 1 and no max pooling, for images of about 32 to 64 pixels.
-        checkpointing: keep the activations between stages only, and recompute those inside in the backward pass.
+        checkpointing: recompute each stage in the backward pass instead of keeping its activations.
     """
 
     def __init__(
@@ -68,7 +36,7 @@ class ResNet(TorchvisionResNet):
             self.maxpool = nn.Identity()
         if checkpointing:
             for name in ("layer1", "layer2", "layer3", "layer4"):
-                setattr(self, name, CheckpointedStage(*getattr(self, name)))
+                setattr(self, name, CheckpointedSequential(*getattr(self, name)))
 
 
 class ResNet8(nn.Sequential):
@@ -77,7 +45,7 @@ class ResNet8(nn.Sequential):
     embed_dim = 128
 
     def __init__(self, checkpointing: bool = False) -> None:
-        stage = CheckpointedStage if checkpointing else nn.Sequential
+        stage = CheckpointedSequential if checkpointing else nn.Sequential
         super().__init__(
             OrderedDict(
                 conv1=_conv3x3(3, 32, stride=2),

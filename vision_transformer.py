@@ -1,21 +1,22 @@
 """Vision transformers (Dosovitskiy et al., arXiv 2010.11929) as DINO uses them: no classifier, any image size.
 
-Letters: B batch, C image channels, H W image size in pixels, p patch size, h w = H/p W/p patches,
-g trained patches per side, N patches (h*w), D width, T tokens (1 + N, [CLS] first), M heads, E = D/M width of a head.
+Shapes: h w = H/p W/p patches of p pixels, N = h*w, T = 1 + N tokens ([CLS] first), D width, M heads of width E = D/M,
+g patches per side of the images that positions are stored for.
 """
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from recompute import checkpointed
 from utils import InputError
 
-# Tokens from which the fused attention is the faster one on a CPU too; it needs no matrix of T x T, gigabytes at 480 pixels.
-LONG = 1024
+# On a CPU, fused attention is faster above this number of tokens. It also needs no T x T matrix: gigabytes at 480 pixels.
+CPU_FUSED_ATTENTION_MIN_TOKENS = 1024
 
 
 class Attention(nn.Module):
@@ -30,31 +31,28 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B, M, T, E]."""
-        B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return rearrange(self.qkv(x), "b t (qkv m e) -> qkv b m t e", qkv=3, m=self.num_heads).unbind(0)
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         return (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, M, T, T]
 
     def weights(self, x: Tensor) -> Tensor:
-        """What every token (row) attends to (column), rows sum to one: [B, M, T, T]."""
+        """Attention weights of every token (row) on every token (column), [B, M, T, T]; rows sum to one."""
         q, k, _ = self._split_heads(x)
         return self._weights(q, k)
 
     def cls_weights(self, x: Tensor) -> Tensor:
-        """The first row of `weights`, what [CLS] attends to, without the others: [B, M, T]."""
+        """Attention weights of [CLS], [B, M, T]: the first row of `weights`, without computing the others."""
         q, k, _ = self._split_heads(x)
         return self._weights(q[:, :, :1], k)[:, :, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._split_heads(x)
-        if x.is_cuda or (x.shape[1] > LONG and not torch.is_grad_enabled()):
+        if x.is_cuda or (x.shape[1] > CPU_FUSED_ATTENTION_MIN_TOKENS and not torch.is_grad_enabled()):
             x = F.scaled_dot_product_attention(q, k, v)  # [B, M, T, E]
-        else:  # faster than the fused form on a CPU, and fvcore counts it
-            attention = self._weights(q, k)
-            x = attention @ v  # [B, M, T, E]
-        return self.proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
+        else:  # faster on a CPU, and fvcore counts its operations
+            x = self._weights(q, k) @ v  # [B, M, T, E]
+        return self.proj(rearrange(x, "b m t e -> b t (m e)"))  # [B, T, D]
 
 
 class MLP(nn.Module):
@@ -86,7 +84,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of non-overlapping square patches, [B, C, H, W] -> [B, D, h, w]."""
+    """Linear embedding of non-overlapping square patches, [B, 3, H, W] -> [B, D, h, w]."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -105,12 +103,12 @@ class VisionTransformer(nn.Module):
 
     Args:
         patch_size: side of a patch in pixels.
-        img_size: side in pixels of the square images that positions are stored for. Other sizes interpolate them.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first.
+        img_size: side in pixels of the square images that positions are stored for; they are interpolated for other sizes.
+        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        InputError: `img_size`, or later an image, is not a multiple of `patch_size`.
+        InputError: `img_size`, or the size of an image given to the network, is not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class VisionTransformer(nn.Module):
         self.num_heads = num_heads
         self.grid_size = img_size // patch_size
         self.checkpointing = checkpointing
-        self.positions_by = "factor"  # or "size": how positions are interpolated
+        self.positions_by = "factor"  # how positions are interpolated, "factor" or "size": see _positions
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, embed_dim))
@@ -148,76 +146,71 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W] -> [CLS] after the final norm, [B, D]."""
         x = self._tokens(x)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = checkpointed(block, x, self.checkpointing)
         return self.norm(x[:, 0])
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Outputs of the last `n` blocks, oldest first, each [B, 1+N, D] through the final norm.
+        """Outputs of the last `n` blocks in their order, each [B, 1+N, D] after the final norm.
 
         Raises:
-            InputError: there are fewer than `n` blocks.
+            InputError: `n` is not in 1 to the number of blocks.
         """
         if not 1 <= n <= len(self.blocks):
-            raise InputError(f"the last {n} blocks were asked for: choose 1 to {len(self.blocks)}")
+            raise InputError(f"the last {n} blocks: choose 1 to {len(self.blocks)}")
         x = self._tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x)
+            x = checkpointed(block, x, self.checkpointing)
             if i >= len(self.blocks) - n:
                 outputs.append(self.norm(x))
         return outputs
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """Attention of the last block after the softmax, query by key: [B, M, 1+N, 1+N]."""
+        """Attention weights of the last block, query by key: [B, M, 1+N, 1+N]."""
         return self.blocks[-1].attn.weights(self._last_attention_input(x))
 
     def get_last_cls_attention(self, x: Tensor) -> Tensor:
-        """The row of [CLS] in it, over the patches, without computing the other rows: [B, M, N]."""
+        """Attention weights of [CLS] on the patches in the last block, without computing other rows: [B, M, N]."""
         return self.blocks[-1].attn.cls_weights(self._last_attention_input(x))[:, :, 1:]
 
     def get_last_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the patches in it, heads side by side: each [B, N, D]."""
+        """Queries, keys and values of the patches in the last block, heads concatenated: each [B, N, D]."""
         return self.blocks[-1].attn.qkv(self._last_attention_input(x))[:, 1:].chunk(3, dim=-1)
 
     def _last_attention_input(self, x: Tensor) -> Tensor:
-        """What the attention of the last block reads: [B, 1+N, D]."""
+        """Input of the attention in the last block: [B, 1+N, D]."""
         x = self._tokens(x)
         *earlier, last = self.blocks
         for block in earlier:
-            x = self._run(block, x)
+            x = checkpointed(block, x, self.checkpointing)
         return last.norm1(x)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """[CLS] and patches with their positions, [B, 1+N, D]."""
+        """Embeddings of [CLS] and the patches, with positions: [B, 1+N, D]."""
         x = self.patch_embed(x)  # [B, D, h, w]
         B, _, h, w = x.shape
-        x = x.flatten(2).transpose(1, 2)  # [B, N, D]
+        x = rearrange(x, "b d h w -> b (h w) d")
         x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)  # [B, 1+N, D]
         return x + self._positions(h, w)
 
     def _positions(self, h: int, w: int) -> Tensor:
-        """Position embeddings of an h by w grid, [1, 1+h*w, D].
+        """Position embeddings of an h by w grid, [1, 1+h*w, D], interpolated bicubically from the stored g by g grid.
 
-        Bicubic, and by scale factor as in DINO, not by size: torch uses the factor that it is given in the coordinate
-        map, so the 0.1, which guards the output size against rounding, shifts the samples a little too.
-        Weights trained with this form want it again; `positions_by` "size" is for those trained with the other one.
+        As in DINO, torch is given a scale factor rather than the output size. The 0.1 guards the size against rounding, but
+        torch also uses the factor to place the samples, so it shifts them slightly. Weights trained with one form need the
+        same form again: `positions_by` "size" is for weights trained with the output size.
         """
-        g, D = self.grid_size, self.embed_dim
+        g = self.grid_size
         if h == w == g:
             return self.pos_embed
         cls, patches = self.pos_embed.split((1, g * g), dim=1)
-        patches = patches.reshape(1, g, g, D).permute(0, 3, 1, 2)  # [1, D, g, g]
+        patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=g)
         if self.positions_by == "size":
             patches = F.interpolate(patches, size=(h, w), mode="bicubic")  # [1, D, h, w]
         else:
             patches = F.interpolate(patches, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")  # [1, D, h, w]
         assert patches.shape[-2:] == (h, w)
-        return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
-
-    def _run(self, block: Block, x: Tensor) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+        return torch.cat((cls, rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
 
 
 def _init_linear(module: nn.Module) -> None:

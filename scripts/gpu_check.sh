@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/gpu_check.sh   (on a machine with an NVIDIA GPU and nvcc: builds the CUDA scan, runs all tests, measures the scan)
+# bash scripts/gpu_check.sh   (with an NVIDIA GPU and nvcc: builds the CUDA scan, runs all tests, times the scan)
 set -euo pipefail
 
 export SCAN_CUDA=1 EXTRA_MODULES="pytest ruff safetensors"
@@ -15,7 +15,7 @@ import torch
 
 from vmamba import scan_cuda
 
-reason = scan_cuda.unavailable(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no GPU"
+reason = scan_cuda.unavailable_reason(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no GPU"
 if reason:
     sys.exit(f"gpu_check: the CUDA scan cannot run: {reason}")
 PYTHON

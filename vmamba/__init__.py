@@ -1,4 +1,4 @@
-"""VMamba: the network, its configurations, and the 2D selective scan that it rests on."""
+"""VMamba: the network, its configurations, and its 2D selective scan."""
 
 from vmamba.config import VSSMConfig, config_names, is_config_name, load_config, parse_config, read_config
 from vmamba.model import VSSM, build_vssm

@@ -1,6 +1,6 @@
-"""VMamba's configurations: YAML files of the original's keys, found by name.
+"""VMamba's configurations: YAML files with the original's keys, found by name.
 
-An architecture `<folder>-<config>` is the file vmamba/configs/<folder>/<config>.yaml; a file put there is a new one.
+The architecture `<folder>-<config>` is the file vmamba/configs/<folder>/<config>.yaml. To add one, add a file.
 """
 
 import math
@@ -18,22 +18,22 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class VSSMConfig:
-    """What a VMamba is made of. The keys of a file are these names in capitals; a key left out has the value given here.
+    """Sizes and variants of a VMamba. The keys of a file are these names in capitals; defaults are the original's.
 
     Raises:
-        InputError: a value of the wrong type or out of range.
+        InputError: a value has the wrong type or is out of range.
     """
 
-    depths: tuple[int, ...]  # blocks of each stage
-    drop_path_rate: float = 0.1  # stochastic depth of the last block
+    depths: tuple[int, ...]  # blocks per stage
+    drop_path_rate: float = 0.1  # stochastic depth rate of the last block
     patch_size: int = 4
     in_chans: int = 3
-    embed_dim: int | tuple[int, ...] = 96  # of each stage, or of the first, doubled from stage to stage
-    ssm_d_state: int = 16  # states of a channel
-    ssm_ratio: float = 2.0  # channels of the scan over channels of the block
+    embed_dim: int | tuple[int, ...] = 96  # channels of each stage, or of the first: doubled from stage to stage
+    ssm_d_state: int = 16  # states per channel
+    ssm_ratio: float = 2.0  # channels of the scan divided by channels of the block
     ssm_dt_rank: int | str = "auto"  # auto: ceil(channels / 16)
     ssm_act_layer: str = "silu"
-    ssm_conv: int = 3  # side of the depthwise kernel; 1 or less: no convolution
+    ssm_conv: int = 3  # kernel size of the depthwise convolution; 1 or less: no convolution
     ssm_conv_bias: bool = True
     ssm_drop_rate: float = 0.0
     ssm_init: str = "v0"
@@ -48,10 +48,10 @@ class VSSMConfig:
     gmlp: bool = False  # the gated form of the MLP
 
     def __post_init__(self) -> None:
-        for name, (is_valid, wanted) in CHECKS.items():
+        for name, (is_valid, expected) in CHECKS.items():
             value = getattr(self, name)
             if not is_valid(value):
-                raise InputError(f"{name.upper()} {value!r}: must be {wanted}")
+                raise InputError(f"{name.upper()} {value!r}: must be {expected}")
         if not isinstance(self.embed_dim, int) and len(self.embed_dim) != len(self.depths):
             raise InputError(f"EMBED_DIM {self.embed_dim!r}: must be one number, or one for each of {len(self.depths)} stages")
         if self.ssm_ratio * min(self.dims) < 1:
@@ -59,7 +59,7 @@ class VSSMConfig:
 
     @property
     def dims(self) -> list[int]:
-        """Channels of each stage."""
+        """Channels per stage."""
         if isinstance(self.embed_dim, int):
             return [self.embed_dim * 2**stage for stage in range(len(self.depths))]
         return list(self.embed_dim)
@@ -119,37 +119,37 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def parse_config(content: Any) -> VSSMConfig:
-    """The configuration in a file's content, `{"MODEL": {"DROP_PATH_RATE": ..., "VSSM": {...}}}`.
+    """Configuration from the contents of a file, `{"MODEL": {"DROP_PATH_RATE": ..., "VSSM": {...}}}`.
 
     Raises:
-        InputError: an unknown or missing key, a value of the wrong type or out of range.
+        InputError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     model = _mapping("the file", content, {"MODEL"}).get("MODEL")
-    model = _mapping("MODEL", model, {"DROP_PATH_RATE", "VSSM", "TYPE", "NAME"})  # the original's files hold a type and a name
+    model = _mapping("MODEL", model, {"DROP_PATH_RATE", "VSSM", "TYPE", "NAME"})  # the original's files have a type and a name
     if model.get("TYPE", "vssm") != "vssm":
         raise InputError(f"MODEL.TYPE {model['TYPE']!r}: must be vssm")
     known = {field.name.upper() for field in fields(VSSMConfig)} - {"DROP_PATH_RATE"}
     values = dict(_mapping("MODEL.VSSM", model.get("VSSM"), known))
     if "DEPTHS" not in values:
-        raise InputError("MODEL.VSSM.DEPTHS is missing: the blocks of each stage, such as [2, 2, 8, 2]")
+        raise InputError("MODEL.VSSM.DEPTHS is missing: the blocks per stage, such as [2, 2, 8, 2]")
     if "DROP_PATH_RATE" in model:
         values["DROP_PATH_RATE"] = model["DROP_PATH_RATE"]
     return VSSMConfig(**{key.lower(): tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def _mapping(where: str, content: Any, known: set[str]) -> dict[str, Any]:
-    """`content` if it is a mapping of known keys; otherwise an InputError naming the place, the key and the known ones."""
-    listing = ", ".join(sorted(known))
+    """Returns `content`; raises InputError unless it is a mapping with known keys only."""
+    choices = ", ".join(sorted(known))
     if not isinstance(content, dict):
-        raise InputError(f"{where}: must hold keys (of {listing}), not {content!r}")
+        raise InputError(f"{where}: must be a mapping with keys among {choices}, not {content!r}")
     for key in content:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; the known ones are {listing}")
+            raise InputError(f"{where}: unknown key {key!r}; choose among {choices}")
     return content
 
 
 def read_config(path: str | Path) -> VSSMConfig:
-    """The configuration in a YAML file. Raises InputError naming the file if there is none, or it is not one."""
+    """Configuration from a YAML file. Raises InputError naming the file if it cannot be read or is not a configuration."""
     with error_prefix(str(path)):
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -161,20 +161,20 @@ def read_config(path: str | Path) -> VSSMConfig:
 
 
 def config_names() -> list[str]:
-    """The architectures that have a file, `<folder>-<config>`, sorted."""
+    """Sorted names `<folder>-<config>` of all configuration files."""
     return sorted(f"{path.parent.name}-{path.stem}" for path in CONFIGS.glob("*/*.yaml"))
 
 
 def is_config_name(name: str) -> bool:
-    """True if `name` is `<folder>-<config>` of a folder that there is, whether it holds the file or not."""
+    """True if `name` is `<folder>-<config>` with an existing folder, whether or not it holds such a file."""
     return "-" in name and name.split("-", 1)[0] in {path.parent.name for path in CONFIGS.glob("*/*.yaml")}
 
 
 def load_config(name: str) -> VSSMConfig:
-    """The configuration of an architecture `<folder>-<config>`.
+    """Configuration of the architecture `<folder>-<config>`.
 
     Raises:
-        InputError: there is no such file (the message lists those that there are), or it is not a configuration.
+        InputError: there is no such file (the message lists the existing ones), or it is not a configuration.
     """
     if name not in config_names():
         raise InputError(f"unknown VMamba {name!r}: choose one of {', '.join(config_names())} (files of {CONFIGS.name}/)")

@@ -1,25 +1,23 @@
 """VMamba (Liu et al., arXiv 2401.10166): stages of 2D selective scan blocks, pooled features, no classifier.
 
-Every tensor inside is channels last: linear layers are plain matrix products, LayerNorm is over the last dimension,
-and convolutions compute on the permuted view. So the original's norms `ln` and `ln2d` are one.
+All tensors inside are channels last: linear layers are plain matrix products, LayerNorm normalises the last dimension, and
+convolutions compute on a permuted view. The original's norms `ln` and `ln2d` are therefore the same here.
 
-Letters: B batch, H W positions, C channels, D width of the features.
+Shapes: C channels of a stage, D width of the features.
 """
 
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from resnet import KeptBuffers
+from recompute import checkpointed
 from utils import InputError
 from vmamba.config import VSSMConfig, load_config
 from vmamba.ss2d import ACTIVATIONS, SS2D, Conv2d, at_least_float32
@@ -28,9 +26,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"ln": nn.LayerNorm, "ln2d": nn.L
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm` over the channels of x [B, H, W, C], in float32: under autocast the residual stream stays in float32.
+    """`norm` over the channels of x [B, H, W, C], in float32: the residual stream stays in float32 under autocast.
 
-    Not a module of its own: torch turns a batch norm into a synchronised one by replacing it.
+    A function rather than a module, because torch replaces batch norms by synchronised ones.
     """
     x = at_least_float32(x)
     if isinstance(norm, nn.LayerNorm):
@@ -39,7 +37,7 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Sequential):
-    """Convolutions, norms and activations on [B, H, W, C], named by the indices that they have in the original."""
+    """Convolutions, norms and activations on [B, H, W, C], named by their indices in the original's nn.Sequential."""
 
     def __init__(self, **modules: nn.Module | None) -> None:
         present = {name: module for name, module in modules.items() if module is not None}
@@ -52,7 +50,7 @@ class ConvNorm(nn.Sequential):
 
 
 class PatchMerging(nn.Module):
-    """2x2 neighbours side by side, norm, linear: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), D]; zeros fill odd sizes."""
+    """Concatenates 2x2 neighbours, norm, linear: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), D]. Odd sizes are padded with 0."""
 
     def __init__(self, dim: int, out_dim: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -67,9 +65,9 @@ class PatchMerging(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between, [B, H, W, C] -> the same.
+    """Two linear layers with an activation between, [B, H, W, C] -> [B, H, W, C].
 
-    The gated form activates one half of the hidden layer, twice as wide then, and multiplies the other with it.
+    Gated: the hidden layer is twice as wide, and one half of it, activated, multiplies the other half.
     """
 
     def __init__(self, dim: int, hidden_dim: int, act: str = "gelu", dropout: float = 0.0, gated: bool = False) -> None:
@@ -89,7 +87,7 @@ class MLP(nn.Module):
 
 
 class VSSBlock(nn.Module):
-    """The scan, then an MLP if the ratio is not 0, each behind a norm and on a residual branch, as in a transformer."""
+    """Norm and scan, then norm and MLP (unless mlp_ratio is 0), each a residual branch, as in a transformer block."""
 
     def __init__(self, config: VSSMConfig, dim: int, drop_path: float, backend: str) -> None:
         super().__init__()
@@ -122,7 +120,7 @@ class VSSBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, then the down-sampling: [B, H, W, C] -> [B, H', W', C']."""
+    """Blocks, then down-sampling: [B, H, W, C] -> [B, H', W', C']."""
 
     def __init__(self, blocks: list[VSSBlock], downsample: nn.Module, checkpointing: bool) -> None:
         super().__init__()
@@ -132,27 +130,22 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = self._run(block, x)
+            x = checkpointed(block, x, self.checkpointing)
         return self.downsample(x)
-
-    def _run(self, block: VSSBlock, x: Tensor) -> Tensor:
-        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            return block(x)
-        contexts = (nullcontext(), KeptBuffers(block))  # of the forward pass and of the recomputation
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class VSSM(nn.Module):
     """VMamba: [B, 3, H, W] -> pooled features [B, D], D = `embed_dim`, with the original's state-dict names.
 
     Args:
-        config: what it is made of.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the first. None: the config's.
+        config: sizes and variants of its parts.
+        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0 in the first block. None: the
+            configuration's.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        backend: of the selective scan: auto, torch, cpp, triton or cuda.
+        backend: backend of the selective scan: auto, torch, cpp, triton or cuda.
 
     Raises:
-        InputError: later, an image that is smaller than `min_size` pixels.
+        InputError: an image given to the network is smaller than `min_size` pixels.
     """
 
     def __init__(
@@ -183,17 +176,17 @@ class VSSM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         if min(H, W) < self.min_size:
-            raise InputError(f"image size {H}x{W}: too small, this VMamba takes {self.min_size} pixels and more")
+            raise InputError(f"image size {H}x{W}: too small, this VMamba needs {self.min_size} pixels or more")
         x = self.patch_embed(x.permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
         for layer in self.layers:
             x = layer(x)  # [B, H/32, W/32, D] after the last
         return normalize(self.classifier["norm"], x).mean(dim=(1, 2))  # [B, D]
 
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights as older and other files hold them, under this network's names and shapes.
+        """Converts the weights of other releases to the names and shapes of this network.
 
-        The first release's names are replaced, a classifier is dropped, and weights that files store as those of 1x1
-        convolutions, [out, in, 1, 1], lose their last two dimensions where linear layers want them.
+        Names of the first release are replaced, a classifier is dropped, and weights of 1x1 convolutions, [out, in, 1, 1],
+        become weights of linear layers, [out, in].
         """
         own, converted = self.state_dict(), {}
         for name, value in state.items():
@@ -217,9 +210,9 @@ OLD_NAMES = {
 
 
 def _convert_before_loading(module: VSSM, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """So that `load_state_dict` takes what `convert_state_dict` does, of a VSSM inside another module too."""
-    found = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
-    converted = module.convert_state_dict({name.removeprefix(prefix): value for name, value in found.items()})
+    """Makes `load_state_dict` convert as `convert_state_dict` does, also for a VSSM inside another module."""
+    own = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    converted = module.convert_state_dict({name.removeprefix(prefix): value for name, value in own.items()})
     state.update({prefix + name: value for name, value in converted.items()})
 
 
@@ -234,7 +227,7 @@ def _patch_embed(version: str, in_chans: int, dim: int, norm: Callable[[int], nn
 
 
 def _downsample(version: str, dim: int, out_dim: int, norm: Callable[[int], nn.Module]) -> nn.Module:
-    """[B, H, W, dim] -> [B, H/2, W/2, out_dim]; an odd size is rounded up by v1 and v3, down by v2."""
+    """[B, H, W, dim] -> [B, H/2, W/2, out_dim]; odd sizes are rounded up by v1 and v3, down by v2."""
     if version == "v1":
         return PatchMerging(dim, out_dim, norm)
     kernel = {"kernel_size": 2} if version == "v2" else {"kernel_size": 3, "padding": 1}
@@ -242,7 +235,7 @@ def _downsample(version: str, dim: int, out_dim: int, norm: Callable[[int], nn.M
 
 
 def _min_size(config: VSSMConfig) -> int:
-    """Side in pixels of the smallest image that leaves a position: patch embedding v1 and down-sampling v2 round down."""
+    """Smallest height and width in pixels that leave one position: patch embedding v1 and down-sampling v2 round down."""
     positions = 2 ** (len(config.depths) - 1) if config.downsample == "v2" else 1  # after the patch embedding
     return 4 * positions if config.patchembed == "v1" else 4 * (positions - 1) + 1
 
@@ -260,10 +253,10 @@ def build_vssm(
     checkpointing: bool = False,
     backend: str = "auto",
 ) -> VSSM:
-    """A randomly initialised VMamba by name, such as vssm2-vmambav2_tiny_224, or by configuration; see `VSSM`.
+    """A randomly initialised VMamba, by configuration or its name, such as vssm2-vmambav2_tiny_224; see `VSSM`.
 
     Raises:
-        InputError: an unknown name, or a file that is not a configuration.
+        InputError: the name is unknown, or its file is not a valid configuration.
     """
     config = name_or_config if isinstance(name_or_config, VSSMConfig) else load_config(name_or_config)
     return VSSM(config, drop_path_rate, checkpointing, backend)

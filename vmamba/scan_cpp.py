@@ -1,7 +1,8 @@
-"""The selective scan compiled for CPUs: csrc/selective_scan, called through ctypes.
+"""The backend `cpp`: the selective scan compiled for CPUs (csrc/selective_scan), called through ctypes.
 
-Letters: B batch, K directions, D channels of a direction, L = H*W positions, N states of a channel, R rank of delta.
-Semantics are those of `scan_torch.reference` and `reference_2d`. Float32 inside, whatever the type of the input.
+It computes what `scan_reference` defines, in float32 whatever the type of the input.
+
+Shapes: K directions, D channels of a direction, L = H*W positions, N states of a channel, R rank of delta.
 """
 
 import ctypes
@@ -27,15 +28,15 @@ Scan2dArgs = extension.structure(
 )
 
 
-def unavailable(device: torch.device | None = None) -> str | None:
-    """None when this backend can run (on tensors of that device), otherwise the reason in one line."""
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """None if this backend can run (on tensors of that device), otherwise the reason in one line."""
     if device is not None and device.type != "cpu":
         return f"the compiled CPU scan works on CPU tensors, not on {device.type}"
-    return extension.unavailable(LIBRARY)
+    return extension.unavailable_reason(LIBRARY)
 
 
-def states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
-    """Shape of what forward keeps for backward: the state that enters each tile of positions."""
+def saved_states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
+    """Shape of the states that forward keeps for backward: the state at the start of each tile of positions."""
     return batch, directions, -(-length // TILE), states, channels
 
 
@@ -44,7 +45,7 @@ def _call(function: str, structure: type[ctypes.Structure], sizes: dict[str, int
     for name, tensor in tensors.items():
         setattr(args, name, None if tensor is None else tensor.data_ptr())
     if getattr(extension.load(LIBRARY), function)(ctypes.byref(args)):
-        raise MemoryError(f"{function}: not enough memory to work in")
+        raise MemoryError(f"{function}: not enough memory for the working buffers")
 
 
 def _sizes(u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool) -> dict[str, int]:
@@ -76,7 +77,7 @@ def forward(
     """
     sizes = _sizes(u, A, B, delta_softplus)
     y = torch.empty(u.shape, dtype=torch.float32)
-    saved = torch.empty(states_shape(*(sizes[name] for name in ("batch", "directions", "channels", "length", "states"))))
+    saved = torch.empty(saved_states_shape(*(sizes[name] for name in ("batch", "directions", "channels", "length", "states"))))
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "y": y, "saved": saved}
     _call("scan_forward", ScanArgs, sizes, tensors)
     return y, saved
@@ -124,7 +125,7 @@ def forward_2d(
     """
     batch, height, width, channels = x.shape
     y = torch.empty(x.shape, dtype=torch.float32)
-    saved = torch.empty(states_shape(batch, 4, channels, height * width, A.shape[-1]))
+    saved = torch.empty(saved_states_shape(batch, 4, channels, height * width, A.shape[-1]))
     tensors = {"x": x, "proj": proj, "dt_weight": dt_weight, "A": A, "D": D, "dt_bias": dt_bias, "y": y, "saved": saved}
     _call("scan_forward_2d", Scan2dArgs, _sizes_2d(x, dt_weight, A), tensors)
     return y, saved
@@ -149,15 +150,16 @@ def backward_2d(
 
 
 def instruction_set() -> str:
-    """The one that the library uses on this processor: baseline, avx2 or avx512."""
+    """Instruction set that the library uses on this processor: baseline, avx2 or avx512."""
     isa = extension.load(LIBRARY).scan_isa
     isa.restype = ctypes.c_char_p
     return isa().decode()
 
 
 def arithmetic(elements: int, rank: int, states: int = 1, with_backward: bool = False) -> None:
-    """Does the arithmetic of a 2D scan of so many elements (B*4*D*L), forward or backward, on data that stays in first-level
-    cache. How long this takes is the limit that a benchmark compares a scan with.
+    """Does the arithmetic of a 2D scan of `elements` = B*4*D*L elements, forward or backward, on data in first-level cache.
+
+    A benchmark compares the time of a scan with the time of this, its compute bound.
     """
     sizes = (rank, states, int(with_backward), elements, torch.get_num_threads())
     extension.load(LIBRARY).scan_arithmetic(*map(ctypes.c_int64, sizes))

@@ -1,11 +1,11 @@
-"""The selective scan in Triton, for GPUs without the compiled extension; TRITON_INTERPRET=1 runs it on a CPU, slowly.
+"""The backend `triton`: the selective scan for GPUs without the compiled extension. TRITON_INTERPRET=1 runs it on a CPU.
 
-Letters: B batch, K directions, D channels of a direction, L = H*W positions, N states of a channel, R rank of delta.
-Semantics are those of `scan_torch.reference` and `reference_2d`; the kernels are in `triton_kernels.py`.
+It computes what `scan_reference` defines; the kernels are in `triton_kernels.py`. They expect channels last: images already
+are, and all four directions read them in place; sequences [D, L] are transposed before and after. Delta of images is one
+batched matrix product in float32, computed again in the backward pass instead of kept. Sums over blocks of channels and over
+samples are taken by torch.sum rather than atomically, so results do not vary from run to run.
 
-The kernels want channels last. Images have that already, and all four directions read them where they lie; sequences [D, L]
-are transposed before and after. Delta of images is one batched product in float32, done again in backward instead of kept.
-Sums over blocks of channels and over samples are left to torch.sum, so results do not vary from run to run.
+Shapes: K directions, D channels of a direction, L = H*W positions, N states of a channel, R rank of delta.
 """
 
 import functools
@@ -13,91 +13,92 @@ import importlib
 from types import ModuleType
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-OLDEST = (3, 2)  # of Triton
-STEPS = 4  # positions in a row that one thread holds
-TILE = 2048  # elements of a tile: 16 for each thread of 4 warps
+MIN_TRITON_VERSION = (3, 2)
+STEPS = 4  # consecutive positions that one thread holds
+TILE = 2048  # elements of a tile: 16 per thread with 4 warps
 ELEMENTS_PER_WARP = 512
+
+Sizes = tuple[int, int, int, int, int, int]  # B, K, D, N, H, W; H = 1 for sequences
 
 
 @functools.cache
 def _kernels() -> ModuleType | str:
-    """The module of the kernels, or why there is none. Not imported with this module: Triton may be missing."""
+    """The module of the kernels, or the reason why it cannot be imported: Triton may be missing."""
     try:
         version = importlib.import_module("triton").__version__
     except ImportError as error:
         return f"Triton cannot be imported ({error}): `pip install triton` (Linux only)"
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+    if tuple(map(int, version.split(".")[:2])) < MIN_TRITON_VERSION:
         return f"Triton {version} is too old, its compiler crashes: 3.2, which comes with torch 2.6, or newer is needed"
     return importlib.import_module("vmamba.triton_kernels")
 
 
-def unavailable(device: torch.device | None = None) -> str | None:
-    """None when this backend can run (on tensors of that device), otherwise the reason in one line."""
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """None if this backend can run (on tensors of that device), otherwise the reason in one line."""
     kernels = _kernels()
     if isinstance(kernels, str):
         return kernels
     if kernels.INTERPRETED:
         return None
     if not torch.cuda.is_available():
-        return "no GPU is there to run Triton's kernels (TRITON_INTERPRET=1 runs them on a CPU, for tests)"
+        return "Triton's kernels need a GPU (TRITON_INTERPRET=1 runs them on a CPU, for tests)"
     if device is not None and device.type != "cuda":
         return f"Triton's kernels work on CUDA tensors, not on {device.type}"
     return None
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
-def _positions(length: int) -> int:
-    """Positions of a tile; more of them under the interpreter, whose time is per operation."""
+def _tile_positions(length: int) -> int:
+    """Positions of a tile; more under the interpreter, whose cost is per operation."""
     return min(max(_power_of_two(length), 2 * STEPS), 256 if _kernels().INTERPRETED else 64)
 
 
-def states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
-    """Shape of what forward keeps for backward: the state that enters each tile of positions."""
-    return batch, directions, -(-length // _positions(length)), states, channels
+def saved_states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
+    """Shape of the states that forward keeps for backward: the state at the start of each tile of positions."""
+    return batch, directions, -(-length // _tile_positions(length)), states, channels
 
 
-def _block(channels: int, length: int) -> int:
+def _tile_channels(channels: int, length: int) -> int:
     """Channels of a tile; all of them under the interpreter."""
     all_channels = _power_of_two(channels)
-    return all_channels if _kernels().INTERPRETED else min(all_channels, TILE // _positions(length))
+    return all_channels if _kernels().INTERPRETED else min(all_channels, TILE // _tile_positions(length))
 
 
 def _launch(
     kernel: str,
     tensors: tuple[Tensor | None, ...],
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: Sizes,
     strides: tuple[int, ...],
-    directions_in_turn: int,
+    directions_per_program: int,
     softplus: bool,
 ) -> None:
-    """Runs a kernel. sizes: B, K, D, N, H, W (H = 1 for sequences); directions_in_turn: by one program, K or 1."""
+    """Launches a kernel; a program handles one direction, or the four of an image one after another."""
     batch, directions, channels, states, height, width = sizes
     length = height * width
-    positions, block = _positions(length), _block(channels, length)
+    positions, block = _tile_positions(length), _tile_channels(channels, length)
     programs = batch * -(-channels // block)
     if programs == 0:
         return
     with torch.cuda.device_of(tensors[0]):
-        getattr(_kernels(), kernel)[programs, directions // directions_in_turn](
+        getattr(_kernels(), kernel)[programs, directions // directions_per_program](
             *tensors, length, height, width, channels, -(-length // positions), directions, *strides,
-            N=states, N_POWER=_power_of_two(states), DIRECTIONS=directions_in_turn, SOFTPLUS=softplus,
+            N=states, N_POWER=_power_of_two(states), DIRECTIONS=directions_per_program, SOFTPLUS=softplus,
             T=STEPS, S=positions // STEPS, BC=block,
             num_warps=min(max(positions * block // ELEMENTS_PER_WARP, 1), 8),
         )  # fmt: skip
 
 
-def _partial_sums(
-    sizes: tuple[int, int, int, int, int, int], like: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int, int]]:
-    """Room for dA, dD and ddelta_bias of each sample, and dB and dC of each block of channels; the strides of the latter."""
+def _partial_sums(sizes: Sizes, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """Memory for dA, dD and ddelta_bias per sample and for dB and dC per block of channels; strides of dB and dC."""
     batch, directions, channels, states, height, width = sizes
-    rows, blocks = directions * channels, -(-channels // _block(channels, height * width))
+    rows, blocks = directions * channels, -(-channels // _tile_channels(channels, height * width))
     dA = like.new_empty(batch, rows, states, dtype=torch.float32)
     dD, dbias = like.new_empty(2, batch, rows, dtype=torch.float32)
     dB, dC = like.new_empty(2, blocks, batch, directions, states, height * width, dtype=torch.float32)
@@ -105,17 +106,15 @@ def _partial_sums(
 
 
 def _channels_last(x: Tensor, directions: int) -> Tensor:
-    """[B, K*D, L] -> [B, K, L, D]."""
-    return x.unflatten(1, (directions, -1)).transpose(2, 3).contiguous()
+    return rearrange(x, "b (k d) l -> b k l d", k=directions).contiguous()
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """[B, K, L, D] -> [B, K*D, L]."""
-    return x.transpose(2, 3).flatten(1, 2).contiguous()
+    return rearrange(x, "b k l d -> b (k d) l").contiguous()
 
 
-def _layout(u: Tensor, A: Tensor, B: Tensor) -> tuple[tuple[int, int, int, int, int, int], tuple[int, ...]]:
-    """Sizes and strides for `_launch`, of sequences."""
+def _layout(u: Tensor, A: Tensor, B: Tensor) -> tuple[Sizes, tuple[int, ...]]:
+    """Sizes and strides of sequences, for `_launch`."""
     batch, directions, states, length = B.shape
     channels = u.shape[1] // directions
     per_sequence = (directions * length * channels, length * channels)
@@ -138,9 +137,9 @@ def forward(
     """
     sizes, strides = _layout(u, A, B)
     directions = B.shape[1]
-    u, delta = _channels_last(u, directions), _channels_last(delta, directions)  # B, K, L, D
+    u, delta = _channels_last(u, directions), _channels_last(delta, directions)  # [B, K, L, D]
     y = torch.empty_like(u, dtype=torch.float32)
-    saved = A.new_empty(states_shape(*sizes[:3], u.shape[2], A.shape[1]))
+    saved = A.new_empty(saved_states_shape(*sizes[:3], u.shape[2], A.shape[1]))
     _launch("forward", (u, delta, A, B, C, D, delta_bias, y, saved), sizes, strides, 1, delta_softplus)
     return _channels_first(y), saved
 
@@ -159,7 +158,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, delta, A, B, C, D, delta_bias for the gradient gy [B, K*D, L] of y."""
     sizes, strides = _layout(u, A, B)
-    gy, u, delta = (_channels_last(each, B.shape[1]) for each in (gy, u, delta))  # B, K, L, D
+    gy, u, delta = (_channels_last(each, B.shape[1]) for each in (gy, u, delta))  # [B, K, L, D]
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     *sums, dbc_strides = _partial_sums(sizes, u)
     tensors = (gy, u, delta, A, B, C, D, delta_bias, saved, du, du, ddelta, *sums)
@@ -176,8 +175,8 @@ def backward(
     )
 
 
-def _layout_2d(x: Tensor, B: Tensor) -> tuple[tuple[int, int, int, int, int, int], tuple[int, ...]]:
-    """Sizes and strides for `_launch`, of images; B: [B, H, W, 4, N], a view of proj."""
+def _layout_2d(x: Tensor, B: Tensor) -> tuple[Sizes, tuple[int, ...]]:
+    """Sizes and strides of images, for `_launch`. B: [B, H, W, 4, N], a view of proj."""
     batch, height, width, channels = x.shape
     image = height * width * channels
     sizes = (batch, 4, channels, B.shape[-1], height, width)
@@ -185,7 +184,7 @@ def _layout_2d(x: Tensor, B: Tensor) -> tuple[tuple[int, int, int, int, int, int
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product in float32, under autocast too."""
+    """Batched matrix product in float32, under autocast too."""
     with torch.autocast(a.device.type, enabled=False):
         return torch.bmm(a, b)
 
@@ -198,12 +197,12 @@ def forward_2d(
     x: [B, H, W, D]; proj: [B, H, W, 4, R + 2N]; dt_weight: [4, D, R]; A: [4*D, N]; D, dt_bias: [4*D].
     """
     rank, states = dt_weight.shape[2], A.shape[1]
-    dt, B, C = proj.split([rank, states, states], dim=-1)  # B, H, W, 4, R or N
+    dt, B, C = proj.split([rank, states, states], dim=-1)  # [B, H, W, 4, R or N]
     sizes, strides = _layout_2d(x, B)
-    dt = dt.flatten(0, 2).transpose(0, 1).float()  # 4, B*L, R
-    delta = _float32_product(dt, dt_weight.transpose(1, 2))  # 4, B*L, D
+    dt = dt.flatten(0, 2).transpose(0, 1).float()  # [4, B*L, R]
+    delta = _float32_product(dt, dt_weight.transpose(1, 2))  # [4, B*L, D]
     y = torch.empty_like(x, dtype=torch.float32)
-    saved = A.new_empty(states_shape(*sizes[:3], x.shape[1] * x.shape[2], states))
+    saved = A.new_empty(saved_states_shape(*sizes[:3], x.shape[1] * x.shape[2], states))
     _launch("forward", (x, delta, A, B, C, D, dt_bias, y, saved), sizes, strides, 4, True)
     return y, saved
 
@@ -220,10 +219,10 @@ def backward_2d(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, proj, dt_weight, A, D, dt_bias for the gradient gy [B, H, W, D] of y."""
     rank, states = dt_weight.shape[2], A.shape[1]
-    dt, B, C = proj.split([rank, states, states], dim=-1)  # B, H, W, 4, R or N
+    dt, B, C = proj.split([rank, states, states], dim=-1)  # [B, H, W, 4, R or N]
     sizes, strides = _layout_2d(x, B)
-    dt = dt.flatten(0, 2).transpose(0, 1).float()  # 4, B*L, R
-    delta = _float32_product(dt, dt_weight.transpose(1, 2))  # 4, B*L, D
+    dt = dt.flatten(0, 2).transpose(0, 1).float()  # [4, B*L, R]
+    delta = _float32_product(dt, dt_weight.transpose(1, 2))  # [4, B*L, D]
     ddelta = torch.empty_like(delta)
     dx = torch.empty_like(x)
     sum_dx = dx if dx.dtype == torch.float32 else torch.empty_like(dx, dtype=torch.float32)
@@ -232,14 +231,11 @@ def backward_2d(
     _launch("backward", tensors, sizes, (*strides, *dbc_strides), 4, True)
     dA, dD, dbias, dB, dC = (each.sum(0) for each in sums)
 
-    ddt = _float32_product(ddelta, dt_weight)  # 4, B*L, R
-    ddt_weight = _float32_product(ddelta.transpose(1, 2), dt)  # 4, D, R
+    ddt = _float32_product(ddelta, dt_weight)  # [4, B*L, R]
+    ddt_weight = _float32_product(ddelta.transpose(1, 2), dt)  # [4, D, R]
+    height, width = x.shape[1:3]
     dproj = torch.empty_like(proj)
-    batch, height, width = x.shape[:3]
-    for piece, gradient in zip(
-        dproj.split([rank, states, states], dim=-1),
-        (ddt.unflatten(1, (batch, height * width)).transpose(0, 1), dB.mT, dC.mT),  # B, 4, L, R or N
-        strict=True,
-    ):
-        piece.copy_(gradient.transpose(1, 2).unflatten(1, (height, width)))
+    dproj[..., :rank] = rearrange(ddt, "k (b h w) r -> b h w k r", h=height, w=width)
+    dproj[..., rank : rank + states] = rearrange(dB, "b k n (h w) -> b h w k n", h=height)
+    dproj[..., rank + states :] = rearrange(dC, "b k n (h w) -> b h w k n", h=height)
     return dx, dproj, ddt_weight, dA, None if D is None else dD, None if dt_bias is None else dbias

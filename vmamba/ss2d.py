@@ -1,7 +1,7 @@
-"""The block of the 2D selective scan (VMamba, arXiv 2401.10166, section 4), on channels-last tensors.
+"""The 2D selective scan block of VMamba (arXiv 2401.10166, section 4), on channels-last tensors.
 
-Letters: B batch, H W positions, C channels of the block, D channels of the scan (ssm_ratio * C), K = 4 directions,
-N states of a channel, R rank of delta.
+Shapes: C channels of the block, D channels of the scan (ssm_ratio * C), K = 4 directions, N states of a channel,
+R rank of delta.
 """
 
 import math
@@ -22,7 +22,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of [B, H, W, C]: torch computes on the permuted view, in its channels_last memory format."""
+    """Convolution of [B, H, W, C]: computed on the permuted view, in torch's channels_last memory format."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -30,21 +30,22 @@ class Conv2d(nn.Conv2d):
 
 
 class SS2D(nn.Module):
-    """Projection, depthwise convolution, selective scan along four directions, norm, projection: [B, H, W, C] -> the same.
+    """Projection, depthwise convolution, selective scan in four directions, norm, projection: [B, H, W, C] -> [B, H, W, C].
 
-    The scan's parameters and its sums are float32 under autocast too; forward type v0 also projects and scans in float32.
+    The scan's parameters and sums are float32 under autocast too; with forward type v0, so are its input and its projections.
 
     Args:
         dim: C.
         d_state: N.
         ratio: D / C.
-        dt_rank: R; auto is ceil(C / 16).
-        act: after the convolution and on the gate: silu, gelu or relu.
-        kernel: side of the depthwise convolution, odd; 1 or less leaves it out.
-        conv_bias: of the convolution, which always has one in v0.
-        dropout: rate after the last projection.
-        forward_type: v05_noz; v05, which gates the scan's result with a second projection of the input; v0, gated as well.
-        backend: of the scan.
+        dt_rank: R; auto means ceil(C / 16).
+        act: activation after the convolution and of the gate: silu, gelu or relu.
+        kernel: kernel size of the depthwise convolution, odd; no convolution if 1 or less.
+        conv_bias: whether the convolution has a bias; it always has with v0.
+        dropout: dropout rate after the last projection.
+        forward_type: v05_noz: no gate; v05: the scan's output is multiplied by a gate, a second projection of the input;
+            v0: gated too, and in float32.
+        backend: backend of the scan, see `vmamba.selective_scan`.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class SS2D(nn.Module):
         self.full_precision = forward_type == "v0"
         self.backend = backend
 
-        # The order is the original's: an optimizer's state is stored by a parameter's position.
+        # In the original's order: the state of an optimizer is stored by the position of a parameter.
         self.x_proj_weight = nn.Parameter(torch.empty(DIRECTIONS, rank + 2 * d_state, inner))
         self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(DIRECTIONS * inner, 1))  # [K*D, N]
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
@@ -86,7 +87,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def _init_projections(self) -> None:
-        """x_proj as torch's Linear; time steps log-uniform in [DT_MIN, DT_MAX], by the inverse of softplus."""
+        """x_proj like torch's Linear; dt_projs_bias such that softplus(bias) is log-uniform in [DT_MIN, DT_MAX]."""
         inner, rank = self.dt_projs_weight.shape[1:]
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(rank**-0.5), rank**-0.5)
@@ -103,13 +104,13 @@ class SS2D(nn.Module):
                 y = self._scan(at_least_float32(x))
         else:
             y = self._scan(x)
-        y = self.out_norm(y).to(x.dtype)  # the norm in float32, as the scan's result is
+        y = self.out_norm(y).to(x.dtype)  # the norm is computed in float32, like the scan
         if self.gated:
             y = y * self.act(gate)
         return self.dropout(self.out_proj(y))  # [B, H, W, C]
 
     def _scan(self, x: Tensor) -> Tensor:
-        """One projection gives all directions' dt, B and C of a position: no copy of x is reordered. float32."""
+        """[B, H, W, D] -> [B, H, W, D], float32. One projection gives dt, B and C of all directions, without copies of x."""
         proj = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2N]
         y = selective_scan_2d(
             x.permute(0, 3, 1, 2),  # [B, D, H, W]

@@ -1,11 +1,13 @@
 """Triton kernels of the selective scan; `vmamba/scan_triton.py` launches them and imports this file only when it runs.
 
-Letters: B batch, K directions, D channels, N states, L = H*W positions, T steps, S chunks, R channels of a block (BC in code).
+A program handles one sample, one block of channels, and one direction (or the four directions of an image one after another,
+so that their sum needs no atomics). It walks over the sequence in tiles of S chunks of T positions, as tensors [T, S, R]:
+position s*T + t of the tile is element (t, s). A thread holds all T steps of its chunks in registers, so the scan over t is
+plain arithmetic; only the S chunks are scanned across threads. A run of positions is an affine map of the state, h -> P h + q;
+runs are joined by composing their maps.
 
-A program owns one sample, one block of channels, and one direction (or the four directions of an image, one after another, so
-that their sum needs no atomics). It goes over the sequence in tiles [T, S, R] of T*S positions: position s*T + t of the tile
-is element (t, s). A thread holds all T steps of its chunks in registers, so that the scan over t is plain arithmetic; only the
-S totals of the chunks are scanned across threads. A stretch of positions is the affine map h -> P h + h_local of the state.
+Shapes: K directions, D channels, L = H*W positions, N states, T steps of a chunk, S chunks of a tile, R channels of a block
+(BC in the code).
 """
 
 import triton
@@ -17,7 +19,7 @@ SIZES = ["L", "height", "width", "tiles"]  # one compiled kernel serves all imag
 
 @triton.jit
 def _softplus(x):
-    """softplus(x) and its derivative, both to float32's precision relative to their size, however small."""
+    """softplus(x) and its derivative, both with a relative error of float32 precision, also where they are tiny."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2.0 + e)  # log(1 + e) = 2 artanh(s), s in [0, 1/3]: a polynomial fitted to 4e-9
     s2 = s * s
@@ -27,57 +29,78 @@ def _softplus(x):
 
 
 @triton.jit
-def _then(P1, h1, Q1, q1, P2, h2, Q2, q2):
-    """Stretch 1, then stretch 2. (P, h) is a stretch's map, (Q, q) its map without its last element."""
+def _compose(P1, h1, Q1, q1, P2, h2, Q2, q2):
+    """Run 1, then run 2. (P, h) is the map of a run, (Q, q) its map without its last element."""
     return P1 * P2, P2 * h1 + h2, P1 * Q2, Q2 * h1 + q2
 
 
 @triton.jit
 def _associative_scan(P, h, index, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Inclusive (P, h) and exclusive (Q, q) scans of maps over axis 0, where `index` counts 0..LENGTH-1."""
-    return tl.associative_scan((P, h, tl.full(P.shape, 1.0, P.dtype), tl.zeros_like(h)), 0, _then, reverse=REVERSE)
+    """Inclusive (P, h) and exclusive (Q, q) scans of maps over axis 0; `index` is 0..LENGTH-1 along it."""
+    return tl.associative_scan((P, h, tl.full(P.shape, 1.0, P.dtype), tl.zeros_like(h)), 0, _compose, reverse=REVERSE)
 
 
 @triton.jit
-def _from(x, source, exists, otherwise):
-    """Elements `source` of axis 0, and `otherwise` where there is none."""
+def _gather(x, source, exists, otherwise):
+    """Elements `source` of axis 0, and `otherwise` where `exists` is false."""
     source = tl.broadcast_to(tl.where(exists, source, 0), x.shape)
     return tl.where(exists, tl.gather(x, source, 0), otherwise)
 
 
 @triton.jit
 def _scan_by_doubling(P, h, index, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
-    """The same for the interpreter, whose associative_scan calls `_then` for each element: minutes instead of seconds."""
+    """`_associative_scan` for the interpreter, whose tl.associative_scan takes minutes: it calls `_compose` per element."""
     stride = 1
     while stride < LENGTH:
         source = index + stride if REVERSE else index - stride
         exists = (source >= 0) & (source < LENGTH)
-        P, h = P * _from(P, source, exists, 1.0), P * _from(h, source, exists, 0.0) + h
+        P, h = P * _gather(P, source, exists, 1.0), P * _gather(h, source, exists, 0.0) + h
         stride *= 2
     source = index + 1 if REVERSE else index - 1
     exists = (source >= 0) & (source < LENGTH)
-    return P, h, _from(P, source, exists, 1.0), _from(h, source, exists, 0.0)
+    return P, h, _gather(P, source, exists, 1.0), _gather(h, source, exists, 0.0)
 
 
-INTERPRETED = not isinstance(_then, triton.JITFunction)  # TRITON_INTERPRET was set when this file was imported
+INTERPRETED = not isinstance(_compose, triton.JITFunction)  # TRITON_INTERPRET was set at import
 _scan = _scan_by_doubling if INTERPRETED else _associative_scan
 
 
 @triton.jit
-def _pick(x, where):
-    """The element of axis 0 at which `where` holds."""
+def _select(x, where):
+    """The one element of axis 0 for which `where` is true."""
     return tl.sum(tl.where(where, x, 0.0), 0)
 
 
 @triton.jit
+def _program(channels, BC: tl.constexpr):
+    """Sample and block of channels of this program; its channels [R], and which of them exist."""
+    blocks = tl.cdiv(channels, BC)
+    block = tl.program_id(0) % blocks
+    c = block * BC + tl.arange(0, BC)  # [R]
+    return (tl.program_id(0) // blocks).to(tl.int64), block, c, c < channels
+
+
+@triton.jit
 def _positions(order, direction, L, height, width):
-    """Where element `order` of a direction's sequence lies: row by row, column by column, then both reversed."""
+    """Position in the image of element `order` of a direction: row by row, column by column, then both reversed."""
     if direction >= 2:
         order = L - 1 - order
     if direction % 2 == 1:
-        column = (order.to(tl.uint32) // height.to(tl.uint32)).to(tl.int32)  # unsigned division is the cheaper one
+        column = (order.to(tl.uint32) // height.to(tl.uint32)).to(tl.int32)  # unsigned division is cheaper
         order = column + (order - column * height) * width
     return order
+
+
+@triton.jit
+def _tile(tile, direction, c, inside_c, L, height, width, channels, T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """Positions [T, S] of a tile and offsets of its elements [T, S, R]; which of them exist."""
+    order = tile * (T * S) + (tl.arange(0, S)[None, :] * T + tl.arange(0, T)[:, None])
+    inside_order = order < L  # [T, S]
+    position = _positions(order, direction, L, height, width)
+    inside = inside_order[:, :, None] & inside_c[None, None, :]
+    # Axis 1 is not contiguous: the 2 makes Triton distribute S over threads rather than T.
+    at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])
+    return position, inside_order, at, inside
 
 
 @triton.jit
@@ -90,6 +113,67 @@ def _channel_parameters(D, bias, first, c, inside_c):
     if bias is not None:
         bias_c = tl.load(bias + first + c, mask=inside_c, other=0.0)
     return D_c, bias_c
+
+
+@triton.jit
+def _time_steps(delta, bias, inside, SOFTPLUS: tl.constexpr):
+    """Time steps, softplus(delta + bias), and the derivative of softplus. A step outside is 0, so its map is the identity."""
+    dt = tl.load(delta, mask=inside, other=0.0).to(tl.float32) + bias
+    slope = tl.full(dt.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        dt, slope = _softplus(dt)
+    return tl.where(inside, dt, 0.0), slope
+
+
+@triton.jit
+def _load_bc(values, inside_order):
+    """A tile of B or C for one state: [T, S, 1]."""
+    return tl.load(values, mask=inside_order, other=0.0).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def _states(a, b, h_in, t, s, T: tl.constexpr, S: tl.constexpr):
+    """States h_l = a_l h_{l-1} + b_l of a tile [T, S, R] that h_in [R] enters, and the state that leaves it."""
+    P, h, _, _ = _scan(a, b, t, T, False)
+    P_all, h_all, Q, q = _scan(_select(P, t == T - 1), _select(h, t == T - 1), s, S, False)  # [S, R]
+    h += P * (Q * h_in + q)[None, :, :]
+    return h, _select(P_all * h_in + h_all, s == S - 1)
+
+
+@triton.jit
+def _decayed_states(a, b, h_in, t, s, T: tl.constexpr, S: tl.constexpr):
+    """a_l h_{l-1} of a tile [T, S, R] that h_in [R] enters, and the product of decays in each chunk [S, R]."""
+    P, h, Q, q = _scan(a, b, t, T, False)
+    P_chunk = _select(P, t == T - 1)
+    _, _, Q_chunk, q_chunk = _scan(P_chunk, _select(h, t == T - 1), s, S, False)
+    return a * (Q * (Q_chunk * h_in + q_chunk)[None, :, :] + q), P_chunk
+
+
+@triton.jit
+def _state_gradients(a, dh, P_chunk, r_in, t, s, T: tl.constexpr, S: tl.constexpr):
+    """g_l = dh_l + r_{l+1} of a tile [T, S, R] that r_in [R] enters from the end, and r = a_l g_l of its first position."""
+    _, r, Q, q = _scan(a, a * dh, t, T, True)
+    P_all, r_all, Q_chunk, q_chunk = _scan(P_chunk, _select(r, t == 0), s, S, True)
+    g = dh + Q * (Q_chunk * r_in + q_chunk)[None, :, :] + q
+    return g, _select(P_all * r_in + r_all, s == 0)
+
+
+@triton.jit
+def _store_sum(value, total, result, inside, turn, DIRECTIONS: tl.constexpr):
+    """Adds `value` to the sum over directions; the last direction writes it to `result`, the others to `total`."""
+    if DIRECTIONS > 1:
+        value += tl.load(total, mask=inside & (turn > 0), other=0.0)
+    if turn == DIRECTIONS - 1:
+        tl.store(result, value, mask=inside)
+    else:
+        tl.store(total, value, mask=inside)
+
+
+@triton.jit
+def _store_parameter_gradients(channel, inside_c, n_row, dA_c, dD_c, dbias_c, dA, dD, dbias, N: tl.constexpr):
+    tl.store(dA + channel * N + n_row, dA_c, mask=inside_c & (n_row < N))
+    tl.store(dD + channel, tl.sum(dD_c, 0), mask=inside_c)
+    tl.store(dbias + channel, tl.sum(dbias_c, 0), mask=inside_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -105,14 +189,10 @@ def forward(
 
     x, delta, y: [L, D] for each sample and direction, at the given strides (y at those of x); B, C likewise [N, L].
     """
-    blocks = tl.cdiv(channels, BC)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)  # R
-    inside_c = c < channels
+    batch, block, c, inside_c = _program(channels, BC)
     t = tl.arange(0, T)[:, None, None]
     s = tl.arange(0, S)[:, None]
     n_row = tl.arange(0, N_POWER)[:, None]
-    order_tile = tl.arange(0, S)[None, :] * T + tl.arange(0, T)[:, None]  # T, S
 
     for turn in range(DIRECTIONS):
         k = tl.program_id(1).to(tl.int64) * DIRECTIONS + turn
@@ -123,39 +203,26 @@ def forward(
         bc_k = batch * bc_batch + k * bc_direction
         states_k = states + (batch * all_directions + k) * tiles * N * channels
         for tile in range(tiles):
-            order = tile * (T * S) + order_tile
-            inside_order = order < L  # T, S
-            position = _positions(order, turn, L, height, width)
-            inside = inside_order[:, :, None] & inside_c[None, None, :]
-            # Axis 1 is not contiguous: the 2 is there to have Triton spread S over threads rather than T.
-            at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])  # T, S, R
-            at_bc = position * bc_position  # T, S
-
+            position, inside_order, at, inside = _tile(tile, turn, c, inside_c, L, height, width, channels, T, S, BC)
+            at_bc = position * bc_position  # [T, S]
             x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
-            dt = tl.load(delta_k + at, mask=inside, other=0.0).to(tl.float32) + bias_c
-            if SOFTPLUS:
-                dt, _ = _softplus(dt)
-            dt = tl.where(inside, dt, 0.0)  # the map of a step outside is the identity
+            dt, slope = _time_steps(delta_k + at, bias_c, inside, SOFTPLUS)
             dtx = dt * x_tile
             y_tile = D_c * x_tile
             for n in range(N):
-                A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0) * LOG2E  # R
+                A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0) * LOG2E  # [R]
                 at_n = bc_k + n * bc_state  # a scalar: offsets of elements stay in 32 bits
-                B_n = tl.load(B + at_n + at_bc, mask=inside_order, other=0.0).to(tl.float32)[:, :, None]  # T, S, 1
-                C_n = tl.load(C + at_n + at_bc, mask=inside_order, other=0.0).to(tl.float32)[:, :, None]
-                carry_n = _pick(carry, n_row == n)  # R
-                tl.store(states_k + (tile * N + n) * channels + c, carry_n, mask=inside_c)
-
-                P, h, _, _ = _scan(tl.exp2(dt * A_n), B_n * dtx, t, T, False)
-                P_all, h_all, Q, q = _scan(_pick(P, t == T - 1), _pick(h, t == T - 1), s, S, False)  # S, R
-                h += P * (Q * carry_n + q)[None, :, :]
-                carry = tl.where(n_row == n, _pick(P_all * carry_n + h_all, s == S - 1), carry)
+                B_n, C_n = _load_bc(B + at_n + at_bc, inside_order), _load_bc(C + at_n + at_bc, inside_order)
+                h_in = _select(carry, n_row == n)  # [R]
+                tl.store(states_k + (tile * N + n) * channels + c, h_in, mask=inside_c)
+                h, h_out = _states(tl.exp2(dt * A_n), B_n * dtx, h_in, t, s, T, S)
+                carry = tl.where(n_row == n, h_out, carry)
                 y_tile += C_n * h
             if DIRECTIONS > 1:
                 y_tile += tl.load(y + x_k + at, mask=inside & (turn > 0), other=0.0)
             tl.store(y + x_k + at, y_tile, mask=inside)
         if DIRECTIONS > 1:
-            tl.debug_barrier()  # the next direction's y belongs to other threads
+            tl.debug_barrier()  # other threads read this y in the next direction
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -170,17 +237,12 @@ def backward(
     """Gradients. With a_l = exp(delta_l A), the gradient of h_l is g_l = C_l gy_l + r_{l+1}, and r_l = a_l g_l.
 
     dA [B, K*D, N], dD and dbias [B, K*D] are those of one sample; dB and dC [blocks, B, K, N, L] those of a block of channels.
-    dx is written by the last direction; until then the sum over directions is kept in sum_dx (float32).
+    dx is written by the last direction; until then sum_dx (float32) holds the sum over directions.
     """
-    blocks = tl.cdiv(channels, BC)
-    block = tl.program_id(0) % blocks
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    c = block * BC + tl.arange(0, BC)  # R
-    inside_c = c < channels
+    batch, block, c, inside_c = _program(channels, BC)
     t = tl.arange(0, T)[:, None, None]
     s = tl.arange(0, S)[:, None]
     n_row = tl.arange(0, N_POWER)[:, None]
-    order_tile = tl.arange(0, S)[None, :] * T + tl.arange(0, T)[:, None]  # T, S
 
     for turn in range(DIRECTIONS):
         k = tl.program_id(1).to(tl.int64) * DIRECTIONS + turn
@@ -189,71 +251,40 @@ def backward(
         dA_c = tl.zeros([N_POWER, BC], tl.float32)
         dD_c = tl.zeros([S, BC], tl.float32)
         dbias_c = tl.zeros([S, BC], tl.float32)
-        x_k = batch * x_batch + k * x_direction
-        delta_k = batch * delta_batch + k * delta_direction
+        x_k, delta_k = batch * x_batch + k * x_direction, batch * delta_batch + k * delta_direction
         bc_k = batch * bc_batch + k * bc_direction
         dbc_k = block.to(tl.int64) * dbc_block + batch * dbc_batch + k * dbc_direction
         row = batch * all_directions + k
-        for turned_tile in range(tiles):
-            tile = tiles - 1 - turned_tile
-            order = tile * (T * S) + order_tile
-            inside_order = order < L  # T, S
-            position = _positions(order, turn, L, height, width)
-            inside = inside_order[:, :, None] & inside_c[None, None, :]
-            # Axis 1 is not contiguous: the 2 is there to have Triton spread S over threads rather than T.
-            at = tl.max_contiguous(position[:, :, None] * channels + c[None, None, :], [1, 2, BC])  # T, S, R
-            at_bc = position * bc_position  # T, S
-
+        for reversed_tile in range(tiles):
+            tile = tiles - 1 - reversed_tile
+            position, inside_order, at, inside = _tile(tile, turn, c, inside_c, L, height, width, channels, T, S, BC)
+            at_bc = position * bc_position  # [T, S]
             x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
             gy_tile = tl.load(gy + x_k + at, mask=inside, other=0.0)
-            dt = tl.load(delta + delta_k + at, mask=inside, other=0.0).to(tl.float32) + bias_c
-            slope = tl.full([T, S, BC], 1.0, tl.float32)
-            if SOFTPLUS:
-                dt, slope = _softplus(dt)
-            dt = tl.where(inside, dt, 0.0)
+            dt, slope = _time_steps(delta + delta_k + at, bias_c, inside, SOFTPLUS)
             gBx = tl.zeros([T, S, BC], tl.float32)  # sum over n of g B, later times x
             g_dt = tl.zeros([T, S, BC], tl.float32)
             for n in range(N):
-                A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0)  # R
+                A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0)  # [R]
                 at_n = bc_k + n * bc_state  # a scalar: offsets of elements stay in 32 bits
-                B_n = tl.load(B + at_n + at_bc, mask=inside_order, other=0.0).to(tl.float32)[:, :, None]  # T, S, 1
-                C_n = tl.load(C + at_n + at_bc, mask=inside_order, other=0.0).to(tl.float32)[:, :, None]
-                h_in = tl.load(states + ((row * tiles + tile) * N + n) * channels + c, mask=inside_c, other=0.0)  # R
-                r_in = _pick(carry, n_row == n)
-
-                a = tl.exp2(dt * (A_n * LOG2E))
-                b = dt * x_tile * B_n
-                P, h, Q, q = _scan(a, b, t, T, False)
-                P_chunk = _pick(P, t == T - 1)  # S, R
-                _, _, Q_chunk, q_chunk = _scan(P_chunk, _pick(h, t == T - 1), s, S, False)
-                ah = a * (Q * (Q_chunk * h_in + q_chunk)[None, :, :] + q)  # a_l h_{l-1}
-
-                _, r, Q, q = _scan(a, a * (C_n * gy_tile), t, T, True)
-                P_all, r_all, Q_chunk, q_chunk = _scan(P_chunk, _pick(r, t == 0), s, S, True)
-                g = C_n * gy_tile + Q * (Q_chunk * r_in + q_chunk)[None, :, :] + q
-                carry = tl.where(n_row == n, _pick(P_all * r_in + r_all, s == 0), carry)
-
-                at_n = dbc_k + n * L
-                tl.store(dB + at_n + position, tl.sum(g * dt * x_tile, 2), mask=inside_order)
-                tl.store(dC + at_n + position, tl.sum(gy_tile * (ah + b), 2), mask=inside_order)
+                B_n, C_n = _load_bc(B + at_n + at_bc, inside_order), _load_bc(C + at_n + at_bc, inside_order)
+                h_in = tl.load(states + ((row * tiles + tile) * N + n) * channels + c, mask=inside_c, other=0.0)  # [R]
+                a, b = tl.exp2(dt * (A_n * LOG2E)), dt * x_tile * B_n
+                ah, P_chunk = _decayed_states(a, b, h_in, t, s, T, S)
+                g, r_out = _state_gradients(a, C_n * gy_tile, P_chunk, _select(carry, n_row == n), t, s, T, S)
+                carry = tl.where(n_row == n, r_out, carry)
+                at_dbc = dbc_k + n * L
+                tl.store(dB + at_dbc + position, tl.sum(g * dt * x_tile, 2), mask=inside_order)
+                tl.store(dC + at_dbc + position, tl.sum(gy_tile * (ah + b), 2), mask=inside_order)
                 gBx += g * B_n
                 gah = g * ah
                 g_dt += gah * A_n
                 dA_c += tl.where(n_row == n, tl.sum(tl.sum(gah * dt, 0), 0), 0.0)
             g_dt = (g_dt + gBx * x_tile) * slope
             tl.store(ddelta + delta_k + at, g_dt, mask=inside)
-            dx_tile = gBx * dt + D_c * gy_tile
-            if DIRECTIONS > 1:
-                dx_tile += tl.load(sum_dx + x_k + at, mask=inside & (turn > 0), other=0.0)
-            if turn == DIRECTIONS - 1:
-                tl.store(dx + x_k + at, dx_tile, mask=inside)
-            else:
-                tl.store(sum_dx + x_k + at, dx_tile, mask=inside)
+            _store_sum(gBx * dt + D_c * gy_tile, sum_dx + x_k + at, dx + x_k + at, inside, turn, DIRECTIONS)
             dD_c += tl.sum(gy_tile * x_tile, 0)
             dbias_c += tl.sum(tl.where(inside, g_dt, 0.0), 0)
-        channel = row * channels + c
-        tl.store(dA + channel * N + n_row, dA_c, mask=inside_c & (n_row < N))
-        tl.store(dD + channel, tl.sum(dD_c, 0), mask=inside_c)
-        tl.store(dbias + channel, tl.sum(dbias_c, 0), mask=inside_c)
+        _store_parameter_gradients(row * channels + c, inside_c, n_row, dA_c, dD_c, dbias_c, dA, dD, dbias, N)
         if DIRECTIONS > 1:
-            tl.debug_barrier()  # the next direction's sum_dx belongs to other threads
+            tl.debug_barrier()  # other threads read this sum_dx in the next direction

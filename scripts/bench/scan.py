@@ -1,16 +1,18 @@
-"""Milliseconds of the 2D selective scan with every backend that runs here, beside a loop over positions and the limits.
+"""Times the 2D selective scan with every backend that can run here, and compares with a plain loop and the hardware's limits.
 
-    python -m scripts.bench.scan                            # VMamba-Tiny's stages at 224 px (batch 2) and 96 px (batch 8)
+    python -m scripts.bench.scan                                  # stages of VMamba-Tiny: batch 2 of 224 px, batch 8 of 96 px
     python -m scripts.bench.scan --device cuda --batch 64 64 --dtype bf16 --no-loop
     python -m scripts.bench.scan --no-model --backends cpp torch  # the scans alone
 
-What stands in the tables
-- loop: one step of Python per position, indexed `[..., i]`, plain autograd (`vmamba.scan_torch.reference_2d`).
-- copies: the best backend's unfused operator between a cross-scan and a cross-merge that build their copies in memory.
-- kernel: the best backend's own functions, without what PyTorch does around an operator and its gradient.
-- memory: bytes that must be moved (x, dt, B, C and y once each; backward: their gradients too), over the rate of a copy
-  measured in the same run. arithmetic: the same sums on data that stays in the first-level cache (`cpp` only).
-- limit: the larger of the two over the time of the kernel.
+Columns of the tables, in milliseconds of forward + backward:
+- cuda, triton, cpp, torch: backends, called as a network calls them.
+- loop: one Python step per position, plain autograd (`vmamba.scan_reference`).
+- copies: the fastest backend's scan of sequences, between a cross-scan and a cross-merge that copy the image four times.
+- kernel: the fastest backend without PyTorch's work around an operator and its gradient.
+- memory: lower bound of the time to move the data (x, dt, B, C and y once each; in the backward pass their gradients too), at
+  the rate of a copy measured in the same run.
+- arithmetic: time of the same arithmetic on data that stays in the first-level cache (`cpp` only).
+- limit: the larger of these two bounds, as a percentage of the kernel's time.
 """
 
 import argparse
@@ -20,29 +22,30 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import distributed
 import utils
-from vmamba import build_vssm, scan_cpp, scan_torch
+from vmamba import build_vssm, scan_cpp, scan_reference
 from vmamba.selective_scan import BACKENDS, choose_backend, selective_scan, selective_scan_2d
 
-STAGES = ((96, 4, 2), (192, 8, 2), (384, 16, 8), (768, 32, 2))  # channels, pixels of a position, blocks of VMamba-Tiny
+STAGES = ((96, 4, 2), (192, 8, 2), (384, 16, 8), (768, 32, 2))  # channels, pixels per position, blocks of VMamba-Tiny
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODEL = "vssm2-vmambav2_tiny_224"
 
 
 def get_args() -> argparse.Namespace:
-    parser = utils.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96], help="sides of the images in pixels")
-    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="images, for each size")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the scan's input, and of autocast for the model")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that run on the device")
-    parser.add_argument("--repeats", type=int, default=10, help="the quickest counts")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96], help="image sizes in pixels")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="images per batch, one number for each size")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the scan's input and of the model's autocast")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="backends to time; not given: all that can run here")
+    parser.add_argument("--repeats", type=int, default=10, help="repetitions; the fastest counts")
     parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=True, help="time the loop over positions too")
     parser.add_argument("--model", action=argparse.BooleanOptionalAction, default=True, help="time the whole model too")
-    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
     args = parser.parse_args()
     if len(args.batch) != len(args.sizes):
         raise utils.InputError(f"--batch {args.batch}: give one number for each of --sizes {args.sizes}")
@@ -50,8 +53,8 @@ def get_args() -> argparse.Namespace:
     return args
 
 
-def quickest(functions: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Seconds of each function; they take turns, so that what else the machine does meets all of them."""
+def fastest(functions: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each function, the fastest of `repeats`. They run in turn, so that other load affects all of them."""
 
     def seconds(function: Callable[[], object]) -> float:
         if device == "cuda":
@@ -63,21 +66,21 @@ def quickest(functions: dict[str, Callable[[], object]], repeats: int, device: s
         return time.perf_counter() - start
 
     rounds = []
-    for index in range(repeats + 1):  # the first round only warms up
-        slow = rounds[0] if rounds else {}
-        rounds.append({name: seconds(call) for name, call in functions.items() if index < 2 or slow[name] < 1.0})
+    for index in range(repeats + 1):  # the first round is a warm-up
+        warm_up = rounds[0] if rounds else {}  # functions that take more than a second run once more only
+        rounds.append({name: seconds(call) for name, call in functions.items() if index < 2 or warm_up[name] < 1.0})
     return {name: min(each[name] for each in rounds[1:] if name in each) for name in functions}
 
 
 def copy_rate(device: str) -> float:
-    """Bytes per second that a copy of 256 MiB reads and writes."""
+    """Bytes per second read and written by a copy of 256 MiB."""
     source = torch.zeros(64 * 2**20, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / quickest({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
+    return 2 * source.nbytes / fastest({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
 
 
 def scan_input(size: int, batch: int, stage: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[Tensor]:
-    """x, proj, dt_weight, A, D and dt_bias of a stage, as a fresh VMamba has them."""
+    """x, proj, dt_weight, A, D and dt_bias of a stage, like those of a new VMamba."""
     channels, pixels, _ = stage
     side, rank = size // pixels, channels // 16
     x = torch.randn(batch, channels, side, side).to(device, dtype, memory_format=torch.channels_last)
@@ -88,27 +91,28 @@ def scan_input(size: int, batch: int, stage: tuple[int, int, int], device: str, 
 
 
 def loop_2d(x: Tensor, *rest: Tensor, backend: str = "") -> Tensor:
-    return scan_torch.reference_2d(x.permute(0, 2, 3, 1), *rest).permute(0, 3, 1, 2)
+    return scan_reference.selective_scan_2d_reference(x.permute(0, 2, 3, 1), *rest).permute(0, 3, 1, 2)
 
 
 def copies_2d(
     x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, backend: str = "auto"
 ) -> Tensor:
-    """The same by four copies of x and of proj, the unfused operator, and a sum of four results."""
-    _, channels, height, width = x.shape
+    """The 2D scan by four reordered copies of x and proj, the scan of sequences, and the sum of four results."""
+    height, width = x.shape[2:]
     rank = dt_weight.shape[-1]
-    streams = torch.stack([scan_torch.cross_scan(proj[..., k, :])[:, k] for k in range(4)], dim=1)  # [B, 4, R + 2N, L]
-    dt, B, C = streams.split([rank, A.shape[1], A.shape[1]], dim=2)
+    sequences = torch.stack([scan_reference.cross_scan(proj[..., k, :])[:, k] for k in range(4)], dim=1)  # [B, 4, R + 2N, L]
+    dt, B, C = sequences.split([rank, A.shape[1], A.shape[1]], dim=2)
     delta = torch.einsum("kdr,bkrl->bkdl", dt_weight.to(dt.dtype), dt).flatten(1, 2)
-    u = scan_torch.cross_scan(x.permute(0, 2, 3, 1)).flatten(1, 2)
+    u = scan_reference.cross_scan(x.permute(0, 2, 3, 1)).flatten(1, 2)
     y = selective_scan(u, delta, A, B, C, D, dt_bias, backend=backend)
-    return scan_torch.cross_merge(y.unflatten(1, (4, channels)), height, width).permute(0, 3, 1, 2)
+    y = rearrange(y, "b (k d) l -> b k d l", k=4)
+    return scan_reference.cross_merge(y, height, width).permute(0, 3, 1, 2)
 
 
 def time_scan(
     functions: dict[str, Callable[..., Tensor]], inputs: list[Tensor], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """[forward, backward] seconds of each way to scan."""
+    """[forward, backward] seconds of each scan."""
     gy = torch.randn(inputs[0].shape, device=args.device).contiguous(memory_format=torch.channels_last)
 
     def no_grad(function: Callable[..., Tensor]) -> None:
@@ -118,37 +122,37 @@ def time_scan(
     forward = {name: lambda f=function: no_grad(f) for name, function in functions.items()}
     ys = {name: function(*inputs) for name, function in functions.items()}
     backward = {name: lambda y=y: torch.autograd.grad(y, inputs, gy, retain_graph=True) for name, y in ys.items()}
-    forward, backward = quickest(forward, args.repeats, args.device), quickest(backward, args.repeats, args.device)
+    forward, backward = fastest(forward, args.repeats, args.device), fastest(backward, args.repeats, args.device)
     return {name: [forward[name], backward[name]] for name in functions}
 
 
 def time_kernel(backend: str, inputs: list[Tensor], args: argparse.Namespace) -> dict[str, list[float]]:
-    """[forward, backward] seconds of the backend's own functions, and of the `arithmetic` of `cpp`, which take turns."""
+    """[forward, backward] seconds of the backend's own functions and of the `arithmetic` of `cpp`, run in turn."""
     module, (x, *rest) = BACKENDS[backend], (each.detach() for each in inputs)
     x = x.permute(0, 2, 3, 1).contiguous()
     gy, saved = module.forward_2d(x, *rest)
     forward = {"kernel": lambda: module.forward_2d(x, *rest)}
     backward = {"kernel": lambda: module.backward_2d(gy, x, *rest, saved)}
-    if args.device == "cpu" and scan_cpp.unavailable() is None:
+    if args.device == "cpu" and scan_cpp.unavailable_reason() is None:
         sizes = (4 * x.numel(), rest[1].shape[-1], 1)
         forward["arithmetic"] = lambda: scan_cpp.arithmetic(*sizes, with_backward=False)
         backward["arithmetic"] = lambda: scan_cpp.arithmetic(*sizes, with_backward=True)
-    forward, backward = quickest(forward, args.repeats, args.device), quickest(backward, args.repeats, args.device)
+    forward, backward = fastest(forward, args.repeats, args.device), fastest(backward, args.repeats, args.device)
     return {name: [forward[name], backward[name]] for name in forward}
 
 
 def memory_limit(inputs: list[Tensor], rate: float) -> list[float]:
-    """[forward, backward] seconds that moving the bytes takes at best."""
+    """[forward, backward] seconds to move the data once, at `rate` bytes per second."""
     x, proj = inputs[:2]
     y = x.numel() * 4  # float32
     return [(x.nbytes + proj.nbytes + y) / rate, (2 * x.nbytes + 2 * proj.nbytes + y) / rate]
 
 
-def ways(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
-    """Every way to scan that is to be timed, the best backend first."""
-    best = choose_backend("auto", args.device)
-    runs = [name for name in BACKENDS if BACKENDS[name].unavailable(torch.device(args.device)) is None]
-    names = sorted(args.backends or runs, key=lambda name: name != best)
+def scan_functions(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
+    """The scans to be timed, the fastest backend first."""
+    selected = choose_backend("auto", args.device)
+    available = [name for name in BACKENDS if BACKENDS[name].unavailable_reason(torch.device(args.device)) is None]
+    names = sorted(args.backends or available, key=lambda name: name != selected)
     functions = {name: lambda *inputs, name=name: selective_scan_2d(*inputs, backend=name) for name in names}
     functions["copies"] = lambda *inputs: copies_2d(*inputs, backend=names[0])
     if args.loop:
@@ -158,8 +162,8 @@ def ways(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
 
 def bench_scans(args: argparse.Namespace) -> list[dict]:
     """One row for each size and stage."""
-    rate, functions = copy_rate(args.device), ways(args)
-    print(f"memory: {rate / 1e9:.1f} GB/s (copy); forward + backward in milliseconds, quickest of {args.repeats}\n")
+    rate, functions = copy_rate(args.device), scan_functions(args)
+    print(f"memory: {rate / 1e9:.1f} GB/s (copy); forward + backward in milliseconds, fastest of {args.repeats}\n")
     print(" " * 22 + "".join(f"{name:>19}" for name in [*functions, "kernel", "memory", "arithmetic", "limit"]))
     rows = []
     for size, batch in zip(args.sizes, args.batch, strict=True):
@@ -169,11 +173,11 @@ def bench_scans(args: argparse.Namespace) -> list[dict]:
             kernel = time_kernel(next(iter(times)), inputs, args)
             times["kernel"] = kernel.pop("kernel")
             bounds = {"memory": memory_limit(inputs, rate), **kernel}
-            share = [max(bound[i] for bound in bounds.values()) / times["kernel"][i] for i in range(2)]
-            numbers = {"seconds": times, "limits": bounds, "share": share}
+            fraction = [max(bound[i] for bound in bounds.values()) / times["kernel"][i] for i in range(2)]
+            numbers = {"seconds": times, "limits": bounds, "share": fraction}
             rows.append({"size": size, "batch": batch, "channels": stage[0], **numbers})
             cells = [f"{1e3 * f:.2f} + {1e3 * b:.2f}" for f, b in [*times.values(), *bounds.values()]]
-            cells += ["-"] * (2 - len(bounds)) + [" + ".join(f"{each:.0%}" for each in share)]
+            cells += ["-"] * (2 - len(bounds)) + [" + ".join(f"{each:.0%}" for each in fraction)]
             side = size // stage[1]
             name = f"{size} px {batch} x {side}x{side}x{stage[0]}"
             print(f"{name:>22}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
@@ -181,11 +185,9 @@ def bench_scans(args: argparse.Namespace) -> list[dict]:
 
 
 def bench_model(args: argparse.Namespace) -> list[dict]:
-    """Seconds of VMamba-Tiny, forward and backward, with each way to scan."""
-    functions, rows = ways(args), []
-    print(
-        f"\n{MODEL}, {args.dtype}: milliseconds of a forward pass without gradients, of forward and backward; images trained on"
-    )
+    """Seconds of VMamba-Tiny, forward and backward, with each scan."""
+    functions, rows = scan_functions(args), []
+    print(f"\n{MODEL}, {args.dtype}: milliseconds of inference, of a training step (forward and backward); images per second")
     for size, batch in zip(args.sizes, args.batch, strict=True):
         torch.manual_seed(0)
         model = build_vssm(MODEL, drop_path_rate=0.0).to(args.device)
@@ -199,8 +201,8 @@ def bench_model(args: argparse.Namespace) -> list[dict]:
             if backward:
                 features.float().square().sum().backward()
 
-        forward = quickest({n: lambda f=f: run(f, False) for n, f in functions.items()}, args.repeats, args.device)
-        both = quickest({n: lambda f=f: run(f, True) for n, f in functions.items()}, args.repeats, args.device)
+        forward = fastest({n: lambda f=f: run(f, False) for n, f in functions.items()}, args.repeats, args.device)
+        both = fastest({n: lambda f=f: run(f, True) for n, f in functions.items()}, args.repeats, args.device)
         rows.append({"size": size, "batch": batch, "inference": forward, "training": both})
         base = "loop" if args.loop else "copies"
         for name, seconds in both.items():

@@ -39,7 +39,7 @@ def use(monkeypatch):
     """use(folder, ...): the loader looks there and nowhere else."""
 
     def only(*folders: Path) -> None:
-        monkeypatch.setattr(extension, "folders", lambda: list(folders))
+        monkeypatch.setattr(extension, "build_folders", lambda: list(folders))
         extension._find.cache_clear()
 
     yield only
@@ -214,7 +214,7 @@ def test_what_a_build_tells(built):
 def test_no_build_at_all(use):
     use()
     assert (
-        extension.unavailable("scan_cpu") == "the compiled selective scan is not installed: pip install ./csrc/selective_scan"
+        extension.unavailable_reason("scan_cpu") == "the compiled selective scan is not installed: pip install ./csrc/selective_scan"
     )
     with pytest.raises(extension.Unavailable, match="not installed"):
         extension.load("scan_cpu")
@@ -222,19 +222,19 @@ def test_no_build_at_all(use):
 
 def test_a_build_is_loaded(use, built):
     use(built)
-    assert extension.unavailable("scan_cpu") is None
+    assert extension.unavailable_reason("scan_cpu") is None
     assert extension.load("scan_cpu").scan_abi_version() == extension.ABI_VERSION
 
 
 def test_what_was_not_built_says_why(use, built):
     use(built)
-    assert extension.unavailable("scan_cuda").endswith("has no scan_cuda library: left out (SCAN_CUDA=0)")
+    assert extension.unavailable_reason("scan_cuda").endswith("has no scan_cuda library: left out (SCAN_CUDA=0)")
 
 
 def test_another_interface_is_refused(use, built, monkeypatch):
     use(built)
     monkeypatch.setattr(extension, "ABI_VERSION", 999)
-    reason = extension.unavailable("scan_cpu")
+    reason = extension.unavailable_reason("scan_cpu")
     assert f"has interface version {scan_setup.abi_version()}, this code needs 999; pip install" in reason
 
 
@@ -248,11 +248,11 @@ def copy_with(built: Path, folder: Path, library: bytes) -> Path:
 def test_a_damaged_library_is_passed_over_for_the_next(use, built, tmp_path):
     damaged = copy_with(built, tmp_path / "damaged", b"not a library")
     use(damaged)
-    reason = extension.unavailable("scan_cpu")
+    reason = extension.unavailable_reason("scan_cpu")
     assert "libscan_cpu.so does not load: " in reason
     assert "\n" not in reason
     use(damaged, built)
-    assert extension.unavailable("scan_cpu") is None
+    assert extension.unavailable_reason("scan_cpu") is None
 
 
 def test_a_library_of_something_else_is_refused(use, built, tmp_path):
@@ -260,7 +260,7 @@ def test_a_library_of_something_else_is_refused(use, built, tmp_path):
     compiler = scan_setup.find_compiler(os.environ)
     subprocess.run([*compiler, "-shared", "-fPIC", "other.cpp", "-o", "other.so"], cwd=tmp_path, check=True)
     use(copy_with(built, tmp_path / "other", (tmp_path / "other.so").read_bytes()))
-    assert "is not a selective-scan library" in extension.unavailable("scan_cpu")
+    assert "is not a selective-scan library" in extension.unavailable_reason("scan_cpu")
 
 
 def test_the_build_in_place_comes_before_the_installed_package(monkeypatch, built, tmp_path):
@@ -269,7 +269,7 @@ def test_the_build_in_place_comes_before_the_installed_package(monkeypatch, buil
     shutil.copy(SOURCES / extension.PACKAGE / "__init__.py", package)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(extension, "IN_PLACE", built)
-    assert extension.folders() == [built, package]
+    assert extension.build_folders() == [built, package]
 
 
 @pytest.mark.parametrize("wanted", ["baseline", "avx2", "avx512"])
@@ -285,13 +285,13 @@ import sys
 from pathlib import Path
 import torch
 from vmamba import extension, scan_cpp, scan_torch
-extension.folders = lambda: [Path(sys.argv[1])]
+extension.build_folders = lambda: [Path(sys.argv[1])]
 torch.manual_seed(0)
 x, proj, weight = torch.randn(2, 5, 7, 19), torch.randn(2, 5, 7, 4, 3 + 2 * 2), torch.randn(4, 19, 3)
 A, D, bias = -torch.rand(76, 2), torch.randn(76), torch.randn(76)
 leaves = [each.double().requires_grad_() for each in (x, proj, weight, A, D, bias)]
 y, saved = scan_cpp.forward_2d(x, proj, weight, A, D, bias)
-expected = scan_torch.reference_2d(*leaves)
+expected = scan_reference.selective_scan_2d_reference(*leaves)
 gradients = scan_cpp.backward_2d(y, x, proj, weight, A, D, bias, saved)
 wanted = torch.autograd.grad(expected, leaves, y.double())
 pairs = [(y, expected), *zip(gradients, wanted)]

@@ -24,7 +24,6 @@ from backbones import (
 from utils import InputError
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging, VSSBlock
-from vmamba.scan_torch import reference
 from vmamba.selective_scan import BACKENDS
 from vmamba.ss2d import SS2D
 
@@ -90,7 +89,7 @@ def filled():
 @pytest.fixture(params=["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def tiny(filled, request):
     """VMamba-Tiny with every scan by one backend; Triton is interpreted where there is no GPU."""
-    reason = BACKENDS[request.param].unavailable(torch.device("cpu"))
+    reason = BACKENDS[request.param].unavailable_reason(torch.device("cpu"))
     if reason is not None:
         pytest.skip(reason)
     for module in filled.modules():
@@ -172,7 +171,7 @@ def test_block_of_the_scan_equals_its_definition(forward_type):
         dt, b, c = (weights["x_proj_weight"][k] @ u).split([R, N, N], dim=1)
         delta = weights["dt_projs_weight"][k] @ dt
         A, Ds = -weights["A_logs"].exp()[k * D : (k + 1) * D], weights["Ds"][k * D : (k + 1) * D]
-        y = reference(u, delta, A, b[:, None], c[:, None], Ds, weights["dt_projs_bias"][k])
+        y = selective_scan_reference(u, delta, A, b[:, None], c[:, None], Ds, weights["dt_projs_bias"][k])
         for step, (i, j) in enumerate(order):
             total[:, :, i, j] += y[:, :, step]
     y = F.layer_norm(total.permute(0, 2, 3, 1), (D,), weights["out_norm.weight"], weights["out_norm.bias"], eps=1e-5)

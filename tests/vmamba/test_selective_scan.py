@@ -1,29 +1,41 @@
-"""The selective scan of every backend that runs here against the step-by-step reference in float64."""
+"""The selective scan of every backend that can run here against the step-by-step reference in float64."""
 
-import json
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.golden import DATA, rel_error, tensor
+from support import scans
+from support.scans import (
+    EXTREMES,
+    IMAGE_INPUTS,
+    SEQUENCE_INPUTS,
+    assert_as_exact_as_plain_torch,
+    draw,
+    draw_images,
+    draw_sequences,
+    exactly,
+    extreme_inputs,
+    golden_sequences,
+    with_gradients,
+    without,
+)
 from torch import Tensor
 
 from utils import InputError
-from vmamba import scan_torch
 from vmamba import selective_scan as module
+from vmamba.scan_reference import cross_merge, cross_scan, selective_scan_2d_reference, selective_scan_reference
 from vmamba.selective_scan import BACKENDS, choose_backend, scan_flops, selective_scan, selective_scan_2d
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-SEQUENCE_NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-IMAGE_NAMES = ("x", "proj", "dt_weight", "A", "D", "dt_bias")
 
 
 def _backend(name: str, quick: bool):
-    """A case of a backend; skipped where it cannot run, and slow where Triton is interpreted, unless little is computed."""
+    """Name and device of a backend; skipped where it cannot run, and slow where Triton is interpreted unless `quick`."""
     device = "cpu" if name == "cpp" else DEVICE
-    reason = BACKENDS[name].unavailable(torch.device(device))
+    reason = BACKENDS[name].unavailable_reason(torch.device(device))
     marks = [pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")]
     if name == "triton" and not GPU and not quick:
         marks.append(pytest.mark.slow)
@@ -34,72 +46,27 @@ every_backend = pytest.mark.parametrize(("backend", "device"), [_backend(name, q
 every_backend_quickly = pytest.mark.parametrize(("backend", "device"), [_backend(name, quick=True) for name in BACKENDS])
 
 
-def draw(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float() * scale
+assert_close = partial(scans.assert_close, y=1e-5, gradients=1e-4)
 
 
-def sequences(batch: int, directions: int, channels: int, states: int, length: int) -> list[Tensor]:
-    rows = directions * channels
-    return [
-        draw((batch, rows, length), 1),
-        draw((batch, rows, length), 2, 0.5),
-        -draw((rows, states), 3, 0.5).exp(),
-        draw((batch, directions, states, length), 4),
-        draw((batch, directions, states, length), 5),
-        draw((rows,), 6),
-        draw((rows,), 7, 0.5) - 1,
-    ]
+def scan_images(x: Tensor, *rest: Tensor | None, backend: str = "auto") -> Tensor:
+    """selective_scan_2d with channels last, [B, H, W, D] -> [B, H, W, D], as `draw_images` and the reference have them."""
+    return selective_scan_2d(x.permute(0, 3, 1, 2), *rest, backend=backend).permute(0, 2, 3, 1)
 
 
-def image(batch: int, channels: int, height: int, width: int, states: int, rank: int) -> list[Tensor]:
-    return [
-        draw((batch, channels, height, width), 1),
-        draw((batch, height, width, 4, rank + 2 * states), 2),
-        draw((4, channels, rank), 3, rank**-0.5),
-        -draw((4 * channels, states), 4, 0.5).exp(),
-        draw((4 * channels,), 5),
-        draw((4 * channels,), 6, 0.5) - 1,
-    ]
+def both_scans(backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The scans of sequences and of images by one backend."""
+    return partial(selective_scan, backend=backend), partial(scan_images, backend=backend)
 
 
-def with_gradients(
-    function, tensors: list[Tensor | None], device: str, dtype: torch.dtype, streams: tuple[int, ...]
-) -> list[Tensor]:
-    """y and the gradient of every tensor, for a fixed gradient of y; `streams`: the tensors that have the type `dtype`."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    given = [
-        None if each is None else each.to(device, dtype if index in streams else wide).requires_grad_()
-        for index, each in enumerate(tensors)
-    ]
-    y = function(*given)
-    gradients = torch.autograd.grad(y, [each for each in given if each is not None], draw(tuple(y.shape), 99).to(y))
-    return [y.detach().cpu(), *(gradient.cpu() for gradient in gradients)]
+def check_sequences(tensors: list[Tensor | None], backend: str, device: str, **options: bool) -> None:
+    expected = exactly(partial(selective_scan_reference, **options), tensors)
+    assert_close(with_gradients(partial(selective_scan, backend=backend, **options), tensors, device), expected)
 
 
-def assert_close(got: Tensor, want: Tensor, bound: float, name: str = "") -> None:
-    """Norm of the error at most `bound` times the norm of `want`, which may be zero."""
-    assert got.shape == want.shape, name
-    assert (got.double() - want.double()).norm() <= bound * want.double().norm(), name
-
-
-def reference_image(x: Tensor, *rest: Tensor | None) -> Tensor:
-    return scan_torch.reference_2d(x.permute(0, 2, 3, 1), *rest).permute(0, 3, 1, 2)
-
-
-def check_sequences(tensors: list[Tensor | None], backend: str, device: str) -> None:
-    expected = with_gradients(scan_torch.reference, tensors, "cpu", torch.float64, (0, 1, 3, 4))
-    actual = with_gradients(lambda *each: selective_scan(*each, backend=backend), tensors, device, torch.float32, (0, 1, 3, 4))
-    names = ("y", *(name for name, each in zip(SEQUENCE_NAMES, tensors, strict=True) if each is not None))
-    for name, got, want in zip(names, actual, expected, strict=True):
-        assert_close(got, want, 1e-5 if name == "y" else 1e-4, name)
-
-
-def check_image(tensors: list[Tensor | None], backend: str, device: str) -> None:
-    expected = with_gradients(reference_image, tensors, "cpu", torch.float64, (0, 1))
-    actual = with_gradients(lambda *each: selective_scan_2d(*each, backend=backend), tensors, device, torch.float32, (0, 1))
-    names = ("y", *(name for name, each in zip(IMAGE_NAMES, tensors, strict=True) if each is not None))
-    for name, got, want in zip(names, actual, expected, strict=True):
-        assert_close(got, want, 1e-5 if name == "y" else 1e-4, name)
+def check_images(tensors: list[Tensor | None], backend: str, device: str) -> None:
+    expected = exactly(selective_scan_2d_reference, tensors)
+    assert_close(with_gradients(partial(scan_images, backend=backend), tensors, device), expected)
 
 
 # ---- numbers
@@ -108,23 +75,10 @@ def check_image(tensors: list[Tensor | None], backend: str, device: str) -> None
 @every_backend_quickly
 @pytest.mark.parametrize("name", ["scan0", "scan1"])
 def test_golden_numbers_of_the_original(backend: str, device: str, name: str) -> None:
-    golden = load_file(DATA / "vmamba.safetensors")
-    B, K, D, N, L = (json.loads((DATA / "vmamba.json").read_text())[name][letter] for letter in "BKDNL")
-    tensors = [
-        tensor(f"{name}.u", (B, K * D, L)),
-        tensor(f"{name}.delta", (B, K * D, L), 0.5),
-        -torch.exp(tensor(f"{name}.A", (K * D, N), 0.5)),
-        tensor(f"{name}.B", (B, K, N, L)),
-        tensor(f"{name}.C", (B, K, N, L)),
-        tensor(f"{name}.D", (K * D,)),
-        tensor(f"{name}.bias", (K * D,), 0.5, -1.0),
-    ]
+    tensors, gy, expected = golden_sequences(name)
     tensors = [each.to(device).requires_grad_() for each in tensors]
     y = selective_scan(*tensors, backend=backend)
-    gradients = torch.autograd.grad(y, tensors, tensor(f"{name}.gy", y.shape).to(device))
-    assert rel_error(y.cpu(), golden[f"{name}.y"]) < 1e-4
-    for letter, gradient in zip(SEQUENCE_NAMES, gradients, strict=True):
-        assert rel_error(gradient.cpu(), golden[f"{name}.d{letter}"]) < 1e-3, letter
+    scans.assert_close([y, *torch.autograd.grad(y, tensors, gy.to(device))], expected, y=1e-4, gradients=1e-3)
 
 
 SEQUENCES = [  # batch, K, D, N, L
@@ -141,7 +95,7 @@ SEQUENCES = [  # batch, K, D, N, L
 @every_backend
 @pytest.mark.parametrize("size", SEQUENCES, ids=str)
 def test_sequences_of_any_size(backend: str, device: str, size: tuple[int, ...]) -> None:
-    check_sequences(sequences(*size), backend, device)
+    check_sequences(draw_sequences(*size), backend, device)
 
 
 @every_backend
@@ -149,136 +103,111 @@ def test_sequences_of_any_size(backend: str, device: str, size: tuple[int, ...])
 def test_long_sequences(backend: str, device: str, size: tuple[int, ...]) -> None:
     if backend == "triton" and not GPU:
         size = (1, 1, 2, 1, 600)  # the interpreter is slow
-    check_sequences(sequences(*size), backend, device)
+    check_sequences(draw_sequences(*size), backend, device)
 
 
-IMAGES = [  # batch, D, H, W, N, R
+IMAGES = [  # batch, H, W, D, R, N
     (1, 1, 1, 1, 1, 1),
-    (2, 5, 3, 4, 1, 2),
-    (1, 24, 7, 9, 2, 3),
-    (2, 16, 1, 13, 1, 6),
-    (1, 33, 12, 1, 16, 5),
-    (2, 96, 6, 5, 1, 6),
-    (1, 40, 17, 19, 1, 12),
+    (2, 3, 4, 5, 2, 1),
+    (1, 7, 9, 24, 3, 2),
+    (2, 1, 13, 16, 6, 1),
+    (1, 12, 1, 33, 5, 16),
+    (2, 6, 5, 96, 6, 1),
+    (1, 17, 19, 40, 12, 1),
 ]
 
 
 @every_backend
 @pytest.mark.parametrize("size", IMAGES, ids=str)
 def test_images_of_any_size(backend: str, device: str, size: tuple[int, ...]) -> None:
-    check_image(image(*size), backend, device)
+    check_images(draw_images(*size), backend, device)
 
 
 @every_backend
 def test_random_sizes(backend: str, device: str) -> None:
-    """Twelve draws of everything at once; every one is another mixture of remainders of blocks and tiles."""
+    """Every size at random, so that the remainders of blocks and tiles occur in many combinations."""
     generator = torch.Generator().manual_seed(0)
 
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     for _ in range(4 if backend == "triton" and not GPU else 12):
-        check_sequences(sequences(pick(1, 3), pick(1, 4), pick(1, 40), pick(1, 16), pick(1, 80)), backend, device)
-        check_image(image(pick(1, 3), pick(1, 50), pick(1, 12), pick(1, 12), pick(1, 4), pick(1, 9)), backend, device)
+        check_sequences(draw_sequences(pick(1, 3), pick(1, 4), pick(1, 40), pick(1, 16), pick(1, 80)), backend, device)
+        check_images(draw_images(pick(1, 3), pick(1, 12), pick(1, 12), pick(1, 50), pick(1, 9), pick(1, 4)), backend, device)
 
 
 @every_backend_quickly
 @pytest.mark.parametrize("missing", [(5,), (6,), (5, 6)], ids=["D", "bias", "both"])
 def test_optional_arguments(backend: str, device: str, missing: tuple[int, ...]) -> None:
-    tensors = sequences(2, 2, 6, 2, 10)
-    check_sequences([None if index in missing else each for index, each in enumerate(tensors)], backend, device)
-    tensors = image(2, 6, 3, 5, 1, 2)
-    check_image([None if index + 1 in missing else each for index, each in enumerate(tensors)], backend, device)
+    check_sequences(without(draw_sequences(2, 2, 6, 2, 10), *missing), backend, device)
+    check_images(without(draw_images(2, 3, 5, 6, 2, 1), *(index - 1 for index in missing)), backend, device)
 
 
 @every_backend
 def test_delta_without_softplus(backend: str, device: str) -> None:
-    tensors = sequences(2, 2, 6, 2, 40)  # delta of both signs: decays above 1, too
+    tensors = draw_sequences(2, 2, 6, 2, 40)  # delta of both signs: decays above 1, too
     tensors[1] *= 0.1
     tensors[6] *= 0.05
 
-    def run(function, **options):
-        return lambda *each: function(*each, delta_softplus=False, **options)
-
-    expected = with_gradients(run(scan_torch.reference), tensors, "cpu", torch.float64, (0, 1, 3, 4))
-    actual = with_gradients(run(selective_scan, backend=backend), tensors, device, torch.float32, (0, 1, 3, 4))
-    for got, want in zip(actual, expected, strict=True):
-        assert_close(got, want, 1e-4)
+    check_sequences(tensors, backend, device, delta_softplus=False)
 
 
 @every_backend_quickly
 def test_any_strides(backend: str, device: str) -> None:
     """Transposed, sliced and expanded inputs, and a gradient that is not contiguous."""
-    plain = [each.to(device) for each in sequences(2, 2, 6, 2, 10)]
+    plain = [each.to(device) for each in draw_sequences(2, 2, 6, 2, 10)]
     odd = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in plain]
     odd[0] = torch.stack([plain[0], plain[0]], dim=-1)[..., 0]
     assert torch.equal(selective_scan(*plain, backend=backend), selective_scan(*odd, backend=backend))
 
-    plain = [each.to(device) for each in image(2, 6, 3, 5, 1, 2)]
-    channels_last = [plain[0].contiguous(memory_format=torch.channels_last), *plain[1:]]
-    y = selective_scan_2d(*channels_last, backend=backend)
-    assert torch.equal(selective_scan_2d(*plain, backend=backend), y)
+    x, *rest = (each.to(device) for each in draw_images(2, 3, 5, 6, 2, 1))
+    channels_last = x.permute(0, 3, 1, 2)  # [B, D, H, W]
+    y = selective_scan_2d(channels_last, *rest, backend=backend)
+    assert torch.equal(selective_scan_2d(channels_last.contiguous(), *rest, backend=backend), y)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
-    x = plain[0].requires_grad_()
-    (dense,) = torch.autograd.grad(selective_scan_2d(*plain, backend=backend), x, torch.ones(x.shape, device=device))
-    (expanded,) = torch.autograd.grad(selective_scan_2d(*plain, backend=backend).sum(), x)
+    x = channels_last.contiguous().requires_grad_()
+    (dense,) = torch.autograd.grad(selective_scan_2d(x, *rest, backend=backend), x, torch.ones(x.shape, device=device))
+    (expanded,) = torch.autograd.grad(selective_scan_2d(x, *rest, backend=backend).sum(), x)
     assert torch.equal(dense, expanded)
 
 
 @every_backend_quickly
 def test_empty_batch(backend: str, device: str) -> None:
-    tensors = [each.to(device).requires_grad_() for each in sequences(0, 2, 3, 2, 7)]
-    y = selective_scan(*tensors, backend=backend)
-    y.sum().backward()
-    assert y.shape == (0, 6, 7) and all(not each.grad.any() and each.grad.shape == each.shape for each in tensors)
-    tensors = [each.to(device).requires_grad_() for each in image(0, 5, 3, 4, 1, 2)]
-    y = selective_scan_2d(*tensors, backend=backend)
-    y.sum().backward()
-    assert y.shape == (0, 5, 3, 4) and all(not each.grad.any() and each.grad.shape == each.shape for each in tensors)
+    inputs = draw_sequences(0, 2, 3, 2, 7), draw_images(0, 3, 4, 5, 2, 1)
+    for scan, tensors, shape in zip(both_scans(backend), inputs, [(0, 6, 7), (0, 3, 4, 5)], strict=True):
+        y, *gradients = with_gradients(scan, tensors, device)
+        assert y.shape == shape and [each.shape for each in gradients] == [each.shape for each in tensors]
+        assert not any(each.any() for each in gradients)
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_as_exact_as_plain_torch(backend: str, device: str, dtype: torch.dtype) -> None:
-    """Error against float64 on the unrounded input: at most twice that of the plain form on the same rounded input."""
-    half = str(dtype)
-    for tensors, plain, scan, streams in (
-        (sequences(2, 2, 24, 1, 100), scan_torch.reference, selective_scan, (0, 1, 3, 4)),
-        (image(2, 24, 9, 10, 1, 6), reference_image, selective_scan_2d, (0, 1)),
+    for scan, plain, tensors, inputs in zip(
+        both_scans(backend),
+        (selective_scan_reference, selective_scan_2d_reference),
+        (draw_sequences(2, 2, 24, 1, 100), draw_images(2, 9, 10, 24, 6, 1)),
+        (SEQUENCE_INPUTS, IMAGE_INPUTS),
+        strict=True,
     ):
-        exact = with_gradients(plain, tensors, "cpu", torch.float64, streams)
-        bound = with_gradients(plain, tensors, "cpu", dtype, streams)
-        actual = with_gradients(lambda *each, scan=scan: scan(*each, backend=backend), tensors, device, dtype, streams)
-        assert actual[0].dtype == torch.float32
-        for index, (got, plainly, want) in enumerate(zip(actual, bound, exact, strict=True)):
-            assert got.dtype == plainly.dtype, (half, index)
-            assert rel_error(got.float(), want) <= 2 * rel_error(plainly.float(), want) + 1e-6, (half, index)
+        assert_as_exact_as_plain_torch(partial(with_gradients, scan, device=device), plain, tensors, dtype, inputs)
 
 
 @every_backend
-@pytest.mark.parametrize("delta", [-1e4, -100.0, 0.0, 30.0, 1e4])
-@pytest.mark.parametrize("A", [-1e4, -1.0, -1e-8])
+@pytest.mark.parametrize(("delta", "A"), EXTREMES)
 def test_extreme_values_stay_finite(backend: str, device: str, delta: float, A: float) -> None:
-    tensors = sequences(1, 2, 9, 1, 12)
-    tensors[1].fill_(delta)
-    tensors[2].fill_(A)
-    for each in with_gradients(lambda *t: selective_scan(*t, backend=backend), tensors, device, torch.float32, (0, 1, 3, 4)):
-        assert torch.isfinite(each).all()
-    tensors = image(1, 9, 3, 4, 1, 2)
-    tensors[5].fill_(delta)
-    tensors[3].fill_(A)
-    for each in with_gradients(lambda *t: selective_scan_2d(*t, backend=backend), tensors, device, torch.float32, (0, 1)):
-        assert torch.isfinite(each).all()
+    for scan, tensors in zip(both_scans(backend), extreme_inputs(delta, A), strict=True):
+        assert all(each.isfinite().all() for each in with_gradients(scan, tensors, device))
 
 
 @every_backend
 def test_same_bits_again(backend: str, device: str) -> None:
-    """Nothing depends on the order in which threads finish, nor on how many there are."""
-    tensors = image(3, 72, 9, 11, 1, 5)
+    """Results depend neither on the order in which threads finish nor on their number."""
+    tensors = draw_images(3, 9, 11, 72, 5, 1)
 
     def run() -> list[Tensor]:
-        return with_gradients(lambda *each: selective_scan_2d(*each, backend=backend), tensors, device, torch.float32, (0, 1))
+        return with_gradients(partial(scan_images, backend=backend), tensors, device)
 
     threads = torch.get_num_threads()
     first = run()
@@ -294,10 +223,11 @@ def test_same_bits_again(backend: str, device: str) -> None:
 
 
 def test_gradients_against_finite_differences() -> None:
-    tensors = [each.double().requires_grad_() for each in sequences(1, 2, 2, 2, 10)]
-    assert torch.autograd.gradcheck(lambda *each: selective_scan(*each, backend="torch"), tensors)
-    tensors = [each.double().requires_grad_() for each in image(1, 2, 3, 4, 1, 1)]
-    assert torch.autograd.gradcheck(lambda *each: selective_scan_2d(*each, backend="torch"), tensors)
+    tensors = [each.double().requires_grad_() for each in draw_sequences(1, 2, 2, 2, 10)]
+    scan, scan_2d = both_scans("torch")
+    assert torch.autograd.gradcheck(scan, tensors)
+    tensors = [each.double().requires_grad_() for each in draw_images(1, 3, 4, 2, 1, 1)]
+    assert torch.autograd.gradcheck(scan_2d, tensors)
 
 
 def test_hand_computed() -> None:
@@ -311,14 +241,14 @@ def test_hand_computed() -> None:
 
 def test_cross_scan_and_merge_are_transposes() -> None:
     x = torch.arange(6.0).view(1, 2, 3, 1)
-    assert scan_torch.cross_scan(x)[0, :, 0].tolist() == [
+    assert cross_scan(x)[0, :, 0].tolist() == [
         [0, 1, 2, 3, 4, 5],
         [0, 3, 1, 4, 2, 5],
         [5, 4, 3, 2, 1, 0],
         [5, 2, 4, 1, 3, 0],
     ]
     x, y = draw((2, 3, 5, 4), 0).double(), draw((2, 4, 4, 15), 1).double()
-    assert torch.allclose((scan_torch.cross_scan(x) * y).sum(), (x * scan_torch.cross_merge(y, 3, 5)).sum())
+    assert torch.allclose((cross_scan(x) * y).sum(), (x * cross_merge(y, 3, 5)).sum())
 
 
 # ---- operators
@@ -329,23 +259,24 @@ def test_operators_are_registered_completely(backend: str, device: str) -> None:
     """Schema, fake, autograd and their agreement, as torch's own check sees them."""
     if backend == "triton" and not GPU:
         pytest.skip("the interpreter cannot see fake tensors")
-    tensors = [each.to(device).requires_grad_() for each in sequences(2, 2, 3, 2, 7)]
+    tensors = [each.to(device).requires_grad_() for each in draw_sequences(2, 2, 3, 2, 7)]
     torch.library.opcheck(torch.ops.clever.selective_scan, (*tensors, True, backend))
-    tensors = [each.to(device).requires_grad_() for each in image(2, 5, 3, 4, 1, 2)]
-    tensors[0] = tensors[0].detach().permute(0, 2, 3, 1).contiguous().requires_grad_()
+    tensors = [each.to(device).requires_grad_() for each in draw_images(2, 3, 4, 5, 2, 1)]
     torch.library.opcheck(torch.ops.clever.selective_scan_2d, (*tensors, backend))
 
 
 def test_compiles_without_a_break() -> None:
-    tensors = image(2, 5, 3, 4, 1, 2)
-    compiled = torch.compile(lambda *each: selective_scan_2d(*each).square(), fullgraph=True, backend="aot_eager")
-    plain = with_gradients(lambda *each: selective_scan_2d(*each).square(), tensors, "cpu", torch.float32, (0, 1))
-    for got, want in zip(with_gradients(compiled, tensors, "cpu", torch.float32, (0, 1)), plain, strict=True):
-        assert torch.equal(got, want)
+    tensors = draw_images(2, 3, 4, 5, 2, 1)
+
+    def scan(*tensors: Tensor) -> Tensor:
+        return scan_images(*tensors).square()
+
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, with_gradients(compiled, tensors), with_gradients(scan, tensors)))
 
 
 def test_second_derivative_is_an_error() -> None:
-    tensors = [each.requires_grad_() for each in sequences(1, 1, 2, 1, 4)]
+    tensors = [each.requires_grad_() for each in draw_sequences(1, 1, 2, 1, 4)]
     (gradient,) = torch.autograd.grad(selective_scan(*tensors).square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
@@ -353,22 +284,22 @@ def test_second_derivative_is_an_error() -> None:
 
 @every_backend_quickly
 def test_parameters_stay_in_float32_under_autocast(backend: str, device: str) -> None:
-    tensors = [each.to(device).requires_grad_() for each in image(1, 8, 3, 4, 1, 2)]
+    tensors = [each.to(device).requires_grad_() for each in draw_images(1, 3, 4, 8, 2, 1)]
     halves = [each.to(torch.bfloat16) for each in tensors[:2]]
     with torch.autocast(device, torch.bfloat16):
-        y = selective_scan_2d(*halves, *tensors[2:], backend=backend)
-        inside = selective_scan_2d(*tensors, backend=backend)
+        y = scan_images(*halves, *tensors[2:], backend=backend)
+        inside = scan_images(*tensors, backend=backend)
     assert y.dtype == torch.float32
-    assert torch.equal(inside, selective_scan_2d(*tensors, backend=backend))  # autocast rounds nothing inside
+    assert torch.equal(inside, scan_images(*tensors, backend=backend))  # autocast rounds nothing inside
     y.sum().backward()
     assert all(each.grad.dtype == torch.float32 and each.grad.any() for each in tensors)
 
 
 def test_mixed_types_are_widened() -> None:
-    tensors = image(1, 8, 3, 4, 1, 2)
+    tensors = draw_images(1, 3, 4, 8, 2, 1)
     halved = [tensors[0], tensors[1].to(torch.bfloat16), *tensors[2:]]
     widened = [tensors[0], tensors[1].to(torch.bfloat16).float(), *tensors[2:]]
-    assert torch.equal(selective_scan_2d(*halved), selective_scan_2d(*widened))
+    assert torch.equal(scan_images(*halved), scan_images(*widened))
 
 
 def test_flops_formula() -> None:
@@ -397,7 +328,7 @@ def test_flops_formula() -> None:
     ],
 )
 def test_sequences_that_do_not_fit(index: int, change, message: str | None) -> None:
-    tensors = sequences(2, 2, 3, 2, 10)
+    tensors = draw_sequences(2, 2, 3, 2, 10)
     tensors[index] = change(tensors[index])
     if message is None:  # integers widen to the others' type
         assert selective_scan(*tensors).dtype == torch.float32
@@ -421,54 +352,51 @@ def test_sequences_that_do_not_fit(index: int, change, message: str | None) -> N
     ],
 )
 def test_images_that_do_not_fit(index: int, change, message: str) -> None:
-    tensors = image(2, 5, 3, 4, 1, 2)
+    tensors = draw_images(2, 3, 4, 5, 2, 1)
+    tensors[0] = tensors[0].permute(0, 3, 1, 2)
     tensors[index] = change(tensors[index])
     with pytest.raises(InputError, match=message):
         selective_scan_2d(*tensors)
 
 
 def test_named_backends_that_cannot_run() -> None:
-    tensors = image(1, 3, 2, 2, 1, 1)
+    tensors = draw_images(1, 2, 2, 3, 1, 1)
     with pytest.raises(InputError, match="backend 'cudnn': choose one of auto, cuda, triton, cpp, torch"):
-        selective_scan_2d(*tensors, backend="cudnn")
+        scan_images(*tensors, backend="cudnn")
     with pytest.raises(InputError, match="backend 'cuda' cannot run: "):
-        selective_scan_2d(*tensors, backend="cuda")  # on CPU tensors, GPU or not
-    with pytest.raises(InputError, match="backend 'cpp' cannot run: float64 is for the torch backend only"):
-        selective_scan_2d(*(each.double() for each in tensors), backend="cpp")
+        scan_images(*tensors, backend="cuda")  # on CPU tensors, GPU or not
+    with pytest.raises(InputError, match="backend 'cpp' cannot run: float64 is supported by the torch backend only"):
+        scan_images(*(each.double() for each in tensors), backend="cpp")
 
 
-def test_the_choice_is_announced_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(BACKENDS["cpp"], "unavailable", lambda device=None: "not built")
+@pytest.fixture
+def fresh_choice():
+    """No choice of a backend is remembered from before, nor kept afterwards."""
     choose_backend.cache_clear()
-    try:
-        assert [choose_backend("auto", "cpu") for _ in range(3)] == ["torch"] * 3
-        assert capsys.readouterr().out == "selective scan on cpu: backend torch; cpp: not built\n"
-    finally:
-        choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
 
 
-def test_a_gpu_without_kernels_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_announced_once(fresh_choice, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(BACKENDS["cpp"], "unavailable_reason", lambda device=None: "not built")
+    assert [choose_backend("auto", "cpu") for _ in range(3)] == ["torch"] * 3
+    assert capsys.readouterr().out == "selective scan on cpu: backend torch; cpp: not built\n"
+
+
+def test_a_gpu_without_kernels_is_warned_about_once(fresh_choice, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "triton"):
-        monkeypatch.setattr(BACKENDS[name], "unavailable", lambda device=None: "not built")
-    choose_backend.cache_clear()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert [choose_backend("auto", "cuda") for _ in range(3)] == ["torch"] * 3
-        assert [str(each.message) for each in caught if "doctor.py" in str(each.message)] != []
-        assert len(caught) == 1
-    finally:
-        choose_backend.cache_clear()
+        monkeypatch.setattr(BACKENDS[name], "unavailable_reason", lambda device=None: "not built")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [choose_backend("auto", "cuda") for _ in range(3)] == ["torch"] * 3
+    (warning,) = caught
+    assert "python -m scripts.doctor" in str(warning.message)
 
 
-def test_the_better_backend_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_backend_is_preferred(fresh_choice, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in BACKENDS:
-        monkeypatch.setattr(BACKENDS[name], "unavailable", lambda device=None: None)
-    choose_backend.cache_clear()
-    try:
-        assert choose_backend("auto", "cpu") == "cpp"
-        assert choose_backend("auto", "cuda") == "cuda"
-        assert choose_backend("auto", "cpu", torch.float64) == "torch"
-        assert module.PREFERENCE["cuda"] == ("cuda", "triton", "torch")
-    finally:
-        choose_backend.cache_clear()
+        monkeypatch.setattr(BACKENDS[name], "unavailable_reason", lambda device=None: None)
+    assert choose_backend("auto", "cpu") == "cpp"
+    assert choose_backend("auto", "cuda") == "cuda"
+    assert choose_backend("auto", "cpu", torch.float64) == "torch"
+    assert module.PREFERENCE["cuda"] == ("cuda", "triton", "torch")
