@@ -1,25 +1,25 @@
-"""Video object segmentation on DAVIS 2017 with frozen patch features, without any training, and its J&F measure.
+"""Video object segmentation on DAVIS 2017 with frozen patch features, scored by J&F. No training.
 
     python eval_video_segmentation.py --pretrained_weights R/checkpoint.pth --data_path data/DAVIS --output_dir R/davis
 Several processes share the videos: torchrun --nproc_per_node=2 eval_video_segmentation.py ...
 
-The mask of a video's first frame is carried through it by the patches' nearest neighbours. Written to --output_dir:
-<video>/<frame>.png (palette PNGs), global_results-<subset>.csv and per-sequence_results-<subset>.csv (as the DAVIS tool writes
-them), results-<subset>.json (everything), contact_sheet-<subset>.png.
+The annotation of a video's first frame is propagated to the other frames by nearest neighbours among patch features.
+Written to --output_dir:
+    <video>/<frame>.png                  masks (palette PNGs); <video>/settings.json: what they depend on
+    global_results-<subset>.csv          the two tables of the DAVIS tool
+    per-sequence_results-<subset>.csv
+    results-<subset>.json                all scores and settings
+    contact_sheet-<subset>.png           frames of every video with their masks
 
-A video's folder appears when the video is finished. Started again, the script keeps the videos that were made with the same
-weights, flags and files, makes the others, and scores all masks anew. A video that is at fault is told and left out; the
-others are made all the same, but there are no tables until none is at fault.
+The folder of a video appears when the video is finished. A rerun keeps the videos that were made with the same weights, flags
+and files, makes the others, and computes all scores anew. A video that fails is named and left out; the others are made, but
+tables are written only if no video fails.
 """
 
 import argparse
-import json
+import math
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,207 +30,181 @@ import utils
 from augmentations import IMAGENET_STD
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from evaluation.video import davis, metrics
+from evaluation.video.contact_sheet import contact_sheet
 from evaluation.video.davis import Video
-from evaluation.video.propagation import Propagation
+from evaluation.video.masks import write_mask
+from evaluation.video.metrics import VideoScores
+from evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
 from telemetry import Progress
 from utils import InputError, bool_flag, whole_folder
 
-ORIGINAL_STD = (0.228, 0.224, 0.225)  # the original's slip for 0.229; its published numbers were measured with it
+DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
+MAX_READING_THREADS = 4
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, parts=False)
     add = parser.add_argument
-    add("--data_path", required=True, help="folder of DAVIS, with JPEGImages, Annotations and ImageSets")
-    add("--subset", default="val", help="which list of ImageSets/2017")
-    add("--output_dir", default=".", help="masks, tables and contact sheet")
-    add("--n_last_frames", type=int, default=7, help="context frames besides the first one")
-    add("--size_mask_neighborhood", type=int, default=12, help="reach of the window in patches; 0: the whole frame")
-    add("--topk", type=int, default=5, help="neighbours that vote")
-    add("--short_side", type=int, default=davis.SHORT_SIDE, help="of the frames that the network sees, in pixels")
-    add("--bs", type=int, default=1, help="frames per pass of the network (without effect in the original)")
-    add("--similarity_mb", type=float, default=256, help="similarities held at a time, at most, in MiB")
-    add("--std", type=float, nargs=3, help="default: the checkpoint's; for ImageNet's 0.228 0.224 0.225, as in the original")
-    add("--positions", default="factor", choices=["factor", "size"], help="how they are interpolated; see vision_transformer")
-    add("--score", type=bool_flag, default=True, help="false: masks only, for which first annotations suffice")
+    add("--data_path", required=True, help="folder of DAVIS, which contains JPEGImages, Annotations and ImageSets")
+    add("--subset", default="val", help="list of videos: a file of ImageSets/2017, without .txt")
+    add("--output_dir", default=".", help="folder of masks, tables and contact sheet")
+    add("--n_last_frames", type=int, default=7, help="number of previous frames in the context, besides the first frame")
+    add("--size_mask_neighborhood", type=int, default=12, help="radius of the attention window in patches; 0: the whole "
+        "frame. Increase it if objects that move fast are lost")  # fmt: skip
+    add("--topk", type=int, default=5, help="number of nearest neighbours that determine the label of a patch")
+    add("--short_side", type=int, default=davis.SHORT_SIDE, help="short side in pixels of the frames that the network sees; "
+        "a multiple of the patch size. Lower it for a quick test")  # fmt: skip
+    add("--bs", type=int, default=1, help="frames per forward pass of the network; the scores do not depend on it")
+    add("--similarity_mb", type=float, default=256, help="largest memory of the similarities in MiB")
+    add("--std", type=float, nargs=3, help="standard deviation of the channels; default: the checkpoint's, but 0.228 0.224 "
+        "0.225 instead of ImageNet's, as in DINO's evaluation")  # fmt: skip
+    add("--positions", default="factor", choices=["factor", "size"], help="interpolation of the position embedding: by "
+        "scale factor, as in DINO, or to the size of the grid")  # fmt: skip
+    add("--score", type=bool_flag, default=True, help="false: write masks only; only first frames need an annotation then")
     distributed.add_distributed_arguments(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise InputError for values that cannot work, before anything is read or written."""
+    """Raise InputError for invalid values, before anything is read or written."""
     utils.check_positive(args, "topk", "short_side", "bs", "similarity_mb")
     utils.check_not_negative(args, "n_last_frames", "size_mask_neighborhood", "num_workers")
-    if args.std is not None and not all(0 < value < float("inf") for value in args.std):
+    if args.std is not None and not all(0 < value < math.inf for value in args.std):
         raise InputError(f"--std {args.std}: must be greater than 0, and finite")
     utils.check_writable(args.output_dir)
 
 
-# --- one video ---------------------------------------------------------------------------------------------------------
+# --- building ----------------------------------------------------------------------------------------------------------
 
 
-def read_ahead(read: Callable[[Path], torch.Tensor], paths: Iterable[Path], threads: int) -> Iterator[torch.Tensor]:
-    """Frames in order, each read by a thread while those before it are in use; 0 threads: read when asked for."""
-    if threads == 0:
-        yield from map(read, paths)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        for path in paths:
-            waiting.append(pool.submit(read, path))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def build_segmenter(args: argparse.Namespace, pretrained: Pretrained, device: torch.device) -> Segmenter:
+    """Raises InputError if the network has no patch tokens, or if --short_side is not a multiple of its patch size."""
+    pretrained.check_patches("propagation compares patches")
+    backbone = pretrained.backbone
+    davis.check_short_side(args.short_side, backbone.patch_embed.patch_size)
+    backbone.positions_by = args.positions
+    return Segmenter(
+        backbone, device, pretrained.mean, tuple(args.std or (DINO_STD if pretrained.std == IMAGENET_STD else pretrained.std)),
+        short_side=args.short_side, n_last_frames=args.n_last_frames, radius=args.size_mask_neighborhood, topk=args.topk,
+        memory_mb=args.similarity_mb, batch_size=args.bs, threads=min(args.num_workers, MAX_READING_THREADS),
+    )  # fmt: skip
 
 
-@torch.inference_mode()
-def frame_features(video: Video, pretrained: Pretrained, device: torch.device, args) -> Iterator[torch.Tensor]:
-    """Patch tokens of the last block after the final norm, frame by frame, [rows, columns, D]."""
-    patch_size = pretrained.backbone.patch_embed.patch_size
-    size = davis.network_size(video.size, patch_size, args.short_side)
-    rows, columns = davis.grid_of(size, patch_size)
-    frames = read_ahead(
-        lambda path: davis.read_frame(path, size, pretrained.mean, args.std), video.frames, min(args.num_workers, 4)
-    )
-    while batch := list(islice(frames, args.bs)):
-        images = torch.stack(batch).to(device)  # B, 3, h, w
-        tokens = pretrained.backbone.get_intermediate_layers(images, 1)[0][:, 1:]  # B, rows*columns, D
-        yield from tokens.unflatten(1, (rows, columns))
-
-
-@torch.inference_mode()
-def propagate(video: Video, pretrained: Pretrained, device: torch.device, args, progress, folder: Path) -> None:
-    """Write the masks of all frames into the folder; that of the first is the annotation itself."""
-    patch_size = pretrained.backbone.patch_embed.patch_size
-    grid = davis.grid_of(davis.network_size(video.size, patch_size, args.short_side), patch_size)
-    labels = davis.one_hot_labels(davis.read_labels(video.annotations[0]), grid).to(device)  # rows, columns, 1 + n
-    shutil.copyfile(video.annotations[0], folder / video.mask_names[0])
-    features = frame_features(video, pretrained, device, args)
-    window = args.n_last_frames, args.size_mask_neighborhood, args.topk, args.similarity_mb
-    propagation = Propagation(next(features), labels, *window)
-    progress.advance()
-    for name, feature in zip(video.mask_names[1:], features, strict=True):
-        soft = propagation.step(feature)  # rows, columns, 1 + n
-        davis.write_mask(davis.soft_labels_to_mask(soft, patch_size, video.size), folder / name)
-        progress.advance()
-
-
-RECORD = "settings.json"  # what a video's masks were made with, beside them
-
-
-def settings_of(video: Video, pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Any]:
-    """What the masks of a video depend on."""
-    names = ("n_last_frames", "size_mask_neighborhood", "topk", "short_side", "positions")
+def mask_settings(args: argparse.Namespace, pretrained: Pretrained, std: tuple[float, ...]) -> dict[str, Any]:
+    """What masks depend on, apart from the files of the video."""
+    flags = ("n_last_frames", "size_mask_neighborhood", "topk", "short_side", "positions")
     return {
-        "backbone": pretrained.fingerprint, **{name: getattr(args, name) for name in names},
-        "mean": list(pretrained.mean), "std": list(args.std), "files": video.fingerprint(),
+        "backbone": pretrained.fingerprint, **{flag: getattr(args, flag) for flag in flags},
+        "mean": list(pretrained.mean), "std": list(std),
     }  # fmt: skip
 
 
-def is_finished(folder: Path, video: Video, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds the video's masks of these settings. Raises InputError if this script did not make it."""
-    if not folder.exists():
-        return False
-    try:
-        same = json.loads((folder / RECORD).read_text()) == settings
-        return same and all((folder / name).is_file() for name in video.mask_names)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: exists, and is not of this script's making; move it away") from error
+# --- evaluation --------------------------------------------------------------------------------------------------------
 
 
-# --- all videos --------------------------------------------------------------------------------------------------------
-
-
-def open_videos(names: list[str], args: argparse.Namespace) -> tuple[list[Video], dict[str, str]]:
-    """The videos whose files are in order, and {name: what is wrong} of the others."""
-    videos, faults = [], {}
+def open_videos(data_path: str, names: list[str], all_annotations: bool) -> tuple[list[Video], dict[str, str]]:
+    """The videos with valid files, and {name: error} of the others."""
+    videos, failures = [], {}
     for name in names:
         try:
-            videos.append(davis.open_video(args.data_path, name, args.score))
+            videos.append(davis.open_video(data_path, name, all_annotations))
         except InputError as error:
-            faults[name] = str(error)
-    return videos, faults
+            failures[name] = str(error)
+    return videos, failures
 
 
-def run_video(
-    video: Video, pretrained: Pretrained, device: torch.device, args, progress: Progress
-) -> metrics.Scores | None:
-    """Make a video's masks unless they are there, and score them (None without --score).
-
-    Raises InputError if the video is at fault.
-    """
-    folder, settings = Path(args.output_dir) / video.name, settings_of(video, pretrained, args)
+def make_masks(segmenter: Segmenter, video: Video, folder: Path, settings: dict[str, Any], progress: Progress) -> None:
+    """Write the masks of all frames, unless the folder has them; that of the first frame is its annotation."""
+    settings = settings | {"files": video.fingerprint()}
     if is_finished(folder, video, settings):
-        progress.total -= len(video.frames)
         print(f"{video.name}: kept")
-    else:
-        with whole_folder(folder) as scratch:
-            propagate(video, pretrained, device, args, progress, scratch)
-            (scratch / RECORD).write_text(json.dumps(settings, indent=1) + "\n")
-    return davis.score_video(video, folder) if args.score else None
+        return
+    with whole_folder(folder) as scratch:
+        shutil.copyfile(video.annotations[0], scratch / video.mask_names[0])
+        progress.advance()
+        for name, labels in zip(video.mask_names[1:], segmenter.segment(video), strict=True):
+            write_mask(labels, scratch / name)
+            progress.advance()
+        utils.save_json(settings, scratch / SETTINGS_FILE)
 
 
-def run_share(
-    videos: list[Video], pretrained: Pretrained, device: torch.device, args
-) -> tuple[list[metrics.Scores], dict[str, str]]:
-    """Masks and scores of this process's videos, and {name: what is wrong} of those at fault."""
-    scores, faults = [], {}
+def evaluate(
+    segmenter: Segmenter, videos: list[Video], output: Path, settings: dict[str, Any], score: bool
+) -> tuple[list[VideoScores], dict[str, str]]:
+    """Masks and scores of these videos; returns the scores, and {name: error} of the videos that failed."""
+    scores, failures = [], {}
     progress = Progress("", sum(len(video.frames) for video in videos), unit="frames")
     for i, video in enumerate(videos, 1):
         progress.header = f"video {i}/{len(videos)} {video.name}"
         before = progress.done
         try:
-            found = run_video(video, pretrained, device, args, progress)
+            make_masks(segmenter, video, output / video.name, settings, progress)
+            if score:
+                scores.append(davis.score_video(video, output / video.name))
         except InputError as error:
-            faults[video.name] = str(error)
-            progress.total -= len(video.frames) - (progress.done - before)
-            tell_fault(video.name, str(error))
-            continue
-        scores += [found] if found else []
+            failures[video.name] = str(error)
+            print_failure(video.name, str(error))
+        progress.total -= len(video.frames) - (progress.done - before)  # frames that are kept, or lost by an error
         progress.print_line()
-    return scores, faults
+    return scores, failures
 
 
-def tell_fault(name: str, fault: str) -> None:
-    print(f"left out: {name}: {fault}", file=sys.stderr, flush=True)
+def own_share(videos: list[Video]) -> list[Video]:
+    """This process's videos. Several processes take turns from the longest to the shortest."""
+    if not distributed.is_distributed():
+        return videos
+    longest_first = sorted(videos, key=lambda video: -len(video.frames))
+    return longest_first[distributed.get_rank() :: distributed.get_world_size()]
 
 
-def gather(share: tuple[list[metrics.Scores], dict[str, str]]) -> tuple[list[metrics.Scores], dict[str, str]]:
-    """The shares of all processes in one, for every process."""
-    shares = distributed.all_gather_objects(share)
-    return [s for scores, _ in shares for s in scores], {k: v for _, faults in shares for k, v in faults.items()}
+def print_failure(name: str, error: str) -> None:
+    print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
 
 
-def write_results(scores: list[metrics.Scores], pretrained: Pretrained, args: argparse.Namespace) -> None:
-    """The tables, CSV and JSON, and the result on the screen. Videos without a frame to score, or objects, do not count."""
-    unscored = [s.video for s in scores if s.j.size == 0]
-    scored = [s for s in scores if s.j.size]
+# --- results -----------------------------------------------------------------------------------------------------------
+
+
+def result_paths(output: Path, subset: str) -> tuple[Path, Path]:
+    """JSON file and contact sheet."""
+    return output / f"results-{subset}.json", output / f"contact_sheet-{subset}.png"
+
+
+def remove_results(output: Path, subset: str) -> None:
+    """Remove the tables and the contact sheet of an earlier run; masks stay."""
+    for path in (*result_paths(output, subset), *(output / name for name in metrics.table_names(subset))):
+        path.unlink(missing_ok=True)
+
+
+def write_results(
+    scores: list[VideoScores], pretrained: Pretrained, output: Path, subset: str, args: dict[str, Any]
+) -> None:
+    """Print the scores and write them as JSON and CSV. Videos without objects or without a frame to score do not count."""
+    scored = [video for video in scores if video.j.size]
+    unscored = [video.video for video in scores if not video.j.size]
     if unscored:
-        print(f"not scored, for lack of objects or of a third frame: {', '.join(unscored)}")
+        print(f"not scored, because they have no objects or less than three frames: {', '.join(unscored)}")
     if not scored:
-        raise InputError(f"--data_path {args.data_path}: no video has both objects and three frames, nothing can be scored")
-    objects = {name: row for s in scored for name, row in s.objects().items()}
-    frames = {s.video: {"J": s.j.T.tolist(), "F": s.f.T.tolist()} for s in scored}
+        raise InputError(f"--data_path {args['data_path']}: nothing to score, no video has objects and three frames")
+    objects = {name: row for video in scored for name, row in video.objects().items()}
     record = {
-        "kind": "video_segmentation", "subset": args.subset, **pretrained.record(),
-        "global": metrics.global_scores(objects), "objects": objects, "unscored": unscored, "frames": frames,
-        "args": utils.plain_args(args),
+        "kind": "video_segmentation", "subset": subset, **pretrained.record(),
+        "global": metrics.global_scores(objects), "objects": objects, "unscored": unscored,
+        "frames": {video.video: {"J": video.j.T.tolist(), "F": video.f.T.tolist()} for video in scored}, "args": args,
     }  # fmt: skip
-    path = Path(args.output_dir) / f"results-{args.subset}.json"
+    path, _ = result_paths(output, subset)
     utils.save_json(record, path)
     metrics.print_scores(objects)
     print(f"{len(objects)} objects of {len(scored)} videos; wrote {path}")
-    for table in metrics.write_csv(args.output_dir, args.subset, objects):
+    for table in metrics.save_tables(output, subset, objects):
         print(f"wrote {table}")
 
 
-def write_contact_sheet(videos: list[Video], scores: list[metrics.Scores], args: argparse.Namespace) -> None:
-    known = {s.video: f"   J {s.j.mean():.3f}  F {s.f.mean():.3f}" for s in scores if s.j.size}
-    rows = [(video, Path(args.output_dir) / video.name, video.name + known.get(video.name, "")) for video in videos]
-    path = Path(args.output_dir) / f"contact_sheet-{args.subset}.png"
-    davis.contact_sheet(rows).save(path)
+def write_contact_sheet(videos: list[Video], scores: list[VideoScores], output: Path, subset: str) -> None:
+    captions = {s.video: f"   J {s.j.mean():.3f}  F {s.f.mean():.3f}" for s in scores if s.j.size}
+    rows = [(video, output / video.name, video.name + captions.get(video.name, "")) for video in videos]
+    _, path = result_paths(output, subset)
+    utils.save_png(contact_sheet(rows), path)
     print(f"wrote {path}")
 
 
@@ -238,41 +212,33 @@ def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
     device = distributed.init_distributed(args)
-    names = davis.list_videos(args.data_path, args.subset)
+    names, output = davis.list_videos(args.data_path, args.subset), Path(args.output_dir)
     pretrained = load_pretrained(args, device)
-    pretrained.check_patches("propagation compares patches")
-    args.std = tuple(args.std or (ORIGINAL_STD if pretrained.std == IMAGENET_STD else pretrained.std))
-    davis.check_short_side(args.short_side, pretrained.backbone.patch_embed.patch_size)
-    pretrained.backbone.positions_by = args.positions
-    videos, faults = open_videos(names, args)
+    segmenter = build_segmenter(args, pretrained, device)
+    videos, failures = open_videos(args.data_path, names, all_annotations=args.score)
     if distributed.is_main_process():
-        for stale in outputs(args):
-            stale.unlink(missing_ok=True)
-        for name, fault in faults.items():
-            tell_fault(name, fault)
+        remove_results(output, args.subset)
+        for name, error in failures.items():
+            print_failure(name, error)
     print(f"{pretrained.net} {pretrained.arch}, {len(videos)} videos, {sum(len(v.frames) for v in videos)} frames, {device}")
 
-    longest_first = sorted(videos, key=lambda video: -len(video.frames))
-    own = longest_first[distributed.get_rank() :: distributed.get_world_size()] if distributed.is_distributed() else videos
-    scores, found = gather(run_share(own, pretrained, device, args))
-    faults |= found
+    settings = mask_settings(args, pretrained, segmenter.std)
+    shares = distributed.all_gather_objects(evaluate(segmenter, own_share(videos), output, settings, args.score))
+    scores = sorted((s for scores, _ in shares for s in scores), key=lambda s: names.index(s.video))
+    failures |= {name: error for _, failed in shares for name, error in failed.items()}
+
     if distributed.is_main_process():
-        done = [video for video in videos if video.name not in faults]
-        scores.sort(key=lambda s: names.index(s.video))
-        if done:
-            write_contact_sheet(done, scores, args)
-        if args.score and not faults:
-            write_results(scores, pretrained, args)
-    if faults:
-        first = next(iter(faults))
-        made = f"masks of the other {len(names) - len(faults)} are in {args.output_dir}, no tables are written"
-        raise InputError(f"{len(faults)} of {len(names)} videos at fault ({made}); {first}: {faults[first]}")
-
-
-def outputs(args: argparse.Namespace) -> list[Path]:
-    """The files beside the videos' folders, which a new run replaces."""
-    names = (f"global_results-{args.subset}.csv", f"per-sequence_results-{args.subset}.csv", f"results-{args.subset}.json")
-    return [Path(args.output_dir) / name for name in (*names, f"contact_sheet-{args.subset}.png")]
+        finished = [video for video in videos if video.name not in failures]
+        if finished:
+            write_contact_sheet(finished, scores, output, args.subset)
+        if args.score and not failures:
+            write_results(scores, pretrained, output, args.subset, utils.plain_args(args) | {"std": list(segmenter.std)})
+    if failures:
+        name, error = next(iter(failures.items()))
+        raise InputError(
+            f"{len(failures)} of {len(names)} videos failed (masks of the other {len(names) - len(failures)} are in {output}, "
+            f"no tables are written); {name}: {error}"
+        )
 
 
 if __name__ == "__main__":

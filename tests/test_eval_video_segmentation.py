@@ -1,9 +1,10 @@
-"""The whole evaluation on small videos: scores of the original, files, reruns, several processes, and bad input."""
+"""eval_video_segmentation.py on small videos: scores of the original, files, reruns, several processes, bad input."""
 
 import csv
 import json
 import re
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from support import video_reference as reference
 from support.golden import rel_error
 from support.in_process import assert_refused, call, pretrain, snapshot, times
-from support.processes import launch, run, write_images
+from support.processes import run, write_images
 from support.synthetic_davis import (
     colour_probe,
     constant_network,
@@ -28,7 +29,7 @@ from support.synthetic_davis import (
 import backbones
 import eval_video_segmentation as evaluation
 import vision_transformer
-from evaluation.video import davis
+from evaluation.video.masks import palette, read_labels, write_mask
 from scripts import score_davis
 
 # --- the whole evaluation ----------------------------------------------------------------------------------------------
@@ -36,9 +37,12 @@ from scripts import score_davis
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The videos of the original's scores, and checkpoints by name and patch size."""
+    """The videos on which the original was scored, two that are shorter, and checkpoints by name and patch size."""
     root = tmp_path_factory.mktemp("davis")
     write_davis(root / "DAVIS")
+    write_video(root / "short", "one", frames=4, objects=1)
+    write_video(root / "short", "two", frames=5)
+    write_list(root / "short", "one", "two")
     for patch_size in (4, 16):
         save_checkpoint(colour_probe(patch_size), root / f"probe{patch_size}.pth")
         save_checkpoint(constant_network(patch_size), root / f"constant{patch_size}.pth")
@@ -56,7 +60,7 @@ def results(output):
     return json.loads((output / "results-val.json").read_text())
 
 
-# Frames of 96x128, 24x32 patches: the same tests in a fifth of the time.
+# Frames of 96x128, 24x32 patches: a fifth of the time.
 SMALL = ("--patch_size", 4, "--short_side", 96)
 
 
@@ -66,6 +70,14 @@ def small(world):
     outcome = evaluate(world / "probe4.pth", world / "DAVIS", output, *SMALL)
     assert outcome.status == 0, outcome
     return output, outcome
+
+
+@pytest.fixture(scope="module")
+def short(world):
+    """The short videos, evaluated."""
+    outcome = evaluate(world / "probe4.pth", world / "short", world / "short-out", *SMALL)
+    assert outcome.status == 0, outcome
+    return world / "short-out"
 
 
 # J&F, J, F of the original and the DAVIS tool, and J of the objects in order.
@@ -87,7 +99,7 @@ def test_scores_are_those_of_the_original(world, tmp_path, radius):
         assert expected is None or row["J-Mean"] == pytest.approx(expected, abs=0.005)
     later = [np.asarray(Image.open(output / "fast" / f"{t:05}.png")) for t in range(3, 7)]
     if radius:
-        assert not np.any(later)  # it jumped out of the window's reach
+        assert not np.any(later)  # the object jumped out of the window
     else:
         assert found["objects"]["fast_1"]["J-Mean"] > 0.85
 
@@ -99,9 +111,9 @@ def test_scores_are_those_of_vos_benchmark(world, small, tmp_path):
     assert theirs == pytest.approx([100 * found[name] for name in ("J&F-Mean", "J-Mean", "F-Mean")], abs=1e-6)
 
 
-def test_constant_features_score_low(world, tmp_path):
-    assert evaluate(world / "constant4.pth", world / "DAVIS", tmp_path, *SMALL).status == 0
-    assert results(tmp_path)["global"]["J-Mean"] < 0.4
+def test_constant_features_score_low(world, short, tmp_path):
+    assert evaluate(world / "constant4.pth", world / "short", tmp_path, *SMALL).status == 0
+    assert results(tmp_path)["global"]["J-Mean"] < 0.4 < 0.8 < results(short)["global"]["J-Mean"]
 
 
 def test_masks_tables_and_contact_sheet_of_a_run(world, small):
@@ -125,9 +137,8 @@ def test_masks_tables_and_contact_sheet_of_a_run(world, small):
     assert [row[0] for row in rows] == ["Sequence", *found["objects"]]
     assert f"J&F-Mean {found['global']['J&F-Mean']:.3f}" in outcome.stdout
     for number, name in enumerate(names, 1):
-        assert re.search(
-            rf"^video {number}/4 {name}  \d+/28  \d+(\.\d)? frames/s  left 0:0", outcome.stdout, re.MULTILINE
-        )
+        line = rf"^video {number}/4 {name} \d+/28  \d+(\.\d)? frames/s  left 0:0"
+        assert re.search(line, outcome.stdout, re.MULTILINE)
     assert outcome.stderr == ""
 
 
@@ -135,59 +146,54 @@ def test_contact_sheet_shows_frames_and_masks(world, small):
     sheet = np.asarray(Image.open(small[0] / "contact_sheet-val.png")).astype(int)
     assert sheet.shape == (4 * (22 + 120 + 4), 6 * 204 + 4, 3)
     top, left = 22, 4  # of the first frame: object 1 covers rows and columns 8 to 39 of 96x160, here five fourths of that
-    blend = (np.array([220, 40, 40]) + davis.palette()[1]) / 2
+    blend = (np.array([220, 40, 40]) + palette()[1]) / 2
     assert abs(sheet[top + 30, left + 30] - blend).max() < 12
     assert abs(sheet[top + 5, left + 100] - [30, 60, 30]).max() < 12
     assert (sheet[top + 30, left + 7 : left + 14] == 255).all(-1).any()  # the outline
     assert (sheet[: top - 1] < 100).all(-1).any()  # the caption
 
 
-def test_a_rerun_keeps_what_is_finished_and_redoes_what_changed(world, tmp_path):
-    data, output = tmp_path / "DAVIS", tmp_path / "out"
-    shutil.copytree(world / "DAVIS", data)
-    write_list(data, "static", "fast")
-    weights = world / "probe4.pth"
-    first = evaluate(weights, data, output, *SMALL)
-    assert first.status == 0, first
-    before, scores = times(output), results(output)
+def test_a_rerun_keeps_finished_videos_and_makes_changed_ones_again(world, short, tmp_path):
+    data, output, weights = tmp_path / "DAVIS", tmp_path / "out", world / "probe4.pth"
+    shutil.copytree(world / "short", data)  # with the times of the files, on which fingerprints depend
+    shutil.copytree(short, output)
+    before = times(output)
     again = evaluate(weights, data, output, *SMALL)
     assert again.status == 0 and again.stdout.count(": kept") == 2
-    masks = {name for name in before if "/" in name}
-    assert {name: time for name, time in times(output).items() if name in masks} == {name: before[name] for name in masks}
-    assert results(output) == scores
+    assert {name: time for name, time in times(output).items() if "/" in name} == {n: t for n, t in before.items() if "/" in n}
+    assert results(output)["objects"] == results(short)["objects"]
 
-    (output / "static/00003.png").unlink()  # a mask is gone: that video is made again
-    write_labels(np.ones((96, 160), np.uint8), output / "fast/00003.png")  # a mask is changed: it counts as it is
+    (output / "two/00003.png").unlink()  # missing: this video is made again
+    write_labels(np.ones((96, 160), np.uint8), output / "one/00002.png")  # another mask: it is scored as it is
     third = evaluate(weights, data, output, *SMALL)
-    assert third.stdout.count(": kept") == 1 and (output / "static/00003.png").exists()
-    assert results(output)["objects"]["static_1"] == scores["objects"]["static_1"]
-    assert results(output)["objects"]["fast_1"] != scores["objects"]["fast_1"]
-    shutil.rmtree(output / "fast")
+    assert third.stdout.count(": kept") == 1 and (output / "two/00003.png").exists()
+    assert results(output)["objects"]["two_1"] == results(short)["objects"]["two_1"]
+    assert results(output)["objects"]["one_1"] != results(short)["objects"]["one_1"]
 
-    frame = data / "JPEGImages/480p/static/00002.jpg"
+    frame = data / "JPEGImages/480p/one/00002.jpg"
     Image.open(frame).rotate(180).save(frame)
-    assert evaluate(weights, data, output, *SMALL).stdout.count(": kept") == 0
-    assert evaluate(weights, data, output, *SMALL, "--topk", 4).stdout.count(": kept") == 0
-    assert evaluate(world / "constant4.pth", data, output, *SMALL, "--topk", 4).stdout.count(": kept") == 0
+    masks_only = (*SMALL, "--score", "false")
+    assert "two: kept" in (changed := evaluate(weights, data, output, *masks_only).stdout) and "one: kept" not in changed
+    assert ": kept" not in evaluate(weights, data, output, *masks_only, "--topk", 4).stdout
+    assert ": kept" not in evaluate(world / "constant4.pth", data, output, *masks_only, "--topk", 4).stdout
 
 
-def test_a_stopped_video_leaves_nothing_and_finished_ones_stay(world, tmp_path):
+def test_a_stopped_video_leaves_nothing_and_finished_ones_stay(world, short, tmp_path):
     output = tmp_path / "out"
-    make = evaluation.propagate
 
-    def stop_at_third(video, *rest):
-        make(video, *rest)
-        if video.name == "fast":
+    def stop(labels, path):
+        if path.name == "00004.png":  # the last frame of the second video
             raise KeyboardInterrupt
+        write_mask(labels, path)
 
-    with mock.patch.object(evaluation, "propagate", stop_at_third), pytest.raises(KeyboardInterrupt):
-        evaluate(world / "probe4.pth", world / "DAVIS", output, *SMALL)
-    assert sorted(path.name for path in output.iterdir()) == ["static", "two-squares"]
-    (output / ".fast.unfinished").mkdir()  # what a SIGKILL leaves
-    (output / ".fast.unfinished/00001.png").write_text("half")
-    outcome = evaluate(world / "probe4.pth", world / "DAVIS", output, *SMALL)
-    assert outcome.stdout.count(": kept") == 2 and not list(output.glob(".*"))
-    assert results(output)["objects"] == results(world / "small")["objects"]
+    with mock.patch.object(evaluation, "write_mask", stop), pytest.raises(KeyboardInterrupt):
+        evaluate(world / "probe4.pth", world / "short", output, *SMALL)
+    assert [path.name for path in output.iterdir()] == ["one"]
+    (output / ".two.unfinished").mkdir()  # what a SIGKILL leaves
+    (output / ".two.unfinished/00001.png").write_text("half")
+    outcome = evaluate(world / "probe4.pth", world / "short", output, *SMALL)
+    assert outcome.stdout.count(": kept") == 1 and not list(output.glob(".*"))
+    assert results(output)["objects"] == results(short)["objects"]
 
 
 def test_portrait_square_and_other_first_names(world, tmp_path):
@@ -206,23 +212,17 @@ def test_portrait_square_and_other_first_names(world, tmp_path):
 @pytest.mark.parametrize(
     "flags", [("--n_last_frames", 0), ("--n_last_frames", 1), ("--bs", 3), ("--num_workers", 2), ("--topk", 5000)]
 )
-def test_odd_settings_work(world, tmp_path, flags):
-    data = tmp_path / "DAVIS"
-    write_video(data, "two", frames=5)
-    write_list(data, "two")
-    settings = [(world / "probe4.pth", data, tmp_path / str(i), *SMALL, *more) for i, more in enumerate(((), flags))]
-    for setting in settings:
-        outcome = evaluate(*setting)
-        assert outcome.status == 0, outcome
-    plain, odd = (results(tmp_path / number) for number in "01")
+def test_unusual_settings_work(world, short, tmp_path, flags):
+    outcome = evaluate(world / "probe4.pth", world / "short", tmp_path, *SMALL, *flags)
+    assert outcome.status == 0, outcome
     if flags[0] in ("--bs", "--num_workers"):
-        assert odd["objects"] == plain["objects"]
-    assert np.isfinite(odd["global"]["J&F-Mean"])
+        assert results(tmp_path)["objects"] == results(short)["objects"]
+    assert np.isfinite(results(tmp_path)["global"]["J&F-Mean"])
 
 
-def test_masks_alone_need_first_annotations_only(world, tmp_path):
+def test_masks_without_scores_need_first_annotations_only(world, short, tmp_path):
     data = tmp_path / "DAVIS"
-    shutil.copytree(world / "DAVIS", data)
+    shutil.copytree(world / "short", data)
     for path in (data / "Annotations/480p").glob("*/*.png"):
         if path.name != "00000.png":
             path.unlink()
@@ -230,7 +230,7 @@ def test_masks_alone_need_first_annotations_only(world, tmp_path):
     assert outcome.status == 0, outcome
     assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["contact_sheet-val.png"]
     for name in ("00001.png", "00004.png"):
-        assert (tmp_path / "out/static" / name).read_bytes() == (world / "small/static" / name).read_bytes()
+        assert (tmp_path / "out/two" / name).read_bytes() == (short / "two" / name).read_bytes()
 
 
 # --- the network at these sizes ----------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_attention_over_many_tokens_is_the_same_without_a_matrix_of_all_pairs(mo
     with torch.no_grad():
         found = vit(image)
         assert fused.call_count == len(vit.blocks)
-        monkeypatch.setattr(vision_transformer, "LONG", 10**6)
+        monkeypatch.setattr(vision_transformer, "CPU_FUSED_ATTENTION_MIN_TOKENS", 10**6)
         assert rel_error(found, vit(image)) < 1e-5
     assert fused.call_count == len(vit.blocks)
 
@@ -281,16 +281,13 @@ def test_two_processes_and_a_kill_give_what_one_process_gives(world, tmp_path):
 
 def test_runs_from_any_directory(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_checkpoint(backbones.build_backbone("vit_micro", 8, 32), tmp_path / "micro.pth")
-    write_video(tmp_path / "DAVIS", "two", frames=3)
-    write_list(tmp_path / "DAVIS", "two")
-    flags = ("--arch", "vit_micro", "--patch_size", 8, "--pretrained_weights", "micro.pth", "--short_side", 96)
-    done = launch("", "eval_video_segmentation.py", *flags, "--data_path", "DAVIS", "--output_dir", "out")
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(world / "short", "DAVIS")
+    outcome = evaluate(world / "probe4.pth", "DAVIS", "out", *SMALL)
+    assert outcome.status == 0, outcome
     scored = call(score_davis.main, "--data_path", "DAVIS", "--masks", "out", "--out", "again")
     assert scored.status == 0, scored
     for name in ("global_results-val.csv", "per-sequence_results-val.csv"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+        assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ def test_runs_from_any_directory(world, tmp_path, monkeypatch):
     [
         (("--data_path", "{root}/absent"), ("{root}/absent", "no folder")),
         (("--data_path", "{root}/small"), ("no folder {root}/small/JPEGImages/480p", "JPEGImages, Annotations, ImageSets")),
-        (("--subset", "train"), ("--subset train", "no list", "lists there: val")),
+        (("--subset", "train"), ("--subset train", "no list", "available: val")),
         (("--pretrained_weights", "{root}/absent.pth"), ("{root}/absent.pth", "no such file")),
         (("--arch", "vit_small"), ("weights do not fit",)),
         (("--short_side", 100), ("--short_side 100", "multiple of the patch size 16", "such as 96")),
@@ -322,82 +319,59 @@ def test_bad_flags_are_refused_before_anything_is_written(world, tmp_path, flags
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "vit_tiny_patch16_224"])
-def test_backbones_with_pooled_features_are_refused(world, tmp_path, arch):
-    weights = save_checkpoint(backbones.build_backbone(arch), tmp_path / "weights.pth")
-    outcome = evaluate(weights, world / "DAVIS", tmp_path / "out", "--arch", arch)
-    assert_refused(outcome, f"--arch {arch}", "its features are pooled", "vit_small")
+def test_backbones_with_pooled_features_are_refused(world, tmp_path):
+    weights = save_checkpoint(backbones.build_backbone("resnet8"), tmp_path / "weights.pth")
+    outcome = evaluate(weights, world / "DAVIS", tmp_path / "out", "--arch", "resnet8")
+    assert_refused(outcome, "--arch resnet8", "its features are pooled", "vit_small")
 
 
-def remove(path):
-    def spoil(data):
-        target = data / path
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-
-    return spoil
+def remove(path: Path) -> None:
+    path.unlink()
 
 
-def write(path, content):
-    def spoil(data):
-        if isinstance(content, bytes):
-            (data / path).write_bytes(content)
-        else:
-            Image.fromarray(content).save(data / path)
-
-    return spoil
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
-def cut_short(path):
-    def spoil(data):
-        content = (data / path).read_bytes()
-        (data / path).write_bytes(content[: len(content) * 2 // 3])
-
-    return spoil
+def write_colours(path: Path) -> None:
+    Image.fromarray(np.zeros((96, 160, 3), np.uint8)).save(path)
 
 
 ANNOTATIONS, FRAMES = "Annotations/480p/bad", "JPEGImages/480p/bad"
-FAULTS = {
-    "no frames": (remove(FRAMES), "no folder", FRAMES),
-    "no annotations": (remove(ANNOTATIONS), "no folder", ANNOTATIONS),
-    "no first annotation": (remove(f"{ANNOTATIONS}/00000.png"), "no annotation 00000.png"),
-    "frame alone": (remove(f"{ANNOTATIONS}/00002.png"), "frame 00002 has no annotation"),
-    "annotation alone": (remove(f"{FRAMES}/00002.jpg"), "annotation 00002 has no frame"),
-    "small frame": (write(f"{FRAMES}/00001.jpg", np.zeros((90, 160, 3), np.uint8)), "160x90", "160x96"),
-    "small annotation": (write(f"{ANNOTATIONS}/00001.png", np.zeros((96, 150), np.uint8)), "150x96", "160x96"),
-    "colours": (write(f"{ANNOTATIONS}/00001.png", np.zeros((96, 160, 3), np.uint8)), "00001.png", "mode RGB", "palette"),
-    "colours first": (write(f"{ANNOTATIONS}/00000.png", np.zeros((96, 160, 3), np.uint8)), "00000.png", "mode RGB"),
-    "cut frame": (cut_short(f"{FRAMES}/00002.jpg"), "00002.jpg", "cannot be read"),
-    "cut annotation": (cut_short(f"{ANNOTATIONS}/00001.png"), "00001.png", "cannot be read"),
-    "no image": (write(f"{ANNOTATIONS}/00002.png", b"no image"), "00002.png", "cannot be read"),
+# How a file is spoiled, and the error: found when files are listed, when frames are read, when masks are scored.
+FAILURES = {
+    "listing": (remove, f"{ANNOTATIONS}/00002.png", "frame 00002 has no annotation"),
+    "first annotation": (write_colours, f"{ANNOTATIONS}/00000.png", "00000.png: is an image of mode RGB"),
+    "frame": (cut_short, f"{FRAMES}/00002.jpg", "00002.jpg: cannot be read"),
+    "scoring": (cut_short, f"{ANNOTATIONS}/00001.png", "00001.png: cannot be read"),
 }
 
 
 @pytest.fixture(scope="module")
 def good_and_bad(tmp_path_factory):
-    data = tmp_path_factory.mktemp("faults") / "DAVIS"
+    data = tmp_path_factory.mktemp("failures") / "DAVIS"
     write_video(data, "good", frames=3, objects=1)
     write_video(data, "bad", frames=4)
     write_list(data, "bad", "good")
     return data
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_video_at_fault_is_told_and_the_others_are_made(world, good_and_bad, tmp_path, fault):
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_video_that_fails_is_named_and_the_others_are_made(world, good_and_bad, tmp_path, failure):
     data, output = tmp_path / "DAVIS", tmp_path / "out"
     shutil.copytree(good_and_bad, data)
     output.mkdir()
     (output / "global_results-val.csv").write_text("of an earlier run")
-    spoil, *mentioned = FAULTS[fault]
-    spoil(data)
+    spoil, path, message = FAILURES[failure]
+    spoil(data / path)
     outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
     assert outcome.status == 2
-    told, error = outcome.stderr.splitlines()
-    assert told.startswith("left out: bad: ") and error.startswith("error: 1 of 2 videos at fault")
-    for text in mentioned:
-        assert text in told and text in error
+    left_out, error = outcome.stderr.splitlines()
+    assert left_out.startswith("left out: bad: ") and error.startswith("error: 1 of 2 videos failed")
+    assert message in left_out and message in error
     assert sorted(path.name for path in (output / "good").iterdir()) == ["00000.png", "00001.png", "00002.png", "settings.json"]
     assert not list(output.glob("*.csv")) and not list(output.glob("*.json")) and not list(output.glob(".*"))
-    if fault == "frame alone":  # once it is repaired, the other one is not made again
+    if failure == "listing":  # once it is repaired, the other video is not made again
         shutil.copytree(good_and_bad, data, dirs_exist_ok=True)
         outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
         assert outcome.status == 0 and outcome.stdout.count(": kept") == 1
@@ -408,7 +382,7 @@ def test_folders_of_others_are_never_touched(world, good_and_bad, tmp_path):
     (tmp_path / "out/bad").mkdir(parents=True)
     (tmp_path / "out/bad/precious.txt").write_text("mine")
     outcome = evaluate(world / "probe4.pth", good_and_bad, tmp_path / "out", *SMALL)
-    assert outcome.status == 2 and "not of this script's making" in outcome.stderr
+    assert outcome.status == 2 and "was not written by this script" in outcome.stderr
     assert snapshot(tmp_path / "out/bad") == {"precious.txt": b"mine"} and (tmp_path / "out/good").exists()
     before = snapshot(good_and_bad)
     outcome = evaluate(world / "probe4.pth", good_and_bad, good_and_bad / "Annotations/480p", *SMALL)
@@ -434,11 +408,11 @@ def test_videos_without_a_frame_or_an_object_to_score_do_not_count(world, tmp_pa
     write_list(data, "one", "two", "none", "whole")
     outcome = evaluate(world / "probe4.pth", data, output, *SMALL)
     assert outcome.status == 0, outcome
-    assert "not scored, for lack of objects or of a third frame: one, two, none" in outcome.stdout
+    assert "not scored, because they have no objects or less than three frames: one, two, none" in outcome.stdout
     assert list(results(output)["objects"]) == ["whole_1", "whole_2"]
     assert [len(list((output / name).glob("*.png"))) for name in ("one", "two", "none")] == [1, 2, 3]
     write_list(data, "one", "none")
-    assert_refused(evaluate(world / "probe4.pth", data, output, *SMALL), "nothing can be scored")
+    assert_refused(evaluate(world / "probe4.pth", data, output, *SMALL), "nothing to score")
 
 
 def test_void_pixels_are_background(world, tmp_path):
@@ -448,7 +422,7 @@ def test_void_pixels_are_background(world, tmp_path):
         write_video(data, "v", frames=4)
         write_list(data, "v")
         for path in (data / "Annotations/480p/v").iterdir():
-            labels = davis.read_labels(path)
+            labels = read_labels(path)
             labels[88:94, 60:90] = void
             write_labels(labels, path)
         outcome = evaluate(world / "probe4.pth", data, tmp_path / f"out-{name}", *SMALL)

@@ -1,7 +1,4 @@
-"""visualize_attention.py: the attention of [CLS], masks, pictures of images and folders, videos, bad input.
-
-Letters: H W image size in pixels, p patch size, h w patches, M heads, N patches.
-"""
+"""visualize_attention.py: pictures of images and folders, videos, several processes, bad input."""
 
 import sys
 from types import SimpleNamespace
@@ -12,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.golden import GOLDEN, fill_, rel_error, tensor
+from support.golden import fill_
 from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images
 
-import visualize_attention as va
+import visualize_attention
 from augmentations import ToNormalizedTensor
 from backbones import build_backbone
-from utils import InputError
-from vision_transformer import VisionTransformer, vit_tiny
+from evaluation.attention import cls_attention, colored, threshold_mask
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 HEADS = [f"attn-head{j}.png" for j in range(4)]
@@ -29,7 +25,7 @@ MASKS = [f"mask_th0.6_head{j}.png" for j in range(4)]
 
 
 def visualize(*flags):
-    return call(va.main, "--num_workers", 0, *flags)
+    return call(visualize_attention.main, "--num_workers", 0, *flags)
 
 
 def pixels(path):
@@ -54,123 +50,7 @@ def world(tmp_path_factory):
     return SimpleNamespace(root=root, backbone=backbone, images=images, odd=odd, weights=root / "vit.pth")
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_attention_of_cls_matches_original():
-    attention = fill_(vit_tiny()).eval().get_last_cls_attention(tensor("image.224x224", (2, 3, 224, 224)))
-    assert rel_error(attention, GOLDEN["vit_tiny.attn_cls_row"]) < 1e-4
-
-
-@pytest.mark.parametrize("H, W", [(32, 32), (24, 56), (8, 8)])
-@torch.no_grad()
-def test_attention_of_cls_is_a_row_of_the_whole_matrix(world, H, W):
-    images = tensor("attention.images", (2, 3, H, W))
-    row = world.backbone.get_last_cls_attention(images)
-    whole = world.backbone.get_last_selfattention(images)  # B, M, 1+N, 1+N
-    assert row.shape == (2, 4, H * W // 64)
-    torch.testing.assert_close(row, whole[:, :, 0, 1:])
-    torch.testing.assert_close(row.sum(-1) + whole[:, :, 0, 0], torch.ones(2, 4))
-    grid = va.cls_attention(world.backbone, images)
-    assert grid.shape == (2, 4, H // 8, W // 8) and torch.equal(grid.flatten(2), row)
-
-
-def test_the_whole_matrix_of_the_last_block_is_never_there():
-    network = VisionTransformer(patch_size=4, img_size=32, embed_dim=48, depth=2, num_heads=3).eval()
-    softmaxed = []
-    plain = network.blocks[-1].attn._weights
-
-    def record(q, k):
-        softmaxed.append((q.shape[-2], k.shape[-2]))
-        return plain(q, k)
-
-    with mock.patch.object(network.blocks[-1].attn, "_weights", record):
-        network.get_last_cls_attention(torch.zeros(1, 3, 32, 32))
-    assert softmaxed == [(1, 65)]
-
-
-def test_patches_that_are_equal_get_equal_attention(world):
-    network = fill_(build_backbone("vit_micro", patch_size=8, img_size=32)).eval()
-    torch.nn.init.zeros_(network.pos_embed)
-    attention = va.cls_attention(network, torch.ones(1, 3, 32, 40))[0]
-    assert attention.std((1, 2)).max() < 1e-6 * attention.mean()
-    flat = va.draw(torch.ones(3, 32, 40), torch.full((4, 4, 5), 0.05), 0.5)
-    for name, picture in flat.items():
-        assert name.startswith("mask") or (picture == picture[0, 0]).all(), name
-
-
-# Attention over 2 x 3 patches, the share to hold, the patches of the mask.
-@pytest.mark.parametrize(
-    "attention, threshold, expected",
-    [
-        ([[0, 0, 0], [0, 1, 0]], 0.6, [[0, 0, 0], [0, 1, 0]]),
-        ([[0, 0, 0], [0, 1, 0]], 1.0, [[0, 0, 0], [0, 1, 0]]),
-        ([[0.1, 0.4, 0.1], [0.1, 0.3, 0]], 0.35, [[0, 1, 0], [0, 0, 0]]),
-        ([[0.1, 0.4, 0.1], [0.1, 0.3, 0]], 0.5, [[0, 1, 0], [0, 1, 0]]),  # the one that crosses the threshold is kept
-        ([[1, 4, 1], [1, 3, 0]], 0.69, [[0, 1, 0], [0, 1, 0]]),  # shares of the sum
-        ([[1, 4, 1], [1, 3, 0]], 1.0, [[1, 1, 1], [1, 1, 0]]),
-        ([[1, 1, 1], [1, 0, 0]], 0.5, [[1, 1, 0], [0, 0, 0]]),  # equal ones: the first
-    ],
-)
-def test_mask_by_hand(attention, threshold, expected):
-    mask = va.threshold_mask(torch.tensor([attention], dtype=torch.float), threshold)
-    assert mask.int().tolist() == [expected]
-
-
-@pytest.mark.parametrize("threshold", [0.1, 0.6, 0.95])
-def test_mask_holds_enough_with_the_fewest_patches(threshold):
-    """And is the one that DINO defines from the other end: sorted upwards, the cumulative sum exceeds 1 - threshold."""
-    attention = tensor("attention.map", (5, 6, 7)).exp()
-    mask = va.threshold_mask(attention, threshold)
-    for head, kept in zip(attention.double(), mask, strict=True):
-        share = head / head.sum()
-        assert share[kept].sum() >= threshold > share[kept].sum() - share[kept].min()
-        assert share[kept].min() >= share[~kept].max()
-        upwards, order = share.flatten().sort()
-        assert torch.equal(kept.flatten()[order], upwards.cumsum(0) > 1 - threshold)
-
-
-# --- pictures ----------------------------------------------------------------------------------------------------------
-
-
-# Size of a 50 x 37 image (width x height), --image_size, the resized image cut to whole patches of 8 (H, W).
-@pytest.mark.parametrize(
-    "size, expected",
-    [([0], (32, 48)), ([37], (32, 48)), ([74], (72, 96)), ([24, 60], (24, 56)), ([8, 8], (8, 8)), ([480, 480], (480, 480))],
-)
-def test_images_are_resized_and_cut_to_whole_patches(size, expected):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8))
-    prepared = va.Preparation(size, 8, MEAN, STD)(image)
-    assert prepared.shape == (3, *expected)
-    if size == [0]:
-        assert torch.equal(prepared, ToNormalizedTensor(MEAN, STD)(image)[:, :32, :48])  # lost at the right and the bottom
-
-
-def test_image_smaller_than_a_patch():
-    with pytest.raises(InputError, match="image of 50x7 pixels: smaller than a patch of 8; give a larger --image_size"):
-        va.Preparation([0], 8, MEAN, STD)(Image.new("RGB", (50, 7)))
-
-
-def test_outline_and_inside_of_a_mask():
-    mask = np.zeros((7, 7), bool)
-    mask[1:6, 1:6] = True
-    picture = va.masked(np.full((7, 7, 3), 100, np.uint8), mask)
-    assert picture[0, 0].tolist() == [100] * 3  # outside
-    for row, column in ((1, 3), (5, 3), (3, 1), (3, 5)):  # outline
-        assert picture[row, column].tolist() == [255, 0, 0]
-    assert picture[3, 3].tolist() == picture[2, 4].tolist() == [177, 50, 50]  # half red
-    whole = va.masked(np.full((2, 2, 3), 100, np.uint8), np.ones((2, 2), bool))
-    assert (whole == [177, 50, 50]).all()  # the border of the image is no outline
-
-
-def test_overlay_is_half_heat_half_image():
-    image = np.array([[[0, 0, 0], [255, 255, 255]], [[0, 0, 0], [102, 51, 0]]], np.uint8)
-    heads = np.array([[[0, 0], [1, 1]], [[5, 5], [5, 9.0]]])  # stretched: 0 0 1 1 and 0 0 0 1, mean 0 0 0.5 1
-    jet = matplotlib.colormaps["jet"]([[0.0, 0.0], [0.5, 1.0]])[..., :3]
-    blend = jet + image / 255
-    assert np.allclose(va.overlay(image, heads), 255 * blend / blend.max(), atol=1)
-    assert va.overlay(image, heads).max() == 255
+# --- images ------------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_of_an_image(world, tmp_path):
@@ -196,7 +76,7 @@ def test_pictures_of_an_image(world, tmp_path):
         expected = matplotlib.colormaps["viridis"](np.kron(stretched, np.ones((8, 8))), bytes=True)
         assert np.abs(pixels(tmp_path / "out" / name).astype(int) - expected).max() <= 3, name
     for j, name in enumerate(MASKS):
-        mask = va.threshold_mask(torch.from_numpy(attention[j]), 0.6).numpy()
+        mask = threshold_mask(torch.from_numpy(attention[j]), 0.6).numpy()
         centers = pixels(tmp_path / "out" / name)[4::8, 4::8].astype(int)
         plain = pixels(tmp_path / "out" / "img.png")[4::8, 4::8].astype(int)
         expected = np.where(mask[..., None], (plain + [255, 0, 0]) // 2, plain)
@@ -204,7 +84,7 @@ def test_pictures_of_an_image(world, tmp_path):
 
 
 def test_pictures_of_a_folder(world, tmp_path):
-    """A folder per image; the default size is 480 x 480; without a threshold there are no masks."""
+    """A folder per image; without a threshold there are no masks."""
     source = tmp_path / "in"
     (source / "below").mkdir(parents=True)
     for name in ("a.png", "below/a.png"):
@@ -218,39 +98,31 @@ def test_pictures_of_a_folder(world, tmp_path):
     assert pixels(tmp_path / "out" / "a.png" / "img.png").shape == (64, 48, 3)
 
 
-def test_default_size_is_dinos():
-    args = va.get_args_parser().parse_args(["--pretrained_weights", "x", "--image_path", __file__])
-    va.check_args(args)
-    assert args.image_size == [480, 480]
+def test_default_size_is_that_of_dino_and_that_of_the_video():
+    parser = visualize_attention.get_args_parser()
+    assert visualize_attention.resolve_image_size(parser.parse_args([])) == [480, 480]
+    assert visualize_attention.resolve_image_size(parser.parse_args(["--video", "true"])) == [0]
 
 
 def test_a_broken_image_is_named_or_left_out(world, tmp_path):
     source = write_images(tmp_path / "in", 2)
     (source / "00.png").write_bytes(b"no image")
-    flags = (
-        "--pretrained_weights",
-        world.weights,
-        "--image_path",
-        source,
-        "--output_dir",
-        tmp_path / "out",
-        "--image_size",
-        16,
-    )
+    flags = ("--pretrained_weights", world.weights, "--image_path", source, "--output_dir", tmp_path / "out")
+    flags = (*flags, "--image_size", 16)
     assert_refused(visualize(*flags), "in/00.png")
     assert visualize(*flags, "--skip_bad_images", "true").status == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["01.png"]
 
 
 def test_two_processes_share_the_frames(world, tmp_path):
-    """The first one extracts them, both find the attention, the first joins it: the very pictures of one process."""
+    """The first process extracts them and writes the video; the pictures are those of a single process."""
     images = [Image.open(world.images / f"0{i}.png") for i in range(3)]
     images[0].save(tmp_path / "in.gif", save_all=True, append_images=images[1:], duration=40)
     flags = ("--pretrained_weights", world.weights, "--image_path", tmp_path / "in.gif", "--video", "true")
     flags = (*flags, "--video_format", "gif", "--num_workers", 0, "--output_dir")
     log = run("visualize_attention.py", *flags, tmp_path / "two", output=tmp_path / "log", processes=2)
     assert "attention 2/2 of each of 2 processes" in log and log.count("wrote the attention of 3 images") == 1
-    assert call(va.main, *flags, tmp_path / "one").status == 0
+    assert call(visualize_attention.main, *flags, tmp_path / "one").status == 0
     one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
     assert one == two and len(one) == 7
 
@@ -279,8 +151,8 @@ def test_video_of_a_folder_of_frames(world, frames, tmp_path):
     assert f"wrote {out / 'video.gif'}: 11 frames, 10 per second" in outcome.stdout
     assert sorted(snapshot(out)) == sorted([*(f"attention/attn-f{i}.png" for i in range(11)), "video.gif"])
     image = ToNormalizedTensor(MEAN, STD)(Image.open(frames / "f3.png"))[:, :16, :40]
-    attention = va.cls_attention(world.backbone, image[None])[0].mean(0).numpy()
-    expected = va.colored(np.kron(attention, np.ones((8, 8))), "inferno")
+    attention = cls_attention(world.backbone, image[None])[0].mean(0).numpy()
+    expected = colored(np.kron(attention, np.ones((8, 8))), "inferno")
     assert np.abs(pixels(out / "attention" / "attn-f3.png").astype(int) - expected).max() <= 3
     with Image.open(out / "video.gif") as video:
         assert video.n_frames == 11 and video.size == (40, 16) and video.info["duration"] == 100
@@ -310,7 +182,7 @@ def test_without_pyav_the_pictures_are_there_and_a_line_says_what_is_missing(wor
     flags = ("--pretrained_weights", world.weights, "--image_path", frames, "--output_dir", tmp_path, "--video", "true")
     with mock.patch.dict(sys.modules, {"av": None}):
         outcome = visualize(*flags)
-        assert outcome.status == 0 and "wrote no video.mp4" in outcome.stdout and "pip install av" in outcome.stdout
+        assert outcome.status == 0 and "no video.mp4 written" in outcome.stdout and "pip install av" in outcome.stdout
         assert len(snapshot(tmp_path)) == 11
         assert_refused(visualize("--output_dir", tmp_path, "--video_only"), "pip install av", "--video_format gif")
         movie = visualize("--pretrained_weights", world.weights, "--image_path", world.root / "movie.mp4",
@@ -364,9 +236,9 @@ BAD = [
     (VIT + "--image_path {root}/movie.mp4", "{root}/movie.mp4", "is a video; give --video true"),
     (VIT + "--image_path {root}/movie.gif --video true", "--image_path {root}/movie.gif: cannot be read"),
     (VIT + "--image_path {odd} --video true", "{odd} is neither a folder nor a video", ".mp4"),
-    (VIT + "--image_path {same} --video true", "{same}: frames need names of their own", "a.jpg", "a.png"),
+    (VIT + "--image_path {same} --video true", "{same}: frames must have different names", "a.jpg", "a.png"),
     (VIT + "--image_path {images} --video true --video_format wmv", "'wmv'", "mp4", "gif"),
-    ("--video_only", "attention holds no attn-*.png"),
+    ("--video_only", "attention contains no attn-*.png"),
 ]  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""Unsupervised saliency: TokenCut, the bilateral solver, data, metrics."""
+"""Unsupervised saliency: TokenCut, the bilateral solver, data, metrics, pictures and results."""

@@ -1,12 +1,12 @@
-"""TokenCut: one object of an image as a normalised cut of the graph of its patches (Wang et al., arXiv 2202.11539).
+"""TokenCut: the salient object of an image by a normalised cut of the graph of its patches (Wang et al., arXiv 2202.11539).
 
-Patches are joined by 1 where the cosine of their features exceeds tau, else by a small eps:
-    W = (1 - eps) B + eps 1 1^T,   B binary,   d = W 1.
-The cut is the second-smallest eigenvector y of (diag(d) - W) y = lambda diag(d) y. With M = D^-1/2 W D^-1/2 it is
-y = D^-1/2 z, z the second-largest eigenvector of M; the largest, sqrt(d) of eigenvalue 1, is known and taken out. Products
-with M need B alone, which is stored sparse, and an eigenvector a few dozen of them.
+The weight of an edge is 1 if the cosine similarity of the two patch features exceeds tau, else a small eps:
+    W = (1 - eps) B + eps 1 1^T,   B binary,   d = W 1,   D = diag(d).
+The cut is the second-smallest eigenvector y of (D - W) y = lambda D y. This is y = D^-1/2 z, where z is the second-largest
+eigenvector of M = D^-1/2 W D^-1/2. The largest eigenvector of M is sqrt(d), with eigenvalue 1: it is known, and removed by
+deflation. A product with M only needs B, which is sparse, and the Lanczos iteration needs a few dozen products.
 
-Letters: N patches (h*w), h w grid of patches, D width of a feature.
+Shapes: N = h*w patches in h rows and w columns.
 """
 
 from dataclasses import dataclass
@@ -17,47 +17,50 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from utils import InputError
 
-EPS = 1e-5  # weight of the edges that TokenCut does not want
-MIN_GAP = 1e-9  # between eigenvalues whose eigenvectors can be told apart
-DENSE = 256  # patches up to which all eigenvalues are computed, which finds equal ones for certain
-MAX_RESTARTS = 1000  # of the Lanczos process; photographs need fewer than ten
+EPS = 1e-5  # weight of the edges between dissimilar patches
+MIN_GAP = 1e-9  # smallest difference of two eigenvalues whose eigenvectors are well defined
+DENSE = 256  # largest number of patches for the dense solver, which always detects equal eigenvalues
+MAX_RESTARTS = 1000  # of the Lanczos iteration; photographs need fewer than ten
 
 
 @dataclass
 class Cut:
-    """An object's patches."""
+    """The patches of the salient object."""
 
     mask: np.ndarray  # h, w, bool
     eigenvector: np.ndarray  # h, w, positive at the seed
-    seed: tuple[int, int] | None  # the patch with the largest |eigenvector|; None without a defined cut
-    degenerate: str | None  # why there is no defined cut; the mask is empty and the eigenvector 0 then
+    seed: tuple[int, int] | None  # row and column of the largest |eigenvector|; None if the cut is undefined
+    degenerate: str | None  # why the cut is undefined; then the mask is empty and the eigenvector 0
 
 
 def connect(features: np.ndarray, tau: float = 0.2) -> sparse.csr_array:
-    """B [N, N] of features [N, D]: 1 where the cosine is greater than `tau`. Raises InputError if a feature is not finite."""
+    """B [N, N] of features [N, D]: 1 where the cosine similarity is greater than `tau`.
+
+    Raises InputError if a feature is not finite.
+    """
     if not np.isfinite(features).all():
         raise InputError("the network's features are not finite")
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     features = features / np.maximum(lengths, 1e-12)
-    near = features @ features.T > tau  # N, N; numpy computes one triangle and mirrors it: exactly symmetric
-    N = len(near)
-    ends = np.concatenate([[0], near.sum(1).cumsum()])
-    integer = np.int32 if ends[-1] < 2**31 else np.int64  # one type for both: scipy would widen the other
-    columns = np.broadcast_to(np.arange(N, dtype=integer), (N, N))[near]
-    return sparse.csr_array((np.ones(len(columns)), columns, ends.astype(integer)), shape=(N, N))
+    similar = features @ features.T > tau  # N, N; exactly symmetric, because numpy computes one triangle and mirrors it
+    N = len(similar)
+    row_ends = np.concatenate([[0], similar.sum(1).cumsum()])
+    index_type = np.int32 if row_ends[-1] < 2**31 else np.int64  # the same for both, or scipy copies one
+    columns = np.broadcast_to(np.arange(N, dtype=index_type), (N, N))[similar]
+    return sparse.csr_array((np.ones(len(columns)), columns, row_ends.astype(index_type)), shape=(N, N))
 
 
 def second_eigenvector(B: sparse.csr_array, eps: float = EPS) -> tuple[np.ndarray, float]:
-    """The cut y [N] of a graph of at least three patches, and how far its eigenvalue is from the next.
+    """The eigenvector y [N] of a graph of at least three patches, and the gap between its eigenvalue and the next one.
 
-    Where that gap is 0 the eigenvector is arbitrary in a plane. Raises InputError if the iteration does not converge.
+    If the gap is 0, the eigenvector is not unique. Raises InputError if the iteration does not converge.
     """
     N = B.shape[0]
     degree = (1 - eps) * (B @ np.ones(N)) + eps * N
     scale, trivial = degree**-0.5, (degree / degree.sum()) ** 0.5
 
     def product(x: np.ndarray) -> np.ndarray:
-        """(M - trivial trivial^T) x."""
+        """(M - trivial trivial^T) x: M with its largest eigenvector removed."""
         x = x.ravel()
         y = scale * x
         return scale * ((1 - eps) * (B @ y) + eps * y.sum()) - trivial * (trivial @ x)
@@ -66,7 +69,7 @@ def second_eigenvector(B: sparse.csr_array, eps: float = EPS) -> tuple[np.ndarra
         M = scale[:, None] * ((1 - eps) * B.toarray() + eps) * scale - np.outer(trivial, trivial)
         values, vectors = (result[..., -2:] for result in np.linalg.eigh(M))
     else:
-        start = np.random.default_rng(0).standard_normal(N)  # fixed: the same image gives the same mask
+        start = np.random.default_rng(0).standard_normal(N)  # fixed, so that results are reproducible
         operator = LinearOperator((N, N), product, dtype=np.float64)
         try:
             values, vectors = eigsh(operator, k=2, which="LA", v0=start, maxiter=MAX_RESTARTS)
@@ -76,36 +79,36 @@ def second_eigenvector(B: sparse.csr_array, eps: float = EPS) -> tuple[np.ndarra
 
 
 def partition(y: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Mask [h, w] of the object that an eigenvector y [h, w] of either sign shows, and its seed.
+    """Mask [h, w] of the object in an eigenvector y [h, w] of either sign, and its seed.
 
-    The seed is the patch with the largest |y|, the first of equal ones; the object is what lies on its side of the mean
-    and is connected to it over the patches' sides.
+    The seed is the patch with the largest |y|, the first one if several are equal. The object is the 4-connected component
+    of the seed among the patches on the same side of the mean.
     """
     size = np.abs(y)
     seed = np.unravel_index(np.argmax(size >= size.max() * (1 - 1e-9)), y.shape)
     side = y > y.mean() if y[seed] > 0 else y < y.mean()
-    pieces, _ = ndimage.label(side)
-    return pieces == pieces[seed], (int(seed[0]), int(seed[1]))
+    components, _ = ndimage.label(side)
+    return components == components[seed], (int(seed[0]), int(seed[1]))
 
 
 def tokencut(features: np.ndarray, grid: tuple[int, int], tau: float = 0.2) -> Cut:
-    """The object in an image whose patches, row by row on a grid of h by w, have these features [h*w, D].
+    """The salient object of an image with patch features [h*w, D], row by row, on a grid (h, w).
 
-    A graph without a defined cut, such as one of equal or of mutually orthogonal features, gives an empty mask and says so.
+    If the cut is undefined, as for features that are all equal or all orthogonal, the mask is empty and `degenerate` says why.
     Raises InputError if a feature is not finite.
     """
     B = connect(features, tau)
     N = B.shape[0]
     if N < 3:
-        return _no_cut(grid, f"{N} patch{'es' * (N > 1)}: a cut needs three")
+        return _undefined(grid, f"{N} patch{'es' * (N > 1)}: a cut needs three")
     y, gap = second_eigenvector(B)
     if gap <= MIN_GAP:
         alike = "all patches are alike" if B.nnz == N * N else "two cuts are equally good"
-        return _no_cut(grid, alike if B.nnz > N else "no patch resembles another")
+        return _undefined(grid, alike if B.nnz > N else "no patch resembles another")
     y = y.reshape(grid)
     mask, seed = partition(y)
     return Cut(mask, y * np.sign(y[seed]), seed, None)
 
 
-def _no_cut(grid: tuple[int, int], reason: str) -> Cut:
+def _undefined(grid: tuple[int, int], reason: str) -> Cut:
     return Cut(np.zeros(grid, bool), np.zeros(grid), None, reason)

@@ -1,1 +1,1 @@
-"""Video object segmentation: files of DAVIS, propagation of masks, J&F."""
+"""Video: files of DAVIS, label propagation, segmentation, J&F, and reading and writing of video files."""

@@ -1,6 +1,6 @@
-"""The saliency evaluation written plainly, step by step as the original describes it: what the modules are compared with.
+"""Readable reference of the saliency evaluation, step by step as the original describes it.
 
-Letters: N patches, D width of a feature, H W image size in pixels, P pixels, V vertices.
+Shapes: N patches, P pixels, V vertices.
 """
 
 import numpy as np
@@ -41,10 +41,10 @@ def looped_f_curve(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """F measure at 255 thresholds, one after the other."""
     curve = []
     for threshold in np.arange(255) / 255:
-        found = prediction > threshold
-        hits = (found & truth).sum()
-        precision = hits / found.sum() if found.sum() else 1.0
-        recall = hits / truth.sum() if truth.sum() else 1.0
+        positive = prediction > threshold
+        true_positives = (positive & truth).sum()
+        precision = true_positives / positive.sum() if positive.sum() else 1.0
+        recall = true_positives / truth.sum() if truth.sum() else 1.0
         denominator = 0.3 * precision + recall
         curve.append(1.3 * precision * recall / denominator if denominator else 0.0)
     return np.array(curve)

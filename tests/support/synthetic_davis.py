@@ -1,6 +1,6 @@
-"""Small videos in the layout of DAVIS, a ViT that sees nothing but colour, and one that sees nothing at all.
+"""Small videos in the layout of DAVIS, a ViT whose features are colours, and one whose features are constant.
 
-The videos and the colour probe are those that the original's scores, in test_video_segmentation.py, were measured on.
+The scores of the original in test_eval_video_segmentation.py were measured on these videos with this colour probe.
 """
 
 from functools import partial
@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import repeat
 from PIL import Image
 
 import vision_transformer
-from evaluation.video import davis
+from evaluation.video.masks import write_mask
 
 COLOURS = np.array([(30, 60, 30), (220, 40, 40), (40, 60, 230)])  # background, two objects
 
 
 def write_labels(labels: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    davis.write_mask(labels, path)
+    write_mask(labels, path)
 
 
 def write_video(
@@ -45,14 +46,14 @@ def write_video(
         write_labels(labels, root / "Annotations/480p" / name / f"{first + t:05}.png")
 
 
-def write_list(root: Path, *names: str) -> None:
-    path = root / "ImageSets/2017/val.txt"
+def write_list(root: Path, *names: str, subset: str = "val") -> None:
+    path = root / "ImageSets/2017" / f"{subset}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{name}\n" for name in names))
 
 
 def write_davis(root: Path) -> Path:
-    """The four videos of the original's scores."""
+    """The four videos on which the original was scored."""
     write_video(root, "two-squares")
     write_video(root, "static", frames=5, step=(0, 0))
     write_video(root, "fast", frames=7, step=(0, 0), jump=(3, 120), objects=1)
@@ -61,7 +62,7 @@ def write_davis(root: Path) -> Path:
     return root
 
 
-# The blocks of the networks below change nothing: one does what twelve do, in a twelfth of the time.
+# The blocks of the networks below add nothing, so one block gives the same as twelve in a twelfth of the time.
 shallow_vit_tiny = partial(vision_transformer.VisionTransformer, embed_dim=192, depth=1, num_heads=3)
 
 
@@ -71,13 +72,13 @@ def colour_probe(patch_size: int) -> torch.nn.Module:
     vit = shallow_vit_tiny(patch_size)
     _silence(vit)
     values = torch.cat([torch.eye(3), -torch.eye(3)]).repeat_interleave(192 // 6, 0)  # 192, 3
-    vit.patch_embed.proj.weight.copy_((values / patch_size**2)[:, :, None, None].expand(-1, -1, patch_size, patch_size))
+    vit.patch_embed.proj.weight.copy_(repeat(values / patch_size**2, "D c -> D c p1 p2", p1=patch_size, p2=patch_size))
     return vit
 
 
 @torch.no_grad()
 def constant_network(patch_size: int) -> torch.nn.Module:
-    """A ViT that gives all patches the same features."""
+    """A ViT whose patch features are all equal."""
     vit = shallow_vit_tiny(patch_size)
     _silence(vit)
     vit.patch_embed.proj.weight.zero_()
@@ -96,6 +97,6 @@ def _silence(vit: torch.nn.Module) -> None:
 
 
 def save_checkpoint(vit: torch.nn.Module, path: Path) -> Path:
-    """As the original saves a teacher."""
+    """Save a checkpoint as the original saves its teacher."""
     torch.save({"teacher": {f"module.backbone.{name}": value for name, value in vit.state_dict().items()}}, path)
     return path

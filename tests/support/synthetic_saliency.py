@@ -1,6 +1,6 @@
-"""Four small images with one ellipse each, and a ViT that sees nothing but colour.
+"""Four small images with one ellipse each, and a ViT whose features are colours.
 
-They are those that the original's scores, in test_saliency.py, were measured on.
+The scores of the original in test_eval_saliency.py were measured on them.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 SIZES = [(200, 152), (160, 200), (193, 147), (176, 176)]  # width, height
-COLOURS = [  # object, background: opposites
+COLOURS = [  # object, background: complementary
     ((230, 60, 40), (30, 170, 190)),
     ((240, 200, 30), (30, 60, 220)),
     ((200, 40, 200), (40, 200, 60)),
@@ -19,7 +19,7 @@ COLOURS = [  # object, background: opposites
 
 
 def write_saliency(root: Path) -> Path:
-    """root/img/0000.jpg ... in two noisy colours, root/gt/0000.png ... 255 on the object."""
+    """Write root/img/0000.jpg ..., two noisy colours, and root/gt/0000.png ..., 255 on the object."""
     rng = np.random.default_rng(0)
     for folder in ("img", "gt"):
         (root / folder).mkdir(parents=True)
@@ -36,7 +36,7 @@ def write_saliency(root: Path) -> Path:
 
 @torch.no_grad()
 def colour_probe_(vit: torch.nn.Module) -> torch.nn.Module:
-    """Make the keys of a ViT's patches their normalised mean colours and the negative of these; in place."""
+    """Change a ViT in place: the keys of its patches become their normalised mean colours and the negatives of these."""
     D = vit.embed_dim
     for block in vit.blocks:  # blocks that add nothing
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):

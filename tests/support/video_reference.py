@@ -1,6 +1,6 @@
-"""What our mask propagation and J&F are compared with: the original's steps written plainly, and a package.
+"""References for label propagation and J&F: a readable form of the original's steps, and the package vos-benchmark.
 
-Letters: N patches, D width of a feature, C channels of labels, K context frames.
+Shapes: N patches, C channels of labels, K context frames.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ def mask_of(soft: Tensor, patch_size: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def vos_benchmark(truth: Path, predicted: Path) -> list[float]:
-    """J&F, J and F in percent of folders with a folder per video; skips the test where the package is not installed."""
+    """J&F, J and F in percent; skips the test if the package is not installed."""
     benchmark = pytest.importorskip("vos_benchmark.benchmark", exc_type=ImportError).benchmark
     jf, j, f, _ = benchmark([str(truth)], [str(predicted)], num_processes=1, verbose=False)
     return [jf[0], j[0], f[0]]

@@ -1,4 +1,4 @@
-"""IoU, accuracy and maxF: the golden table, the loop over thresholds, means over images."""
+"""IoU, accuracy and F measure: the golden table, the loop over thresholds, means over images."""
 
 import math
 import time
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.saliency_reference import looped_f_curve
 
-from evaluation.saliency.metrics import Scores, accuracy, f_curve, iou
+from evaluation.saliency.metrics import SaliencyMeter, accuracy, f_curve, iou
 
 G = np.zeros((4, 4), int)
 G[1:3, 1:3] = 255
@@ -33,18 +33,18 @@ NOTHING, ALL = np.zeros((4, 4)), np.full((4, 4), 255)
     ],
 )
 def test_golden_table(predictions, truths, expected):
-    scores = Scores()
+    meter = SaliencyMeter()
     for prediction, truth in zip(predictions, truths, strict=True):
-        scores.add(prediction, truth > 0)
-    assert tuple(scores.means().values()) == pytest.approx(expected, abs=1e-6, nan_ok=True)
+        meter.add(prediction, truth > 0)
+    assert tuple(meter.means().values()) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_image_without_iou_does_not_spoil_the_others():
-    scores = Scores()
-    scores.add(P, G > 0)
-    assert math.isnan(scores.add(NOTHING, NOTHING > 0)["IoU"])
-    assert scores.means()["IoU"] == pytest.approx(2 / 3) and (scores.images, scores.iou_images) == (2, 1)
-    assert all(math.isnan(value) for value in Scores().means().values())
+    meter = SaliencyMeter()
+    meter.add(P, G > 0)
+    assert math.isnan(meter.add(NOTHING, NOTHING > 0)["IoU"])
+    assert meter.means()["IoU"] == pytest.approx(2 / 3) and (meter.images, meter.iou_images) == (2, 1)
+    assert all(math.isnan(value) for value in SaliencyMeter().means().values())
 
 
 @pytest.mark.parametrize("kind", ["random", "levels", "binary", "slightly outside", "constant"])
@@ -70,16 +70,16 @@ def test_f_of_a_set_is_the_maximum_of_the_mean_curve():
     truth = np.zeros((10, 10), bool)
     truth[:, :5] = True
     low, high = np.where(truth, 0.2, 0.1), np.where(truth, 0.9, 0.8)
-    scores = Scores()
-    own = [scores.add(prediction, truth)["F_max"] for prediction in (low, high)]
+    meter = SaliencyMeter()
+    own = [meter.add(prediction, truth)["F_max"] for prediction in (low, high)]
     mean = (looped_f_curve(low, truth) + looped_f_curve(high, truth)) / 2
-    assert own == [1, 1] and scores.means()["F_max"] == pytest.approx(mean.max()) and mean.max() < 0.9
+    assert own == [1, 1] and meter.means()["F_max"] == pytest.approx(mean.max()) and mean.max() < 0.9
 
 
 def test_scores_of_processes_add_up():
     rng = np.random.default_rng(0)
     images = [(rng.random((9, 8)), rng.random((9, 8)) > 0.5) for _ in range(5)]
-    whole, parts = Scores(), [Scores(), Scores()]
+    whole, parts = SaliencyMeter(), [SaliencyMeter(), SaliencyMeter()]
     for number, image in enumerate(images):
         whole.add(*image)
         parts[number % 2].add(*image)

@@ -1,5 +1,7 @@
 """Frames, label images and masks of videos, and the files that videos are made of."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from support import video_reference as reference
 from support.synthetic_davis import write_labels, write_list, write_video
 
 from evaluation.video import davis
+from evaluation.video.masks import one_hot_labels, palette, read_labels, soft_labels_to_mask, write_mask
 from utils import InputError
 
 # --- frames, labels, masks ---------------------------------------------------------------------------------------------
@@ -37,23 +40,23 @@ def test_frames_are_resized_like_the_originals(tmp_path):
 
 def test_palette_is_that_of_pascal():
     first = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
-    assert [tuple(colour) for colour in davis.palette()[:8].tolist()] == first
-    assert davis.palette()[[8, 255]].tolist() == [[64, 0, 0], [224, 224, 192]]
+    assert [tuple(colour) for colour in palette()[:8].tolist()] == first
+    assert palette()[[8, 255]].tolist() == [[64, 0, 0], [224, 224, 192]]
 
 
 def test_masks_survive_being_written(tmp_path):
     labels = np.random.default_rng(0).integers(0, 9, (13, 17)).astype(np.uint8)
-    davis.write_mask(labels, tmp_path / "mask.png")
-    assert (davis.read_labels(tmp_path / "mask.png") == labels).all()
+    write_mask(labels, tmp_path / "mask.png")
+    assert (read_labels(tmp_path / "mask.png") == labels).all()
     image = Image.open(tmp_path / "mask.png")
-    assert image.mode == "P" and image.getpalette()[:27] == davis.palette()[:9].ravel().tolist()
+    assert image.mode == "P" and image.getpalette()[:27] == palette()[:9].ravel().tolist()
 
 
 def test_objects_keep_their_channel_however_small_and_void_has_none(tmp_path):
     labels = np.zeros((64, 64), np.uint8)
     labels[8:40, 8:40], labels[60:63, 60:61], labels[:4] = 1, 3, 255
     write_labels(labels, tmp_path / "first.png")
-    hot = davis.one_hot_labels(davis.read_labels(tmp_path / "first.png"), (4, 4))
+    hot = one_hot_labels(read_labels(tmp_path / "first.png"), (4, 4))
     assert hot.shape == (4, 4, 4)  # background and three objects: 2 is absent, 3 falls between the samples
     assert hot.sum((0, 1)).tolist() == [12, 4, 0, 0]
 
@@ -62,15 +65,15 @@ def test_soft_labels_become_masks_as_in_the_original():
     generator = torch.Generator().manual_seed(0)
     for size in ((40, 56), (33, 21)):
         soft = torch.rand(5, 7, 3, generator=generator)
-        assert (davis.soft_labels_to_mask(soft, 8, size) == reference.mask_of(soft, 8, size)).all()
+        assert (soft_labels_to_mask(soft, 8, size) == reference.mask_of(soft, 8, size)).all()
     weak = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).view(1, 2, 2)
-    assert davis.soft_labels_to_mask(weak, 4, (4, 8))[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # stretched: a weak peak wins
+    assert soft_labels_to_mask(weak, 4, (4, 8))[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # stretched: a weak peak wins
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.3, 1.0])
 def test_constant_channels_are_left_as_they_are(constant):
     soft = torch.stack([torch.full((2, 2), constant), torch.zeros(2, 2)], -1)
-    assert (davis.soft_labels_to_mask(soft, 4, (8, 8)) == 0).all()
+    assert (soft_labels_to_mask(soft, 4, (8, 8)) == 0).all()
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
@@ -96,6 +99,58 @@ def test_names_that_lead_elsewhere_or_come_twice_are_refused(tmp_path, name):
         davis.list_videos(tmp_path, "val")
 
 
+def picture(height, width, *channels):
+    return np.zeros((height, width, *channels), np.uint8)
+
+
+A, J = "Annotations/480p/b", "JPEGImages/480p/b"
+
+
+@pytest.mark.parametrize(
+    "path, content, message",
+    [
+        (J, None, f"no folder .*{J}"),
+        (A, None, f"no folder .*{A}"),
+        (f"{A}/00000.png", None, "no annotation 00000.png of the first frame"),
+        (f"{A}/00002.png", None, r"frame 00002 has no annotation \(1 files without a counterpart\)"),
+        (f"{J}/00002.jpg", None, "annotation 00002 has no frame"),
+        (f"{J}/00002.png", picture(96, 160, 3), "both 00002.jpg and 00002.png"),
+        (f"{J}/00001.jpg", picture(90, 160, 3), "00001.jpg: is of size 160x90, the first frame of 160x96"),
+        (f"{A}/00001.png", picture(96, 150), "00001.png: is of size 150x96, the first frame of 160x96"),
+        (f"{A}/00002.png", b"no image", "00002.png: cannot be read"),
+    ],
+)
+def test_videos_with_missing_or_wrong_files_are_refused(tmp_path, path, content, message):
+    write_video(tmp_path, "b", frames=3)
+    path = tmp_path / path
+    if isinstance(content, np.ndarray):
+        Image.fromarray(content).save(path)
+    elif content:
+        path.write_bytes(content)
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(InputError, match=message):
+        davis.open_video(tmp_path, "b")
+
+
+def test_folders_without_frames_are_refused(tmp_path):
+    (tmp_path / J).mkdir(parents=True)
+    with pytest.raises(InputError, match="has no files .jpg, .jpeg, .png"):
+        davis.open_video(tmp_path, "b")
+
+
+@pytest.mark.parametrize("spoil, message", [("colours", "mode RGB; labels are palette"), ("cut", "cannot be read")])
+def test_label_images_that_cannot_be_read_are_refused(tmp_path, spoil, message):
+    path = tmp_path / "labels.png"
+    write_labels(np.random.default_rng(0).integers(0, 9, (60, 60)).astype(np.uint8), path)
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    else:
+        Image.fromarray(picture(96, 160, 3)).save(path)
+    with pytest.raises(InputError, match=f"labels.png: .*{message}"):
+        read_labels(path)
+
+
 def test_fingerprint_changes_with_frames_and_the_first_annotation_only(tmp_path):
     write_video(tmp_path, "b", frames=3)
     before = davis.open_video(tmp_path, "b").fingerprint()
@@ -109,9 +164,9 @@ def test_fingerprint_changes_with_frames_and_the_first_annotation_only(tmp_path)
 
 
 def test_masks_of_anything_can_be_scored(tmp_path):
-    """Void in the truth is background, void in a mask a fault; the first and the last mask need not exist."""
+    """Void in the annotation is background, void in a mask an error; the first and the last mask need not exist."""
     write_video(tmp_path, "b", frames=4)
-    truths = [davis.read_labels(path) for path in davis.open_video(tmp_path, "b").annotations]
+    truths = [read_labels(path) for path in davis.open_video(tmp_path, "b").annotations]
     marked = truths[1].copy()
     marked[80:90, 5:20] = 255
     write_labels(marked, tmp_path / "Annotations/480p/b/00001.png")

@@ -9,7 +9,7 @@ from support.synthetic_davis import write_labels
 from support.video_reference import vos_benchmark
 
 from evaluation.video import metrics
-from evaluation.video.metrics import Scores, boundary, boundary_f, global_scores, score_frame, statistics, write_csv
+from evaluation.video.metrics import VideoScores, boundary, boundary_f, global_scores, save_tables, score_frame, statistics
 from utils import InputError
 
 EMPTY, FULL = np.zeros((100, 100), bool), np.ones((100, 100), bool)
@@ -171,8 +171,8 @@ def test_statistics_of_one_frame_and_with_gaps():
 
 
 def two_videos():
-    first = Scores("a", j=np.array([[1.0, 0.0], [1.0, 0.2]]), f=np.array([[0.5, 1.0], [0.7, 0.8]]))
-    second = Scores("b-c", j=np.array([[0.4]]), f=np.array([[0.0]]))
+    first = VideoScores("a", j=np.array([[1.0, 0.0], [1.0, 0.2]]), f=np.array([[0.5, 1.0], [0.7, 0.8]]))
+    second = VideoScores("b-c", j=np.array([[0.4]]), f=np.array([[0.0]]))
     return first.objects() | second.objects()
 
 
@@ -188,7 +188,7 @@ def test_global_scores_are_means_over_objects_not_over_videos():
 
 def test_tables_have_the_names_and_columns_of_the_davis_tool(tmp_path):
     (tmp_path / "global_results-val.csv").write_text("of an earlier run")
-    paths = write_csv(tmp_path, "val", two_videos())
+    paths = save_tables(tmp_path, "val", two_videos())
     assert [path.name for path in paths] == ["global_results-val.csv", "per-sequence_results-val.csv"]
     overall, objects = ([row for row in csv.reader(path.open())] for path in paths)
     assert overall[0] == ["J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay"]
@@ -218,7 +218,7 @@ def test_scores_are_those_of_vos_benchmark(tmp_path):
             if 0 < t < frames - 1:
                 for values, value in zip((j, f), score_frame(mixed, truth, count), strict=True):
                     values.append(value)
-        objects |= Scores(name, np.array(j), np.array(f)).objects()
+        objects |= VideoScores(name, np.array(j), np.array(f)).objects()
     overall = global_scores(objects)
     ours = [100 * overall[name] for name in ("J&F-Mean", "J-Mean", "F-Mean")]
     assert min(ours) > 5 and max(ours) < 95
