@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 import distributed
 import utils
 from augmentations import ToNormalizedTensor
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
 from evaluation.saliency.data import (
     LAYOUTS,
     Example,
@@ -63,8 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="folder of masks, scores and overview")
     add("--vit_feat", default="k", choices=FEATURES, help="patch features: keys, queries or values of the last block's "
         "attention, or all three")  # fmt: skip
-    add("--tau", type=float, default=0.2, help="cosine similarity above which two patches are connected; if masks are too "
-        "large or many images have no defined cut, try a higher value")  # fmt: skip
+    add("--tau", type=float, default=0.2, help="cosine similarity above which two patches are connected; raise it if the "
+        "column `degenerate` says that all patches are alike")  # fmt: skip
     add("--sigma_spatial", type=float, default=16, help="bilateral solver: width of a grid cell in pixels; a smaller value "
         "gives finer masks")  # fmt: skip
     add("--sigma_luma", type=float, default=16, help="bilateral solver: width of a grid cell in levels of brightness")
@@ -175,12 +175,12 @@ def write_results(
 ) -> None:
     """Write results.csv, results.json and overview.png of a set."""
     scored = results.meters[METHODS[0]]
-    record = {
-        "kind": "saliency", "dataset": title, **pretrained.record(),
+    record = result_record(
+        "saliency", {"dataset": title, **pretrained.record()}, args,
         **{method: rounded(means) for method, means in results.means().items()},
-        "num_images": len(images.pairs), "num_scored": scored.images, "num_scored_IoU": scored.iou_images,
-        "num_degenerate": results.num_degenerate, "failed": results.failures, "args": utils.plain_args(args),
-    }  # fmt: skip
+        num_images=len(images.pairs), num_scored=scored.images, num_scored_IoU=scored.iou_images,
+        num_degenerate=results.num_degenerate, failed=results.failures,
+    )  # fmt: skip
     save_table(results.rows, output / "results.csv")
     utils.save_json(record, output / "results.json")
     if results.overview:

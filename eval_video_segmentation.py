@@ -28,7 +28,7 @@ import torch
 import distributed
 import utils
 from augmentations import IMAGENET_STD
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
 from evaluation.video import davis, metrics
 from evaluation.video.contact_sheet import contact_sheet
 from evaluation.video.davis import Video
@@ -176,27 +176,23 @@ def remove_results(output: Path, subset: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_results(
-    scores: list[VideoScores], pretrained: Pretrained, output: Path, subset: str, args: dict[str, Any]
-) -> None:
+def write_results(scores: list[VideoScores], pretrained: Pretrained, output: Path, args: argparse.Namespace) -> None:
     """Print the scores and write them as JSON and CSV. Videos without objects or without a frame to score do not count."""
     scored = [video for video in scores if video.j.size]
     unscored = [video.video for video in scores if not video.j.size]
     if unscored:
         print(f"not scored, because they have no objects or less than three frames: {', '.join(unscored)}")
     if not scored:
-        raise InputError(f"--data_path {args['data_path']}: nothing to score, no video has objects and three frames")
+        raise InputError(f"--data_path {args.data_path}: nothing to score, no video has objects and three frames")
     objects = {name: row for video in scored for name, row in video.objects().items()}
-    record = {
-        "kind": "video_segmentation", "subset": subset, **pretrained.record(),
-        "global": metrics.global_scores(objects), "objects": objects, "unscored": unscored,
-        "frames": {video.video: {"J": video.j.T.tolist(), "F": video.f.T.tolist()} for video in scored}, "args": args,
-    }  # fmt: skip
-    path, _ = result_paths(output, subset)
+    frames = {video.video: {"J": video.j.T.tolist(), "F": video.f.T.tolist()} for video in scored}
+    values = {"global": metrics.global_scores(objects), "objects": objects, "unscored": unscored, "frames": frames}
+    record = result_record("video_segmentation", {"subset": args.subset, **pretrained.record()}, args, **values)
+    path, _ = result_paths(output, args.subset)
     utils.save_json(record, path)
     metrics.print_scores(objects)
     print(f"{len(objects)} objects of {len(scored)} videos; wrote {path}")
-    for table in metrics.save_tables(output, subset, objects):
+    for table in metrics.save_tables(output, args.subset, objects):
         print(f"wrote {table}")
 
 
@@ -232,7 +228,7 @@ def main() -> None:
         if finished:
             write_contact_sheet(finished, scores, output, args.subset)
         if args.score and not failures:
-            write_results(scores, pretrained, output, args.subset, utils.plain_args(args) | {"std": list(segmenter.std)})
+            write_results(scores, pretrained, output, argparse.Namespace(**vars(args) | {"std": segmenter.std}))
     if failures:
         name, error = next(iter(failures.items()))
         raise InputError(
