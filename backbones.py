@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import resnet
 import vision_transformer as vit
 from checkpoint import load_checkpoint
+from distributed import is_distributed
 from utils import InputError, error_prefix
 from vmamba import build_vssm, config_names, is_config_name, load_config
 
@@ -134,13 +136,22 @@ def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
     backbone.train()
 
 
-def synchronize_batch_norm(network: nn.Module, arch: str) -> nn.Module:
-    """Batch norm over all processes; timm's own conversion for its models, whose batch norms may hold an activation."""
+def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.device) -> list[nn.Module]:
+    """Networks whose batch norms use the statistics of all processes; timm converts its own models.
+
+    Without a process group, or without batch norms, nothing changes. torch synchronises batch norms on GPUs only: on a CPU
+    a line says that their statistics are computed per process.
+    """
+    if not is_distributed() or not any(isinstance(m, _BatchNorm) for network in networks for m in network.modules()):
+        return networks
+    if device.type != "cuda":
+        print("batch norm: statistics are computed per process (torch synchronises them on GPUs only)")
+        return networks
     if is_ours(arch):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
     from timm.layers import convert_sync_batchnorm
 
-    return convert_sync_batchnorm(network)
+    return [convert_sync_batchnorm(network) for network in networks]
 
 
 def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher") -> dict[str, Tensor]:

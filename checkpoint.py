@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from utils import InputError
+from utils import InputError, atomic_file, plain_args
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 
-# What the originals pickled besides tensors and plain values; nothing else is ever unpickled.
+# Types in the originals' checkpoints besides tensors and plain values; nothing else is ever unpickled.
 _SAFE_GLOBALS = [
     argparse.Namespace,
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
@@ -26,7 +27,7 @@ _SAFE_GLOBALS = [
     *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")},
 ]
 
-# What torch.load raises on files that are cut short or damaged, old formats included.
+# Raised by torch.load for truncated or damaged files, old formats included.
 _DAMAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
     OSError, struct.error,
@@ -34,16 +35,16 @@ _DAMAGE = (
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU without running any code it may hold.
+    """Read a checkpoint to the CPU without running any code that it may contain.
 
-    Tensors, plain values, argparse.Namespace and numpy scalars are read (the originals' files hold the last two).
-    Raises InputError if the file is missing, damaged, holds anything else, or is no dict.
+    Tensors, plain values, argparse.Namespace and numpy scalars are read (the originals' files contain the last two).
+    Raises InputError if the file is missing or damaged, contains another type, or is not a dict.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that reading may fail; if it does, the error says so
+            warnings.simplefilter("ignore")  # about reading without full support; if that fails, the error says so
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\w[\w.]*)", str(error))
@@ -61,23 +62,44 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def save_atomically(obj: Any, path: str | Path) -> None:
-    """torch.save to a file beside `path`, flush it to the disk, then rename: whatever happens, `path` holds a whole file."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """torch.save, flushed to the disk; whatever happens, `path` holds a whole file."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         torch.save(obj, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -> dict[str, Any] | None:
+    """The checkpoint of a pretraining to resume, or None if there is no such file; prints which arguments have changed.
+
+    Raises InputError if the file is not such a checkpoint, or was made with other values of the arguments `fixed`.
+    """
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    missing = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} - set(state)
+    if missing:
+        raise InputError(f"checkpoint {path}: not a checkpoint of this script, lacks {', '.join(sorted(missing))}")
+    stored = plain_args(state["args"])
+    for name in fixed:
+        if name in stored and stored[name] != getattr(args, name):
+            raise InputError(
+                f"--{name} {getattr(args, name)}: the checkpoint in {path.parent} was made with {stored[name]}; "
+                "continue it with that, or give another --output_dir"
+            )
+    changed = [n for n, v in sorted(vars(args).items()) if n in stored and stored[n] != v and n != "local_rank"]
+    if changed:
+        print("continuing with changed arguments:", ", ".join(f"{n} {stored[n]} -> {getattr(args, n)}" for n in changed))
+    return state
 
 
 def strip_prefix(state: dict[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
-    """State dict with `prefix` removed from the front of the names that have it (DistributedDataParallel adds it)."""
+    """The state dict with `prefix`, which DistributedDataParallel adds, removed from the names that start with it."""
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    """Load a state dict, whose names may begin with `module.`; InputError about `what` unless names and shapes are the same."""
+    """Load a state dict, whose names may begin with `module.`. Raises InputError about `what` unless names and shapes match."""
     try:
         module.load_state_dict(strip_prefix(state))
     except RuntimeError as error:
@@ -85,9 +107,9 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str) 
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's moments but not the options of its groups: the script sets them, and the originals' lack some.
+    """Load an optimizer's moments, but not the options of its groups, which the script sets.
 
-    Raises InputError unless the groups are of the same sizes.
+    Raises InputError unless the groups have the same sizes.
     """
     own = optimizer.state_dict()["param_groups"]
     found, expected = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], own))

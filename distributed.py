@@ -15,15 +15,15 @@ from utils import InputError
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError becomes one line on stderr and exit status 2, a FloatingPointError status 1."""
+    """Run a script's main. An InputError becomes one line on stderr and exit status 2, a FloatingPointError exit status 1."""
     try:
         main()
     except InputError as error:
-        # What a data loading worker raises ends a traceback.
+        # An error of a data loading worker arrives as a traceback, with the message in its last line.
         _give_up(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "), 2)
     except FloatingPointError as error:
         _give_up(f"not finite: {error}", 1)
-    # Not after an error: the other processes may be waiting in a collective, and nccl would wait for them here.
+    # Not after an error: nccl would wait here for the other processes, which may be waiting in a collective.
     if is_distributed():
         dist.destroy_process_group()
 
@@ -34,8 +34,8 @@ GRACE_SECONDS = 10.0
 def _give_up(message: str, status: int) -> NoReturn:
     """Print the message and exit: the first process at once, the others after GRACE_SECONDS.
 
-    A launcher ends all processes as soon as one has ended. So an error that all have is told once, whichever meets it
-    first, and an error that only one has is told as well.
+    A launcher ends all processes as soon as one has ended. So an error that occurs in every process is printed once, and an
+    error that occurs in only one of them is printed too.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(GRACE_SECONDS)
@@ -45,9 +45,11 @@ def _give_up(message: str, status: int) -> NoReturn:
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     """--dist_url, --local_rank (or --local-rank) and --num_workers, the same in every script."""
-    parser.add_argument("--dist_url", default="env://", help="how processes find each other, see torch.distributed")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by old launchers; LOCAL_RANK wins")
-    parser.add_argument("--num_workers", type=int, default=10, help="data loading processes per process")
+    parser.add_argument("--dist_url", default="env://", help="how processes find each other; see torch.distributed")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by older launchers; LOCAL_RANK wins")
+    parser.add_argument(
+        "--num_workers", type=int, default=10, help="data loading workers per process, at most one per core; 0: none"
+    )
 
 
 def init_distributed(args: argparse.Namespace) -> torch.device:
@@ -58,7 +60,8 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
-        processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all must see that one has no GPU
+        # Of the whole machine, so that every process raises the error if one of them has no GPU.
+        processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if processes > torch.cuda.device_count():
             raise InputError(
                 f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible "
@@ -70,7 +73,7 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group("nccl" if cuda else "gloo", args.dist_url, rank=rank, world_size=world_size)
     if not is_main_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice per run, until the process ends
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only the first process prints
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -96,14 +99,14 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, in place; without a process group the tensor itself."""
+    """Sum over processes, in place; without a process group the tensor is returned unchanged."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [m, ...] of all processes one below the other; m may differ between them."""
+    """Concatenate rows [m, ...] of all processes, in the order of ranks; m may differ between processes."""
     if not is_distributed():
         return rows
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
@@ -116,7 +119,7 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_objects(item: Any) -> list[Any]:
-    """That of every process, in the order of their ranks; pickled, so for little things."""
+    """The items of all processes, in the order of ranks. They are pickled: for small objects only."""
     if not is_distributed():
         return [item]
     items = [None] * get_world_size()
@@ -125,20 +128,20 @@ def all_gather_objects(item: Any) -> list[Any]:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give all processes the buffers of the first one, such as running statistics that are each process's own."""
+    """Copy the first process's buffers, such as the running statistics of batch norms, to all other processes."""
     if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def worker_count(num_workers: int) -> int:
-    """Data loading processes of one process, at most its share of the machine's cores: more only wait for each other."""
+    """Number of data loading workers: `num_workers`, but at most this process's share of the machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type that autocast computes in; `auto` is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    """The type that autocast computes in. `auto` is bf16 where the hardware has it, otherwise fp16 on a GPU, fp32 on a CPU."""
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name != "auto":
         return named[name]

@@ -1,4 +1,4 @@
-"""Downstream classification with a pretrained backbone: a linear classifier on it, frozen or fine-tuned, whole, IR or EF.
+"""Downstream classification: a linear classifier on a pretrained backbone, frozen or fine-tuned, on ALL, IR or EF.
 
     python eval_linear_ds.py --ds_mode linear --dataset_type Food101 --data_path data --pretrained_weights R/checkpoint.pth \\
         --output_dir R/ds --epochs 200 --batch_size_per_gpu 256
@@ -7,43 +7,37 @@
     python eval_linear_ds.py --ds_mode semi_1 --dataset_type IN100 --data_path data/IN100 --semi_list IN100_1percent.txt ...
 Several processes: torchrun --nproc_per_node=2 eval_linear_ds.py ... All ten jobs: scripts/downstream.sh.
 
-linear: the backbone is frozen. ds_ft: all is trained on the training images. semi_1, semi_10: all is trained on the listed
-share of them (1 or 10 percent). Tested on all test images. The classifier and its files: classifier.py.
+linear: the backbone is frozen. ds_ft: the backbone is fine-tuned, on all training images. semi_1, semi_10: the backbone is
+fine-tuned, on a list of 1 or 10 percent of them. Accuracies are those on all test images. The classifier, its training loop
+and its files are in evaluation/probe.py, the data sets in evaluation/downstream_data.py.
 """
 
 import argparse
 import hashlib
-import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
 
-import distributed
 import utils
 from augmentations import eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
-from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples, shard
+from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples
+from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
 from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
-from evaluation.features import FeatureExtractor, extract_features
-from evaluation.names import part_suffix
-from evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained
+from evaluation.features import FeatureExtractor
+from evaluation.names import PARTS, downstream_name
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from evaluation.probe import (
-    SETTINGS,
-    LinearClassifier,
-    Training,
-    add_classifier_arguments,
-    build_loader,
+    FIXED_ARGUMENTS,
+    Probe,
+    add_probe_arguments,
+    build_probe,
     check_class_count,
-    check_classifier_args,
-    fit,
-    load_probe,
-    load_trained_backbone,
-    train_one_epoch,
-    validate,
+    check_probe_args,
+    lr_scale,
     write_result,
 )
 from utils import InputError, TypedFloat, bool_flag
@@ -59,32 +53,36 @@ CHECKPOINT = ".pth.tar"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
-    add_classifier_arguments(parser)
+    add_probe_arguments(parser)
     add = parser.add_argument
-    add("--ds_mode", default="linear", help=", ".join(MODES))
-    add("--dataset_type", help=f"{', '.join(CLASSES)}; default: an image folder, with as many classes as it holds")
-    add(
-        "--data_path",
-        required=True,
-        help="folder with train/ and val/, a folder per class in each; torchvision's sets: its root",
-    )
-    add("--download", action="store_true", help="torchvision's sets: fetch them to --data_path first (network)")
-    add(
-        "--train_on_val", type=bool_flag, default=False, help="Flowers102: train on its splits train and val, not on train only"
-    )
-    add("--semi_list", help="semi_*: images to train on; default: <data_path>/<data set>_<1 or 10>percent.txt")
-    add("--backbone_lr", type=TypedFloat, help="of a trained backbone, for 256 images per step; default 0.1")
-    add("--weight_decay", type=float, default=0.0, help="of everything that is trained; linear: 0")
-    add("--output_dir", default=".", help=f"folder for checkpoint and results, or the checkpoint's name, *{CHECKPOINT}")
-    distributed.add_distributed_arguments(parser)
+    add("--ds_mode", default="linear", help=f"{', '.join(MODES)}; see above")
+    add("--dataset_type", help=f"{', '.join(CLASSES)}; default: an image folder with any number of classes")
+    add("--data_path", required=True, help="folder with train/ and val/, a folder per class in each; torchvision's data "
+        "sets: their root")  # fmt: skip
+    add("--download", action="store_true", help="torchvision's data sets: download them to --data_path first")
+    add("--train_on_val", type=bool_flag, default=False, help="Flowers102: train on its splits train and val")
+    add("--semi_list", help="semi_*: list of the training images; default: <data_path>/<data set>_<1 or 10>percent.txt")
+    add("--backbone_lr", type=TypedFloat, help="learning rate of a fine-tuned backbone, for 256 images per step; default: 0.1. "
+        "0.001 keeps more of the pretraining")  # fmt: skip
+    add("--weight_decay", type=float, default=0.0, help="weight decay of all trained parameters; must be 0 for linear")
+    add("--output_dir", default=".", help=f"folder for the checkpoint and results, or the checkpoint's name, *{CHECKPOINT}")
+    add_distributed_arguments(parser)
     return parser
 
 
+def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Checked arguments with the default of --backbone_lr filled in."""
+    if args.backbone_lr is None:
+        args = argparse.Namespace(**vars(args) | {"backbone_lr": TypedFloat("0" if args.ds_mode == "linear" else "0.1")})
+    check_args(args)
+    return args
+
+
 def check_args(args: argparse.Namespace) -> None:
-    """Raise InputError for values that cannot work, before anything is read or written; fills in --backbone_lr."""
-    check_classifier_args(args)
+    """Raise InputError for invalid values, before anything is read or written."""
+    check_probe_args(args)
     if args.ds_mode not in MODES:
         raise InputError(f"--ds_mode {args.ds_mode!r}: must be one of {', '.join(MODES)}")
     if args.dataset_type is not None and args.dataset_type not in CLASSES:
@@ -101,8 +99,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.train_on_val and args.dataset_type != "Flowers102":
         raise InputError("--train_on_val true: only for --dataset_type Flowers102")
     frozen = args.ds_mode == "linear"
-    if args.backbone_lr is None:
-        args.backbone_lr = TypedFloat("0" if frozen else "0.1")
     utils.check_not_negative(args, "backbone_lr", "weight_decay")
     for name in ("backbone_lr", "weight_decay"):
         if frozen and getattr(args, name) > 0:
@@ -113,20 +109,18 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """Of the data in file names."""
+    """Name of the data in file names."""
     return (args.dataset_type or Path(args.data_path).resolve().name) + ("_trainval" if args.train_on_val else "")
 
 
 def checkpoint_path(args: argparse.Namespace, hp1: float) -> Path:
-    """<output_dir>/ds_<mode>_<data>_linear[_hp<hp1>[_else]]_<trial>_sgd_lr<lr>_lrbk<lr>_ep<epochs>_bs<batch>_li_aug1.pth.tar.
-
-    Numbers as they were typed. As in CLeVER's script, --output_dir may also be that file itself.
-    """
+    """`downstream_name` in --output_dir; or --output_dir itself, if that names a checkpoint, as in CLeVER's script."""
     if args.output_dir.endswith(CHECKPOINT):
         return Path(args.output_dir)
-    recipe = f"sgd_lr{args.lr}_lrbk{args.backbone_lr}_ep{args.epochs}_bs{args.batch_size_per_gpu}_li_aug1"
-    pieces = ["ds", args.ds_mode, data_name(args), f"linear{part_suffix(args.else_part, hp1)}", args.trial_name, recipe]
-    return Path(args.output_dir) / ("_".join(filter(None, pieces)) + CHECKPOINT)
+    part, lr, backbone_lr = PARTS[args.else_part], args.lr, args.backbone_lr
+    sizes = args.epochs, args.batch_size_per_gpu
+    name = downstream_name(args.ds_mode, data_name(args), part, hp1, args.trial_name, lr, backbone_lr, *sizes)
+    return Path(args.output_dir) / f"{name}{CHECKPOINT}"
 
 
 # --- data --------------------------------------------------------------------------------------------------------------
@@ -159,17 +153,17 @@ def find_images(args: argparse.Namespace, split: str) -> tuple[list[str], list[t
     return labelled_samples(root)
 
 
-def build_dataset(args: argparse.Namespace, split: str, transform) -> ImageDataset:
-    """The images of `split`, train or test; InputError if the number of classes is not the promised one."""
+def build_dataset(args: argparse.Namespace, split: str, transform: Callable) -> ImageDataset:
+    """The images of `split`, train or test. Raises InputError if --dataset_type or --num_labels give another class count."""
     classes, samples = find_images(args, split)
     folder = args.data_path if args.dataset_type in TORCHVISION else os.path.join(args.data_path, FOLDERS[split])
     check_class_count(args, folder, len(classes), CLASSES)
-    check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation has nothing to lose
+    check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation that fails loses nothing
     return dataset_of(classes, samples, transform, args.seed, args.skip_bad_images, args.num_workers, check)
 
 
 def describe_images(dataset: ImageDataset) -> str:
-    """How many images a data set has, and a fingerprint of which, wherever they lie."""
+    """The number of images, and a hash of their classes and file names that does not depend on the folder."""
     names = sorted(f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in dataset.samples)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     return f"{len(names)} images ({digest})"
@@ -178,138 +172,84 @@ def describe_images(dataset: ImageDataset) -> str:
 # --- network -----------------------------------------------------------------------------------------------------------
 
 
-class TrainedExtractor(FeatureExtractor):
-    """The same features, with gradients."""
-
-    forward = inspect.unwrap(FeatureExtractor.forward)  # without the no_grad around it
-
-
 def build_extractor(args: argparse.Namespace, pretrained: Pretrained, device: torch.device) -> FeatureExtractor:
-    """Frozen, or unfrozen where the mode trains the backbone; its batch norms are then synchronised on GPUs."""
-    backbone, kind = pretrained.backbone, FeatureExtractor
-    if args.ds_mode != "linear":
-        kind = TrainedExtractor
-        if is_config_name(pretrained.arch):  # a VMamba keeps its configuration's stochastic depth, as in the original
-            backbone = build_backbone(pretrained.arch, drop_path_rate=None).to(device).eval()
-            backbone.load_state_dict(pretrained.backbone.state_dict())
-        backbone.requires_grad_(True)
-        if distributed.is_distributed() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
-            if device.type == "cuda":
-                backbone = synchronize_batch_norm(backbone, pretrained.arch)
-            else:
-                print("batch norm: statistics are each process's own (torch synchronises them on GPUs only)")
-    return kind(backbone, args.else_part, pretrained.hp1, args.n_last_blocks, args.avgpool_patchtokens)
+    """Features of --else_part, of a frozen backbone or, in the other modes, of one that is trained."""
+    train_backbone = args.ds_mode != "linear"
+    backbone = build_trained_backbone(pretrained, device) if train_backbone else pretrained.backbone
+    part = PARTS[args.else_part]
+    return FeatureExtractor(backbone, part, pretrained.hp1, args.n_last_blocks, args.avgpool_patchtokens, train_backbone)
 
 
-def build_optimizer(
-    args: argparse.Namespace, classifier: nn.Module, backbone: nn.Module | None
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD with momentum 0.9: a group for the classifier and one for a trained backbone, and their cosine to 0 per epoch."""
-    scale = args.batch_size_per_gpu * distributed.get_world_size() / 256
-    groups = [{"params": list(classifier.parameters()), "lr": args.lr * scale}]
+def build_trained_backbone(pretrained: Pretrained, device: torch.device) -> nn.Module:
+    """The pretrained backbone with gradients; batch norms are synchronised on GPUs."""
+    backbone = pretrained.backbone
+    if is_config_name(pretrained.arch):  # a VMamba is fine-tuned with its configuration's stochastic depth, as in the original
+        backbone = build_backbone(pretrained.arch, drop_path_rate=None).to(device).eval()
+        backbone.load_state_dict(pretrained.backbone.state_dict())
+    backbone.requires_grad_(True)
+    return synchronize_batch_norm([backbone], pretrained.arch, device)[0]
+
+
+def build_optimizer(args: argparse.Namespace, classifier: nn.Module, backbone: nn.Module | None) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9: one group for the classifier, and one for the backbone if it is trained (not None)."""
+    groups = [{"params": list(classifier.parameters()), "lr": args.lr * lr_scale(args)}]
     if backbone is not None:
-        groups.append({"params": list(backbone.parameters()), "lr": args.backbone_lr * scale})
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
+        groups.append({"params": list(backbone.parameters()), "lr": args.backbone_lr * lr_scale(args)})
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
 
 
 # --- training and evaluation -------------------------------------------------------------------------------------------
 
 
-def train(args, path, extractor, classifier, expected, dataset, measure, device) -> dict:
-    """Train, or continue the checkpoint at `path`; metrics of the last epoch and of the best ones, and effective rates."""
-    world, rank = distributed.get_world_size(), distributed.get_rank()
-    sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed)
-    loader = build_loader(dataset, args, sampler=sampler)
-    backbone = None if args.ds_mode == "linear" else extractor.backbone
-    optimizer, scheduler = build_optimizer(args, classifier, backbone)
-    frozen, trained = (extractor, classifier) if backbone is None else (nn.Identity(), nn.Sequential(extractor, classifier))
-    model = DistributedDataParallel(trained) if distributed.is_distributed() else trained
-    step = args.batch_size_per_gpu * world
-    rates = dict(
-        zip(("effective_lr", "effective_backbone_lr"), (group["lr"] for group in optimizer.param_groups), strict=False)
-    )
+def train(args: argparse.Namespace, probe: Probe, dataset: ImageDataset, test: ImageDataset) -> dict[str, float]:
+    """Train, or resume the probe's checkpoint; its accuracies and effective learning rates."""
+    backbone = probe.extractor.backbone if probe.extractor.train_backbone else None
+    optimizer = build_optimizer(args, probe.classifier, backbone)
+    names = ("effective_lr", "effective_backbone_lr")
+    rates = dict(zip(names, (group["lr"] for group in optimizer.param_groups), strict=False))
+    step = args.batch_size_per_gpu * get_world_size()
+    probe.identity |= {"training_images": describe_images(dataset), "images_per_step": step}
+    probe.fixed_arguments = (*FIXED_ARGUMENTS, "lr", "backbone_lr", "weight_decay", "epochs")
     print(
-        f"{args.ds_mode} of {args.else_part}: {extractor.dim} features, {expected['num_labels']} classes, "
+        f"{args.ds_mode} of {args.else_part}: {probe.extractor.dim} features, {len(test.classes)} classes, "
         f"{len(dataset)} training images, {step} per step, "
         + ", ".join(f"{name.removeprefix('effective_')} {rate:.4g}" for name, rate in rates.items())
     )
-
-    def train_epoch(epoch: int) -> float:
-        sampler.set_epoch(epoch)
-        dataset.set_epoch(epoch)
-        extractor.backbone.train(backbone is not None)
-        loss = train_one_epoch(frozen, model, optimizer, loader, epoch, device, args)["loss"]
-        extractor.backbone.eval()
-        if backbone is not None:
-            distributed.broadcast_buffers(backbone)
-        return loss
-
-    training = Training(
-        path=path, classifier=classifier, backbone=backbone, optimizer=optimizer, scheduler=scheduler,
-        expected=expected | {"training_images": describe_images(dataset), "images_per_step": step},
-        settings=(*SETTINGS, "lr", "backbone_lr", "weight_decay", "epochs"),
-    )  # fmt: skip
-    return fit(args, training, train_epoch, measure) | rates | {"num_train_images": len(dataset)}
-
-
-def load_trained(args: argparse.Namespace, path: Path, extractor, classifier, expected: dict) -> None:
-    """Load what was trained, for an evaluation. Raises InputError if the file is not of this mode, part, backbone, ..."""
-    checkpoint = load_probe(path, classifier, expected)
-    if args.ds_mode != "linear":
-        load_trained_backbone(path, checkpoint, extractor.backbone)
-    elif "state_dict_model" in checkpoint:
-        raise InputError(
-            f"checkpoint {path}: holds a fine-tuned backbone, --ds_mode linear has none; give the mode it was made with"
-        )
+    result = probe.fit(optimizer, dataset, test)
+    print(f"Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
+    mean, best = result["mean_class_accuracy"], result["best_mean_class_accuracy"]
+    print(f"Mean accuracy per class: last {mean:.2f}%, best {best:.2f}%")
+    return result | rates | {"num_train_images": len(dataset)}
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
-    check_args(args)
-    device = distributed.init_distributed(args)
+    args = resolve_args(get_args_parser().parse_args())
+    device = init_distributed(args)
     pretrained = load_pretrained(args, device)
-    check_part(args.else_part, pretrained.net, pretrained.hp1, pretrained.backbone.embed_dim)
+    pretrained.check_part(PARTS[args.else_part])
     extractor = build_extractor(args, pretrained, device)
-    path = checkpoint_path(args, pretrained.hp1)
-    views = pretrained.img_size, pretrained.mean, pretrained.std
-    test = build_dataset(args, "test", eval_transform(args.test_aug_type, *views))
-    dataset = None if args.evaluate else build_dataset(args, "train", probe_train_transform(*views))
-    if dataset is not None:
-        check_same_classes(dataset, test)
-    utils.seed_everything(args.seed)
-    classifier = LinearClassifier(extractor.dim, len(test.classes)).to(device)
-    expected = {
-        "ds_mode": args.ds_mode, "part": args.else_part, "net": pretrained.net, "num_labels": len(test.classes),
-        "dim": extractor.dim, "backbone": pretrained.fingerprint,
-    }  # fmt: skip
+
+    view = pretrained.img_size, pretrained.mean, pretrained.std
+    test = build_dataset(args, "test", eval_transform(args.test_aug_type, *view))
     print(f"{pretrained.net} {pretrained.arch}, {data_name(args)}, {len(test)} test images, perturbation {args.test_aug_type}")
 
-    loader = build_loader(shard(test, distributed.get_rank(), distributed.get_world_size()), args)
-    frozen_features = []
-
-    def measure() -> dict:
-        """Accuracies now. Features of a frozen backbone are computed once: nothing random comes before them."""
-        features = frozen_features or extract_features(extractor, loader, device, "test images")
-        if args.ds_mode == "linear":
-            frozen_features[:] = features
-        return validate(classifier, *features, per_class=True)
-
+    path = checkpoint_path(args, pretrained.hp1)
+    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device, per_class=True)
+    probe.identity["ds_mode"] = args.ds_mode
     name = path.name.removesuffix(CHECKPOINT)
     if args.evaluate:
-        load_trained(args, Path(args.final_eval_weights or path), extractor, classifier, expected)
-        result = measure()
+        probe.load(args.final_eval_weights or path)
+        result = probe.evaluate(test)
         print(f"Accuracy of the network on the {result['num_test_images']} test images: {result['accuracy']:.2f}%")
         print(f"Mean accuracy per class: {result['mean_class_accuracy']:.2f}%")
         name = f"only_eval_{args.test_aug_type}_{name}"
     else:
-        result = train(args, path, extractor, classifier, expected, dataset, measure, device)
-        print(f"Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
-        mean, best = result["mean_class_accuracy"], result["best_mean_class_accuracy"]
-        print(f"Mean accuracy per class: last {mean:.2f}%, best {best:.2f}%")
+        dataset = build_dataset(args, "train", probe_train_transform(*view))
+        check_same_classes(dataset, test)
+        result = train(args, probe, dataset, test)
     about = {"ds_mode": args.ds_mode, "dataset": data_name(args), "num_labels": len(test.classes)}
     write_result(path.with_name(f"{name}.json"), "downstream", args, pretrained, about | result)
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

@@ -1,7 +1,8 @@
 """Projection heads and the multi-crop network.
 
-Letters: B batch, V views, D width of the backbone, K outputs of a head, C width of a head's bottleneck.
 IR is the invariant part of the representation, EF its equivariant factor.
+
+Shapes: V views, D width of the representation, K and K2 outputs of the two heads, C width of a head's bottleneck.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,18 @@ import torch.nn.functional as F
 from utils import InputError
 
 
+def check_hp1(hp1: float, name: str = "hp1") -> None:
+    """Raise InputError unless hp1, which messages call `name`, lies in (0, 1]."""
+    if not 0 < hp1 <= 1:
+        raise InputError(f"{name} {hp1}: must lie in (0, 1]")
+
+
 def split_sizes(dim: int, hp1: float) -> tuple[int, int]:
     """Widths (IR, EF) of a representation of width `dim`: int(dim * hp1) and the rest.
 
     Raises InputError if hp1 lies outside (0, 1] or leaves one of the parts empty.
     """
-    if not 0 < hp1 <= 1:
-        raise InputError(f"hp1 {hp1}: must lie in (0, 1]")
+    check_hp1(hp1)
     ir = int(dim * hp1)
     if ir == 0 or ir == dim:
         raise InputError(f"hp1 {hp1} leaves the {'IR' if ir == 0 else 'EF'} of a representation of width {dim} empty")
@@ -28,15 +34,15 @@ def split_sizes(dim: int, hp1: float) -> tuple[int, int]:
 
 
 def split_ir_ef(z: torch.Tensor, hp1: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut representations z [B, D] into IR [B, int(D * hp1)] and EF (the rest); CLeVER, section 3."""
+    """Split representations z [B, D] into IR [B, int(D * hp1)] and EF (the remaining columns); CLeVER, section 3."""
     ir = int(z.shape[-1] * hp1)
     return z[:, :ir], z[:, ir:]
 
 
 class _NormalizedLinear(torch.autograd.Function):
-    """y = (x v^T) * g / |v| without ever building the normalised weight, in either direction.
+    """y = (x v^T) * g / |v|, forward and backward without materialising the normalised weight.
 
-    At K = 65536 that weight and its gradient are the largest tensors of a step after the parameters themselves.
+    At K = 65536 this weight and its gradient would be the largest tensors of a step besides the parameters.
     """
 
     @staticmethod
@@ -51,7 +57,7 @@ class _NormalizedLinear(torch.autograd.Function):
         scaled = grad_y * (g.squeeze(1) / norm).to(grad_y.dtype)  # B, K
         grad_x = (scaled @ v.to(scaled.dtype)).to(x.dtype)  # B, C
         grad_v = (scaled.T @ x.to(scaled.dtype)).to(v.dtype)  # K, C
-        radial = torch.einsum("kc,kc->k", grad_v, v)  # the component of grad_v along v, which the norm removes
+        radial = torch.einsum("kc,kc->k", grad_v, v)  # component of grad_v along v, removed by the normalisation
         grad_g = (radial / g.squeeze(1))[:, None] if ctx.needs_input_grad[2] else None
         return grad_x, grad_v.addcmul_(v, (radial / norm.square())[:, None], value=-1), grad_g
 
@@ -59,7 +65,7 @@ class _NormalizedLinear(torch.autograd.Function):
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows have length g: y_k = g_k <x, v_k> / |v_k|.
 
-    The parameters keep the names `weight_g` [K, 1] and `weight_v` [K, C] of torch's first weight norm, as in DINO's files.
+    The parameters are called `weight_g` [K, 1] and `weight_v` [K, C], as in DINO's checkpoints (torch's first weight norm).
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -75,8 +81,11 @@ class DINOHead(nn.Module):
     """MLP, L2-normalised bottleneck and weight-normalised last layer (DINO, section 3.1 and appendix C).
 
     Args:
-        in_dim: width of the input; out_dim: K, number of outputs ("prototypes").
-        use_bn: batch norm after each hidden layer. norm_last_layer: keep the length of the last layer's rows at 1.
+        in_dim: width of the input.
+        out_dim: K, the number of outputs ("prototypes").
+        use_bn: batch norm after each hidden layer.
+        norm_last_layer: keep the length of the last layer's rows at 1.
+        nlayers, hidden_dim, bottleneck_dim: layers of the MLP, and their widths.
     """
 
     def __init__(
@@ -112,12 +121,13 @@ class DINOHead(nn.Module):
 
 
 class MultiCropWrapper(nn.Module):
-    """Backbone and heads over several crops; the backbone runs once per resolution.
+    """Backbone and heads applied to several crops; the backbone runs once per resolution.
 
     Args:
-        backbone: images [B, 3, H, W] -> [B, D].
-        head: for the whole representation, or for its IR if there is a head2.
-        head2: for the EF (CLeVER), or None (DINO). hp1: share of the IR in the representation.
+        backbone: images [B, 3, H, W] -> representations z [B, D].
+        head: of the whole representation (DINO), or of its IR if there is a head2 (CLeVER).
+        head2: of the EF, or None.
+        hp1: share of the IR in the representation.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, head2: nn.Module | None = None, hp1: float = 1.0):
@@ -125,9 +135,9 @@ class MultiCropWrapper(nn.Module):
         self.backbone, self.head, self.head2, self.hp1 = backbone, head, head2, hp1
 
     def forward(self, crops: torch.Tensor | Sequence[torch.Tensor], return_features: bool = False):
-        """V crops [B, 3, H, W], equal sizes adjacent -> logits [V*B, K] of the head, or the pair (IR, EF) with a head2.
+        """V crops [B, 3, H, W], those of equal size adjacent -> logits [V*B, K], or with a head2 the pair [V*B, K], [V*B, K2].
 
-        With `return_features` the representation z [V*B, D] comes behind them.
+        With `return_features`, the representation z [V*B, D] is also returned.
         """
         crops = [crops] if isinstance(crops, torch.Tensor) else crops
         groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
@@ -138,3 +148,12 @@ class MultiCropWrapper(nn.Module):
             ir, ef = split_ir_ef(z, self.hp1)
             out = self.head(ir), self.head2(ef)  # V*B, K and V*B, K2
         return (out, z) if return_features else out
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The one or two heads."""
+        return [head for head in (self.head, self.head2) if head is not None]
+
+    def split(self, z: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{"_IR": IR, "_EF": EF} of representations z [B, D], or {"": z} without a head2: the keys end names in the log."""
+        return {"": z} if self.head2 is None else dict(zip(("_IR", "_EF"), split_ir_ef(z, self.hp1), strict=True))

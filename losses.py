@@ -1,14 +1,16 @@
-"""DINO's and CLeVER's losses, their centres, and the regulariser of the two heads.
+"""The objective: DINO's loss, CLeVER's loss, their centres, and the regulariser of CLeVER's two heads.
 
-Letters: B batch, K outputs of a head, V views of the student (two global ones first, then the local ones), Q = 2 views of the
-teacher, T number of terms: pairs (q, v) of different views, times B.
+Shapes: K, K2 outputs of the head and of CLeVER's EF head; V views of the student, the two global ones first; Q = 2 global
+views that the teacher sees.
 
-Both losses are closed forms that visit every student view once (each pair on its own would need 18 softmaxes of the student at
-10 crops). Their gradients are worked out together with their values and kept instead of activations.
+Both losses are means over all pairs (q, v) of a teacher view and a different student view. They are computed in closed form,
+which visits every student view once: written pair by pair they would need 18 softmaxes of the student at 10 views. The
+gradient is computed together with the value and kept for the backward pass in place of activations.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +24,12 @@ TEACHER_VIEWS = 2
 
 
 class _SumOverViews(torch.autograd.Function):
-    """Mean over the T terms of a loss that falls apart into one part per student view.
+    """Mean over pairs of different views of a loss that is linear in the teacher's target.
 
-    `view_loss(logits / temperature [B, K], targets [B, K], n)` returns the sum of the terms of one view and its gradient;
-    targets is the sum over the n teacher views that show another crop.
+    Because of the linearity, all pairs (q, v) with the same v need only the sum of their targets and one call of
+    `view_loss(logits / temperature [B, K], summed targets [B, K], n)`. It returns the sum of the n pairs' losses over the
+    batch, and its gradient with respect to the first argument. n is the number of teacher views that v is compared with:
+    1 for a global view, which is not compared with itself, and 2 for a local view.
     """
 
     @staticmethod
@@ -36,7 +40,8 @@ class _SumOverViews(torch.autograd.Function):
         all_targets = teacher.sum(0)  # B, K
         total = torch.zeros((), device=student.device)
         grad = torch.empty_like(student)  # V, B, K
-        # Half precision would lose entries divided by T before the loss scaling of backward: a power of two holds them up.
+        # In half precision the gradient's entries, divided by n_terms, would underflow before the gradient scaler of the
+        # backward pass can help: a power of two keeps them in range until then.
         ctx.shift = 2.0 ** (round(math.log2(n_terms * temperature)) + 10) if student.dtype == torch.float16 else 1.0
         for v in range(views):
             targets, n = (all_targets - teacher[v], n_teacher - 1) if v < n_teacher else (all_targets, n_teacher)
@@ -49,12 +54,12 @@ class _SumOverViews(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
-        # In place, to spare the memory of a second [V, B, K]; a second backward raises autograd's own error.
+        # In place, to save the memory of a second [V, B, K]. A second backward pass raises autograd's own error.
         return grad.mul_((grad_output / ctx.shift).to(grad.dtype)), None, None, None
 
 
 def _cross_entropy(logits, targets, n):
-    """-<P, log softmax(x)>, where P sums to n; gradient n softmax(x) - P."""
+    """-<P, log softmax(x)> where the rows of P sum to n; gradient n softmax(x) - P."""
     log_p = F.log_softmax(logits, dim=-1)  # B, K
     value = -torch.dot(targets.flatten(), log_p.flatten())
     return value, log_p.exp_().mul_(n).sub_(targets)
@@ -63,21 +68,38 @@ def _cross_entropy(logits, targets, n):
 def _cosine(logits, directions, n):
     """<R, p> / |p| with p = softmax(x) and R the sum of n unit vectors; gradient p * (R / |p| - <R, p> p / |p|^3)."""
     p = F.softmax(logits, dim=-1)  # B, K
-    p = F.normalize(p, dim=-1)  # unit length from here on: the cosine does not see the scale
+    p = F.normalize(p, dim=-1)  # from here on of unit length: the cosine does not depend on the scale
     cosine = torch.einsum("bk,bk->b", directions, p)[:, None]  # B, 1
     return cosine.sum(), torch.addcmul(directions, cosine, p, value=-1).mul_(p)
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's centred, sharpened softmax and the student's, over all pairs of different views.
+    """Cross-entropy between the teacher's and the student's softmax, over all pairs of different views.
 
-    DINO (arXiv 2104.14294), section 3.1. Works with and without a process group; the centre is averaged over processes.
+    DINO (arXiv 2104.14294), section 3.1:
+
+        t = softmax((teacher - center) / teacher_temp)               # Q, B, K
+        s = log_softmax(student / student_temp)                      # V, B, K
+        loss = mean of -sum_k t[q] * s[v]   over q, v != q, and the batch
+        center = m * center + (1 - m) * mean(teacher)                # after the loss
+
+    In closed form, with P_v the sum of t[q] over the n_v views q != v and x_v = student[v] / student_temp:
+
+        loss = 1/T * sum_v ( n_v * logsumexp(x_v) - <P_v, x_v> ),    T the number of pairs times the batch size
+        d loss / d student[v] = (n_v * softmax(x_v) - P_v) / (T * student_temp)
+
+    Works with and without a process group; the centre is averaged over processes.
 
     Args:
-        out_dim: K; ncrops: V; student_temp, warmup_teacher_temp -> teacher_temp: temperatures, the teacher's rising linearly
-        over warmup_teacher_temp_epochs of nepochs; center_momentum: of the moving average of the teacher's mean output.
+        out_dim: K.
+        ncrops: V.
+        warmup_teacher_temp, teacher_temp: the teacher's temperature rises linearly from the first to the second ...
+        warmup_teacher_temp_epochs: ... during these epochs, the first of `nepochs`.
+        student_temp: the student's temperature.
+        center_momentum: m, of the centre's moving average.
 
-    Raises InputError if the temperature's warm-up is longer than the run.
+    Raises:
+        InputError: the temperature's warm-up is longer than the run.
     """
 
     def __init__(
@@ -101,23 +123,38 @@ class DINOLoss(nn.Module):
         self._pending: dict[str, list[torch.Tensor]] = {}  # teacher means since the last update of a centre
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor, epoch: int, update_center: bool = True) -> torch.Tensor:
-        """Student logits [V*B, K], teacher logits [2*B, K] -> loss.
+    def forward(
+        self, student: torch.Tensor, teacher: torch.Tensor, epoch: int, update_center: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Student logits [V*B, K] and teacher logits [Q*B, K] -> {"loss": 0-dim tensor}.
 
-        With gradient accumulation `update_center` is False but for the last micro-batch: the centre then moves once, by the
-        mean over all of them.
+        With gradient accumulation, `update_center` is False for all micro-batches but the last: the centre then moves once
+        per optimizer step, by the mean over all micro-batches.
         """
-        loss = self._invariance(student, teacher, epoch)
+        loss = self._cross_entropy_of_views(student, teacher, epoch)
         self._move_center("center", teacher, update_center)
-        return loss
+        return {"loss": loss}
 
-    def _invariance(self, student, teacher, epoch):
-        log_p = F.log_softmax((teacher.float() - self.center) / self.teacher_temps[epoch], dim=-1)  # Q*B, K
-        p = log_p.exp()
-        self.teacher_entropy = -torch.einsum("bk,bk->b", p, log_p).mean()
-        return self._over_pairs(student, p, _cross_entropy)
+    def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Figures about the last call, which returned `terms`, that do not depend on K; 1 means a uniform output.
 
-    def _over_pairs(self, student, targets, view_loss):
+        normalized_loss is the cross-entropy divided by ln K, teacher_entropy the entropy of t divided by ln K.
+        """
+        log_k = math.log(self.center.shape[1])
+        cross_entropy = terms.get("loss_DIR", terms["loss"])
+        return {
+            "normalized_loss": cross_entropy / log_k,
+            "teacher_entropy": self.teacher_entropy / log_k,
+            "center_norm": self.center.norm(),
+        }
+
+    def _cross_entropy_of_views(self, student, teacher, epoch):
+        log_t = F.log_softmax((teacher.float() - self.center) / self.teacher_temps[epoch], dim=-1)  # Q*B, K
+        t = log_t.exp()
+        self.teacher_entropy = -torch.einsum("bk,bk->b", t, log_t).mean()
+        return self._mean_over_pairs(student, t, _cross_entropy)
+
+    def _mean_over_pairs(self, student, targets, view_loss):
         student = student.unflatten(0, (self.ncrops, -1))  # V, B, K
         targets = targets.unflatten(0, (TEACHER_VIEWS, -1))  # Q, B, K
         return _SumOverViews.apply(student, targets, self.student_temp, view_loss)
@@ -133,53 +170,75 @@ class DINOLoss(nn.Module):
 
 
 class CLeVERLoss(DINOLoss):
-    """DINO's loss on the invariant part, and orthogonality of different views on the equivariant factor.
+    """DINO's loss on the invariant representation (IR), and different views made orthogonal on the equivariant factor (EF).
 
-    CLeVER (arXiv 2406.00262), section 3: loss = DIR + sep_lambd * DVR, where DVR is the mean over the same pairs of the cosine
-    between the teacher's centred, sharpened softmax of the EF head and the student's softmax. The third term of the objective,
-    `head_regularizer`, depends on the weights alone and is added by the training loop.
+    CLeVER (arXiv 2406.00262), section 3:
 
-    Args (besides DINOLoss's): DVR_out_dim: outputs of the EF head, which has a centre of its own; sep_lambd: weight of DVR.
+        DIR  = DINOLoss(student_ir, teacher_ir)
+        t2   = softmax((teacher_ef - center2) / teacher_temp)        # Q, B, K2
+        s2   = softmax(student_ef / student_temp)                    # V, B, K2
+        DVR  = mean of cosine(t2[q], s2[v])   over q, v != q, and the batch
+        reg  = | sum of head's parameters squared - sum of head2's parameters squared |
+        loss = DIR + sep_lambd * DVR + reg_lambd * reg
+
+    DVR in closed form, with p_v the student's softmax divided by its length and R_v the sum of t2[q] / |t2[q]| over q != v:
+
+        DVR = 1/T * sum_v <R_v, p_v>
+        d DVR / d student_ef[v] = p_v * (R_v - <R_v, p_v> p_v) / (T * student_temp)
+
+    Args:
+        out_dim, DVR_out_dim: K and K2; each head has a centre of its own.
+        sep_lambd: weight of DVR.
+        reg_lambd: weight of the regulariser.
+        heads: the student's IR head and EF head, for the regulariser; None: there is no such term.
+        *args, **kwargs: the other arguments of `DINOLoss`.
     """
 
     def __init__(
         self,
         out_dim: int,
         DVR_out_dim: int,
-        ncrops: int,
-        warmup_teacher_temp: float,
-        teacher_temp: float,
-        warmup_teacher_temp_epochs: int,
-        nepochs: int,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
+        *args: Any,
         sep_lambd: float = 1.0,
+        reg_lambd: float = 0.0,
+        heads: tuple[nn.Module, nn.Module] | None = None,
+        **kwargs: Any,
     ):
-        super().__init__(
-            out_dim,
-            ncrops,
-            warmup_teacher_temp,
-            teacher_temp,
-            warmup_teacher_temp_epochs,
-            nepochs,
-            student_temp,
-            center_momentum,
-        )
-        self.sep_lambd = sep_lambd
+        super().__init__(out_dim, *args, **kwargs)
+        self.sep_lambd, self.reg_lambd = sep_lambd, reg_lambd
+        self.heads = heads  # in a tuple, which keeps their parameters out of this module's own
         self.register_buffer("center2", torch.zeros(1, DVR_out_dim))
 
-    def forward(self, student_ir, student_ef, teacher_ir, teacher_ef, epoch: int, update_center: bool = True):
-        """Logits of the two heads, student [V*B, K] and [V*B, K2], teacher [2*B, K] and [2*B, K2] -> loss, DIR, DVR."""
-        loss_dir = self._invariance(student_ir, teacher_ir, epoch)
-        p = F.softmax((teacher_ef.float() - self.center2) / self.teacher_temps[epoch], dim=-1)  # Q*B, K2
-        loss_dvr = self._over_pairs(student_ef, F.normalize(p, dim=-1), _cosine)
+    def forward(
+        self,
+        student: tuple[torch.Tensor, torch.Tensor],
+        teacher: tuple[torch.Tensor, torch.Tensor],
+        epoch: int,
+        update_center: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """Pairs (IR, EF) of logits, student [V*B, K] and [V*B, K2], teacher [Q*B, K] and [Q*B, K2] -> terms of the loss.
+
+        Returns {"loss", "loss_DIR", "loss_DVR"}, and with `heads` also "loss_student_reg", which is already weighted.
+        """
+        (student_ir, student_ef), (teacher_ir, teacher_ef) = student, teacher
+        loss_dir = self._cross_entropy_of_views(student_ir, teacher_ir, epoch)
+        t2 = F.softmax((teacher_ef.float() - self.center2) / self.teacher_temps[epoch], dim=-1)  # Q*B, K2
+        loss_dvr = self._mean_over_pairs(student_ef, F.normalize(t2, dim=-1), _cosine)
         self._move_center("center", teacher_ir, update_center)
         self._move_center("center2", teacher_ef, update_center)
-        return loss_dir + self.sep_lambd * loss_dvr, loss_dir, loss_dvr
+        terms = {"loss": loss_dir + self.sep_lambd * loss_dvr, "loss_DIR": loss_dir, "loss_DVR": loss_dvr}
+        if self.heads is not None:
+            terms["loss_student_reg"] = self.reg_lambd * head_regularizer(*self.heads)
+            terms["loss"] = terms["loss"] + terms["loss_student_reg"]
+        return terms
+
+    def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As DINO's, for the IR head, and the norm of the EF head's centre."""
+        return super().telemetry(terms) | {"center2_norm": self.center2.norm()}
 
 
 class _SquaredNorm(torch.autograd.Function):
-    """Sum of squares, rows in the tensor's type and their sum in float64, without a temporary of the tensor's size."""
+    """Sum of squares: rows in the tensor's type, their sum in float64, without a temporary tensor of the same size."""
 
     @staticmethod
     def forward(ctx, p):
@@ -193,9 +252,10 @@ class _SquaredNorm(torch.autograd.Function):
 
 
 def head_regularizer(head: nn.Module, head2: nn.Module) -> torch.Tensor:
-    """|sum p^2 over head - sum p^2 over head2| over all parameters, the frozen `weight_g` too (design of CLeVER's loss).
+    """|sum p^2 over head - sum p^2 over head2| over all parameters, including the frozen `weight_g`.
 
-    A difference of two large sums: it is taken in float64, as a float32 one loses up to all of its digits.
+    CLeVER (arXiv 2406.00262), section 3: the heads keep equal norms, so that neither of them collapses. The difference of two
+    large sums is taken in float64; in float32 it can lose all of its digits.
     """
     squared_norms = [torch.stack([_SquaredNorm.apply(p) for p in h.parameters()]).sum() for h in (head, head2)]
     return (squared_norms[0] - squared_norms[1]).abs().float()

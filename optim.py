@@ -13,7 +13,7 @@ from utils import InputError
 def cosine_scheduler(
     base: float, final: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0, start_warmup_value: float = 0
 ) -> np.ndarray:
-    """One value per iteration [epochs * niter_per_ep]: a linear warm-up to `base`, then half a cosine down (or up) to `final`.
+    """One value per iteration [epochs * niter_per_ep]: linear warm-up to `base`, then half a cosine to `final` (DINO).
 
     Raises InputError if the warm-up is longer than the run.
     """
@@ -26,7 +26,7 @@ def cosine_scheduler(
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two optimizer groups: weight decay by the schedule, and none (1-D parameters and those named `*.bias`)."""
+    """Two optimizer groups: with scheduled weight decay, and without any (1-D parameters and those named `*.bias`)."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -63,7 +63,10 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """adamw, sgd (momentum 0.9) or lars; rates and weight decay are set every step from the schedules."""
+    """adamw, sgd or lars, the last two with momentum 0.9. `set_schedules` sets rate and weight decay before every step.
+
+    Raises InputError for another name.
+    """
     builders = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
         "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
@@ -75,7 +78,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this step's rate to all groups and its weight decay to those that are decayed."""
+    """Set the learning rate of all groups, and the weight decay of those that have one."""
     for group in optimizer.param_groups:
         group["lr"] = float(lr)  # schedules hold numpy scalars, checkpoints plain values
         if not group.get("fixed_weight_decay"):
@@ -84,7 +87,7 @@ def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: flo
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale each gradient on its own down to norm `max_norm` (0: no clipping), without waiting for the GPU."""
+    """Clip each gradient separately to norm `max_norm` (0: no clipping), without synchronising with the GPU."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if max_norm > 0 and grads:
         scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
@@ -93,12 +96,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, over parameters only; buffers are each network's own."""
+    """teacher = momentum * teacher + (1 - momentum) * student, for parameters; each network keeps its own buffers."""
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
 
 
 def check_weights(student: nn.Module, when: str) -> None:
-    """FloatingPointError if weights are not finite: a gradient can be so although its loss is, and it must not be saved."""
+    """Raise FloatingPointError, which names them, if weights are not finite: a finite loss can have an infinite gradient."""
     norms = torch.stack(torch._foreach_norm([p.detach() for p in student.parameters()]))
     if not norms.isfinite().all():
         bad = [name for (name, _), norm in zip(student.named_parameters(), norms, strict=True) if not norm.isfinite()]

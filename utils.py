@@ -1,14 +1,16 @@
-"""Errors, command-line parsing, seeds and files that are whole at any moment."""
+"""Errors, command-line parsing, seeds, and writers whose files are whole at any moment."""
 
 import argparse
 import contextlib
+import csv
+import io
 import json
 import math
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +20,7 @@ from PIL import Image
 
 
 class InputError(ValueError):
-    """The user asked for something that cannot be; the message is one line naming the value and the valid choices."""
+    """Invalid user input. The message is one line, which names the value and the valid choices."""
 
 
 def describe_error(error: BaseException) -> str:
@@ -28,15 +30,29 @@ def describe_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def error_prefix(prefix: str) -> Iterator[None]:
-    """Put "prefix: " before the message of an InputError raised inside, such as the name of the file at fault."""
+    """Put "prefix: ", such as the name of a file, before the message of an InputError raised inside."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{prefix}: {error}") from error
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description, and shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default in (None, "", argparse.SUPPRESS) or action.const is True or "default" in text:
+            return text
+        default = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
+        return f"{text} (default: {default})".strip()
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises InputError instead of printing the usage: one line, of one process, as for every other bad input."""
+    """Raises InputError instead of printing the usage: one line, of one process, as for any other invalid input."""
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description=description, **{"formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists all arguments)")
@@ -51,7 +67,7 @@ def bool_flag(text: str) -> bool:
 
 
 class TypedFloat(float):
-    """A float that prints as it was typed: file names hold lr and hp1 as the launch scripts spell them."""
+    """A float that prints as it was typed: file names contain lr and hp1 as the launch scripts spell them."""
 
     def __new__(cls, text: str):
         try:
@@ -66,21 +82,21 @@ class TypedFloat(float):
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these arguments is greater than zero, and finite."""
+    """Raise InputError unless each of these arguments is finite and greater than 0."""
     for name in names:
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)}: must be greater than 0, and finite")
 
 
 def check_not_negative(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these arguments is zero or greater, and finite."""
+    """Raise InputError unless each of these arguments is finite and at least 0."""
     for name in names:
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} {getattr(args, name)}: must be 0 or greater, and finite")
 
 
 def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
-    """Arguments as a plain dict, as checkpoints and JSON files hold them; those of the originals are Namespaces."""
+    """Arguments as a dict of plain values, as checkpoints and JSON files store them; the originals store a Namespace."""
     values = args if isinstance(args, dict) else vars(args)
     return {name: float(value) if isinstance(value, TypedFloat) else value for name, value in values.items()}
 
@@ -88,46 +104,61 @@ def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
 def seed_everything(*key: int) -> None:
     """Seed torch (CPU and GPUs), numpy and random from a tuple such as (seed, epoch, rank).
 
-    Seeding every epoch makes a resumed run draw what an uninterrupted one draws, without any state to save.
+    Seeding at every epoch gives a resumed run the random numbers of an uninterrupted one, without any state to save.
     """
-    words = np.random.SeedSequence((len(key), *key)).generate_state(2)  # its own zeros at the end would not count
+    # SeedSequence ignores trailing zeros; with the length in front, (1,) and (1, 0) give different seeds.
+    words = np.random.SeedSequence((len(key), *key)).generate_state(2)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
     np.random.seed(words[0])
     random.seed(int(words[1]))
 
 
-def write_text_atomically(text: str, path: str | Path) -> None:
-    """The same for a text file."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file name beside `path`, which becomes `path` if no error occurs: `path` holds a whole file at any moment.
 
-
-def save_json(record: Any, path: str | Path) -> None:
-    """The same for a record of numbers; makes its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(json.dumps(record, indent=1) + "\n", path)
-
-
-def save_png(pixels: np.ndarray, path: str | Path) -> None:
-    """The same for a picture, [H, W] or [H, W, channels] of bytes; makes its folder."""
+    The folder is made if it does not exist.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG")
+    yield temporary
     os.replace(temporary, path)
 
 
+def write_text_atomically(text: str, path: str | Path) -> None:
+    """Write a text file; whatever happens, `path` holds a whole file."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_json(record: Any, path: str | Path) -> None:
+    """Write a JSON file; whatever happens, `path` holds a whole file."""
+    write_text_atomically(json.dumps(record, indent=1) + "\n", path)
+
+
+def save_csv(rows: Iterable[Sequence[Any]], path: str | Path) -> None:
+    """Write a CSV file; whatever happens, `path` holds a whole file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text_atomically(text.getvalue(), path)
+
+
+def save_png(pixels: np.ndarray, path: str | Path) -> None:
+    """Write a picture, uint8 [H, W] or [H, W, channels]; whatever happens, `path` holds a whole file."""
+    with atomic_file(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
 def check_writable(folder: str | Path) -> None:
-    """Raise InputError unless files can be made in `folder` (or in the nearest parent there is); leaves nothing behind."""
+    """Raise InputError unless `folder`, or the nearest parent that exists, can be written; leaves no file behind."""
     path = Path(folder).absolute()
     try:
         if path.exists() and not path.is_dir():
             raise InputError(f"--output_dir {folder}: is a file, not a folder")
         while not path.exists():
             path = path.parent
-        with tempfile.TemporaryFile(dir=path):  # permission bits do not tell of root, or of a read-only file system
+        with tempfile.TemporaryFile(dir=path):  # permission bits say nothing about root and read-only file systems
             pass
     except OSError as error:
         raise InputError(f"--output_dir {folder}: {path} cannot be written ({error.strerror})") from error
@@ -135,7 +166,7 @@ def check_writable(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` in the end: that is whole or absent, whatever happens."""
+    """A new, empty folder, which replaces `folder` if no error occurs: `folder` is whole or absent, whatever happens."""
     scratch, former = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "former"))
     try:
         for leftover in (scratch, former):

@@ -1,6 +1,6 @@
-"""Frozen features for every evaluation: which blocks, which part.
+"""Features of a frozen backbone, for every evaluation: which blocks, and which part of the representation.
 
-Letters: B batch, D width of the backbone, n number of last blocks, N patches, M training images.
+Shapes: D width of the backbone, n number of last blocks, N patches, M images.
 """
 
 import torch
@@ -15,36 +15,54 @@ from utils import InputError
 
 
 def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tensor:
-    """Columns of `part` in features x [B, n*D], whose last `dim` = D columns are the last block's.
+    """Columns of `part`, ALL, IR or EF, in features x [B, n*D], whose last `dim` = D columns belong to the last block.
 
-    The cut is in the last block only: `main_part` keeps all columns of the earlier blocks (the original's protocol).
+    Only the last block is split: IR keeps all columns of the earlier blocks (CLeVER's evaluation).
     """
     if part == "ALL":
         return x
     _, ef = split_sizes(dim, hp1)
-    return x[:, :-ef] if part == "main_part" else x[:, -ef:]
+    return x[:, :-ef] if part == "IR" else x[:, -ef:]
 
 
 class FeatureExtractor(nn.Module):
     """Images [B, 3, H, W] -> features [B, self.dim] of a frozen backbone.
 
-    A ViT gives the [CLS] tokens of its last n blocks, each after the final norm, side by side; with `avgpool` the mean patch
-    token of the last block stands behind them (interleaved for ALL with n = 1, as DINO's published linear weights expect).
-    Other backbones give their pooled features. `part` cuts [CLS] (of the last block) and mean token alike.
+    A ViT gives the concatenated [CLS] tokens of its last n blocks, each after the final norm; `avgpool` appends the mean patch
+    token of the last block (for ALL and n = 1 interleaved, as DINO's published linear weights expect). Other backbones give
+    their pooled features. The last block's [CLS] and the mean token are both split into IR and EF.
 
-    Raises InputError for an unknown part, an empty one, or blocks that the backbone does not have.
+    Args:
+        backbone: with `embed_dim`; frozen unless `train_backbone`.
+        part: ALL, IR or EF.
+        hp1: share of the IR.
+        n_last_blocks: n, for a ViT.
+        avgpool: for a ViT, append the mean patch token.
+        train_backbone: compute gradients of the backbone.
+
+    Raises:
+        InputError: an unknown or empty part, or blocks that the backbone does not have.
     """
 
-    def __init__(self, backbone: nn.Module, part="ALL", hp1=1.0, n_last_blocks=1, avgpool=False):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        part: str = "ALL",
+        hp1: float = 1.0,
+        n_last_blocks: int = 1,
+        avgpool: bool = False,
+        train_backbone: bool = False,
+    ):
         super().__init__()
-        if part not in PARTS:
-            raise InputError(f"part {part!r}: must be one of {', '.join(PARTS)}")
+        if part not in PARTS.values():
+            raise InputError(f"part {part!r}: must be one of {', '.join(PARTS.values())}")
         self.is_vit = hasattr(backbone, "get_intermediate_layers") and hasattr(backbone, "get_last_selfattention")
         if avgpool and not self.is_vit:
             raise InputError("--avgpool_patchtokens true: only a ViT has patch tokens; this backbone's features are pooled")
         if self.is_vit and not 1 <= n_last_blocks <= len(backbone.blocks):
             raise InputError(f"--n_last_blocks {n_last_blocks}: must lie in 1..{len(backbone.blocks)}")
         self.backbone, self.part, self.hp1, self.avgpool = backbone, part, hp1, avgpool
+        self.train_backbone = train_backbone
         self.n_last_blocks = n_last_blocks if self.is_vit else 1
         width = backbone.embed_dim
         self.dim = self._select(torch.empty(1, self.n_last_blocks * width)).shape[1]
@@ -54,8 +72,11 @@ class FeatureExtractor(nn.Module):
     def _select(self, x: torch.Tensor) -> torch.Tensor:
         return select_part(x, self.backbone.embed_dim, self.part, self.hp1)
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.train_backbone and torch.is_grad_enabled()):
+            return self._features(images)
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         if not self.is_vit:
             return self._select(self.backbone(images))  # B, dim
         blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)  # n tensors B, 1+N, D
@@ -74,7 +95,7 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [M, dim] and labels [M] of this process's share of the data, which may be empty, on `device`.
 
-    With a `header` the progress is printed.
+    With a `header`, progress is printed.
     """
     features, labels = [torch.empty(0, model.dim, device=device)], [torch.empty(0, dtype=torch.long)]
     for images, batch_labels in progress(loader, header, len(loader.dataset)) if header else loader:
@@ -84,7 +105,7 @@ def extract_features(
 
 
 def gather_in_order(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """The `total` rows of a dataset, in its order, from the rows of each process's `shard`; every process gets all."""
+    """All `total` rows of a dataset, in its order, on every process, from the rows of each process's `shard`."""
     world = get_world_size()
     order = torch.cat([torch.arange(rank, total, world) for rank in range(world)]).to(rows.device)
     gathered = all_gather_rows(rows)

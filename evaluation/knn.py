@@ -1,6 +1,6 @@
 """The weighted k-NN classifier on frozen features (Wu et al., arXiv 1805.01978).
 
-Letters: B batch, D width of the features, M training images, C classes.
+Shapes: D width of the features, M training images, N test images, C classes.
 """
 
 import torch
@@ -11,22 +11,24 @@ from torch.utils.data import DataLoader
 from datasets import ImageDataset, shard
 from distributed import all_gather_rows, all_reduce_sum, broadcast_buffers, get_rank, get_world_size
 from evaluation.features import FeatureExtractor, extract_features
+from telemetry import progress
 
 MIN_TEMPERATURE = 0.002  # exp(1 / 0.002) is 1e217
 
 
 def nearest_neighbors(train_features: torch.Tensor, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and indices [B, k] of the k training features most similar to each feature, most similar first.
+    """Cosine similarities and indices [B, k] of each feature's k nearest training features, nearest first.
 
-    Both sets are L2-normalised, M and B rows of D. k is cut to the training set's size.
+    Both arguments are L2-normalised, [M, D] and [B, D]. k is at most M.
     """
     return (features @ train_features.T).topk(min(k, len(train_features)), dim=-1)
 
 
 def knn_scores(similarity: torch.Tensor, labels: torch.Tensor, num_classes: int, temperature: float = 0.07) -> torch.Tensor:
-    """Class scores [B, C], in float64: each of k neighbours, of cosine s and a class, both [B, k], votes exp(s / temperature).
+    """Class scores [B, C]: a neighbour with cosine similarity s votes exp(s / temperature) for its class.
 
-    float64 holds the votes of temperatures from MIN_TEMPERATURE on.
+    `similarity` and `labels` are those of the neighbours, [B, k]. The votes are float64, which suffices for temperatures of
+    at least MIN_TEMPERATURE.
     """
     votes = (similarity.double() / temperature).exp()  # B, k
     return votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels, votes)  # B, C
@@ -41,9 +43,9 @@ def knn_predict(
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> torch.Tensor:
-    """Class scores [B, C] by weighted votes of the k most similar training images (Wu et al., arXiv 1805.01978).
+    """Class scores [B, C] of features [B, D] by weighted votes of their k nearest training features [M, D].
 
-    Features are L2-normalised here; a neighbour of cosine s votes exp(s / temperature). k is cut to the training set's size.
+    Features are L2-normalised here. k is at most M.
     """
     train = F.normalize(train_features, dim=-1)  # M, D
     scores = []
@@ -51,6 +53,51 @@ def knn_predict(
         similarity, nearest = nearest_neighbors(train, queries, k)  # B, k
         scores.append(knn_scores(similarity, train_labels[nearest], num_classes, temperature))  # B, C
     return torch.cat(scores)
+
+
+def knn_accuracies(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    neighbors: list[int],
+    temperatures: list[float],
+    device: torch.device,
+    search_device: torch.device,
+) -> list[dict[str, float]]:
+    """Top-1 and top-5 accuracies, in percent, for each k and temperature.
+
+    Every process has all features, [M, D] and [N, D], and classifies its share of the N test images. A class without votes is
+    never a hit: with k = 3 neighbours, top-5 is the share of images whose class is that of one of the three.
+
+    Args:
+        device: where the counts are summed over processes.
+        search_device: where features are compared.
+    """
+    rank, world, total = get_rank(), get_world_size(), len(features)
+    train = F.normalize(train_features, dim=-1).to(search_device)  # M, D
+    test = F.normalize(features, dim=-1)[rank::world].to(search_device)  # N / world, D
+    train_labels, labels = train_labels.to(search_device), labels[rank::world].to(search_device)
+
+    hits = torch.zeros(len(neighbors), len(temperatures), 2, dtype=torch.double, device=device)  # top-1, top-5
+    chunk = max(1, min(1024, 2**28 // len(train)))  # at most 1 GiB of similarities at a time
+    batches = zip(test.split(chunk), labels.split(chunk), strict=True)
+    for queries, query_labels in progress(batches, "nearest neighbours", len(test)):
+        similarity, nearest = nearest_neighbors(train, queries, max(neighbors))  # B, k
+        classes = train_labels[nearest]  # B, k
+        for i, k in enumerate(neighbors):
+            for j, temperature in enumerate(temperatures):
+                scores = knn_scores(similarity[:, :k], classes[:, :k], num_classes, temperature)  # B, C
+                best = scores.topk(min(5, num_classes), dim=-1)  # B, 5
+                right = (best.indices == query_labels[:, None]) & (best.values > 0)
+                hits[i, j] += torch.stack([right[:, 0].sum(), right.sum()]).to(device)
+    percent = (100 * all_reduce_sum(hits) / total).tolist()
+    return [
+        {"k": k, "temperature": temperature, "top1": percent[i][j][0], "top5": percent[i][j][1]}
+        for i, k in enumerate(neighbors)
+        for j, temperature in enumerate(temperatures)
+    ]
 
 
 def knn_accuracy(
@@ -62,7 +109,7 @@ def knn_accuracy(
     num_workers: int,
     k: int = 20,
 ) -> float:
-    """Top-1 in percent of a k-NN classifier on a backbone's features; the processes share the images, each counts once."""
+    """Top-1 accuracy, in percent, of a k-NN classifier on a backbone's features. The processes share the images."""
     was_training = backbone.training
     broadcast_buffers(backbone)
     extractor = FeatureExtractor(backbone.eval())

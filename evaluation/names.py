@@ -9,12 +9,18 @@ stand in a name as the user typed them (0.50 stays 0.50): pass strings or utils.
 import argparse
 import sys
 
-PARTS = ("ALL", "main_part", "else_part")  # the whole representation, its IR, its EF
+# Flag --else_part, in the original's words -> part of the representation: all of it, its IR or its EF.
+PARTS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}
+
+
+def part_flag(part: str) -> str:
+    """The value of --else_part that means `part`; result files contain it."""
+    return next(flag for flag, meaning in PARTS.items() if meaning == part)
 
 
 def part_suffix(part: str, hp1: object) -> str:
-    """What distinguishes the parts in file names: nothing for ALL, _hp<hp1> for the IR, _hp<hp1>_else for the EF."""
-    return {"ALL": "", "main_part": f"_hp{hp1}", "else_part": f"_hp{hp1}_else"}[part]
+    """What distinguishes the parts in file names: nothing for ALL, _hp<hp1> for IR, _hp<hp1>_else for EF."""
+    return {"ALL": "", "IR": f"_hp{hp1}", "EF": f"_hp{hp1}_else"}[part]
 
 
 def linear_probe_name(part: str, hp1: object, lr: object, epochs: object, trial_name: str) -> str:
@@ -62,7 +68,7 @@ def main() -> None:
     if args["part"] not in PARTS:
         print(f"unknown part {args['part']!r}: must be one of {', '.join(PARTS)}", file=sys.stderr)
         sys.exit(2)
-    print(function(**args))
+    print(function(**args | {"part": PARTS[args["part"]]}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The pretrained network under evaluation: its flags, its checkpoint, its parts."""
+"""The pretrained network that is evaluated: its flags, its checkpoint, its parts."""
 
 import argparse
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -10,73 +11,107 @@ import torch.nn as nn
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import VITS, backbone_state, build_backbone, image_size_of, load_backbone_weights
 from checkpoint import load_checkpoint
-from heads import split_sizes
+from evaluation.names import part_flag
+from heads import check_hp1, split_sizes
 from utils import InputError, TypedFloat, error_prefix, plain_args
 
 
 @dataclass
 class Pretrained:
-    """A backbone in eval mode with its weights, and what its checkpoint says about it."""
+    """A backbone in eval mode, and what its checkpoint says about it.
+
+    Args:
+        backbone: frozen, on the device, with the pretrained weights.
+        arch, net, hp1: of the pretraining; net is dino or CLeVER.
+        img_size: side of the images to evaluate on, pixels.
+        mean, std: of the channels, for pixels in 0..1.
+        epochs: number of pretraining epochs so far, or None if the checkpoint does not say.
+        aug: recipe of the pretraining's views, or None.
+        fingerprint: hash of the weights.
+    """
 
     backbone: nn.Module
     arch: str
-    net: str  # dino or CLeVER
+    net: str
     hp1: float
-    img_size: int  # side of the images it was trained on
+    img_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    epochs: int | None  # of pretraining so far; None if the checkpoint does not say
-    aug: str | None  # recipe of the pretraining, likewise
-    fingerprint: str  # of the weights
+    epochs: int | None
+    aug: str | None
+    fingerprint: str
 
-    def record(self) -> dict:
-        """What a file of results says about it."""
+    def record(self) -> dict[str, Any]:
+        """What a result file says about the network."""
         return {
             "net": self.net, "arch": self.arch, "pretrained_epochs": self.epochs, "aug": self.aug, "backbone": self.fingerprint
         }  # fmt: skip
 
-    def check_patches(self, need: str) -> None:
-        """Raise InputError, which names the `need`, unless the backbone is one of our ViTs: others pool their features."""
+    def check_patches(self, reason: str) -> None:
+        """Raise InputError, which gives the `reason`, unless the backbone is one of our ViTs: others pool their features."""
         if self.arch not in VITS:
-            raise InputError(f"--arch {self.arch}: its features are pooled, and {need}; choose one of {', '.join(VITS)}")
+            raise InputError(f"--arch {self.arch}: its features are pooled, and {reason}; choose one of {', '.join(VITS)}")
+
+    def check_part(self, part: str) -> None:
+        """Raise InputError unless the representation has this part; `part` is ALL, IR or EF."""
+        check_part(part, self.net, self.hp1, self.backbone.embed_dim)
 
 
-def agree(name: str, given, stored, default, what: str = "checkpoint was"):
-    """The flag if given, else what the checkpoint says, else the default; InputError if the first two differ."""
+def result_record(kind: str, network: dict[str, Any], args: argparse.Namespace, **values: Any) -> dict[str, Any]:
+    """What every evaluation writes as JSON: its kind, the network (`Pretrained.record()`), results, and the arguments."""
+    return {"kind": kind, **network, **values, "args": plain_args(args)}
+
+
+def resolve_option(name: str, given: Any, stored: Any, default: Any, source: str = "checkpoint was") -> Any:
+    """The value of a flag: as given, else as stored in the checkpoint, else the default; all may be None.
+
+    Raises InputError if the flag contradicts the checkpoint.
+    """
     if given is not None and stored is not None and given != stored:
-        raise InputError(f"--{name} {given}: the {what} made with {name} {stored}")
+        raise InputError(f"--{name} {given}: the {source} made with {name} {stored}")
     return next((value for value in (given, stored, default) if value is not None), None)
 
 
-def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = True, parts: bool = True) -> None:
-    """Flags that name the network under evaluation; what is not given comes from the checkpoint.
+def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any], source: str = "checkpoint was") -> tuple[str, float]:
+    """--net and --hp1, or what the checkpoint (or another file) says. Raises InputError if neither says where the split is."""
+    net = resolve_option("net", args.net, stored.get("net"), "dino", source)
+    stored_hp1, default = (None, 1.0) if net == "dino" else (stored.get("hp1"), None)
+    hp1 = resolve_option("hp1", args.hp1, stored_hp1, default, source)
+    if hp1 is None:
+        noun = source.split()[0]
+        verb = "do" if noun.endswith("s") else "does"
+        raise InputError(f"--hp1: the {noun} {verb} not say where IR and EF are cut; give the pretraining's hp1")
+    check_hp1(hp1, "--hp1")
+    return net, hp1
 
-    `required`: --pretrained_weights is; `parts`: flags for IR and EF and the size of the images too.
+
+def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = True, parts: bool = True) -> None:
+    """Flags that name the network to evaluate; what is not given is taken from the checkpoint.
+
+    Args:
+        required: whether --pretrained_weights is required.
+        parts: also add the flags for IR and EF and for the size of the images.
     """
-    parser.add_argument("--pretrained_weights", required=required, help="checkpoint, ours or an original's")
-    parser.add_argument("--checkpoint_key", default="teacher", help="which network of the checkpoint; without a teacher: model")
-    parser.add_argument("--arch", help="default: the checkpoint's, else vit_small")
-    parser.add_argument("--patch_size", type=int, help="default: the checkpoint's, else 16")
+    add = parser.add_argument
+    add("--pretrained_weights", required=required, help="checkpoint of a pretraining, ours or an original's")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint; a file without `teacher`: `model`")
+    add("--arch", help="backbone; default: the checkpoint's, else vit_small")
+    add("--patch_size", type=int, help="side of a ViT's patches, pixels; default: the checkpoint's, else 16")
     if not parts:
         parser.set_defaults(net=None, hp1=None, img_size=None)
         return
-    parser.add_argument("--net", choices=["dino", "CLeVER"], help="default: the checkpoint's, else dino")
-    parser.add_argument("--hp1", type=TypedFloat, help="default: the checkpoint's")
-    parser.add_argument("--img_size", type=int, help="side of the images; default: the pretraining's global crops, else 224")
+    add("--net", choices=["dino", "CLeVER"], help="how it was pretrained; default: the checkpoint's, else dino")
+    add("--hp1", type=TypedFloat, help="share of the representation that is IR; default: the checkpoint's")
+    add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224")
 
 
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
-    """The backbone of --pretrained_weights; flags that contradict the checkpoint are an InputError."""
+    """The backbone of --pretrained_weights. Raises InputError if flags contradict the checkpoint or weights do not fit."""
     checkpoint = load_checkpoint(args.pretrained_weights)
     stored = plain_args(checkpoint.get("args", {}))
-    arch = agree("arch", args.arch, stored.get("arch"), "vit_small")
-    patch_size = agree("patch_size", args.patch_size, stored.get("patch_size"), 16)
-    net = agree("net", args.net, stored.get("net"), "dino")
-    hp1 = agree("hp1", args.hp1, stored.get("hp1") if net == "CLeVER" else None, 1.0 if net == "dino" else None)
-    if hp1 is None:
-        raise InputError("--hp1: the checkpoint does not say where IR and EF are cut; give the pretraining's hp1")
-    if not 0 < hp1 <= 1:
-        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
+    arch = resolve_option("arch", args.arch, stored.get("arch"), "vit_small")
+    patch_size = resolve_option("patch_size", args.patch_size, stored.get("patch_size"), 16)
+    net, hp1 = resolve_net_and_hp1(args, stored)
     if args.img_size is not None and args.img_size < 1:
         raise InputError(f"--img_size {args.img_size}: must be 1 or more")
     with error_prefix(f"--pretrained_weights {args.pretrained_weights}"):
@@ -86,9 +121,6 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         trained_size = vit_size or stored.get("global_crops_size") or 224
         backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
         load_backbone_weights(backbone, state)
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return Pretrained(
         backbone=backbone.eval().requires_grad_(False).to(device),
         arch=arch,
@@ -99,14 +131,25 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         std=tuple(stored.get("std", IMAGENET_STD)),
         epochs=checkpoint.get("epoch"),
         aug=stored.get("aug"),
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=fingerprint(state),
     )
 
 
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def check_part(part: str, net: str, hp1: float, dim: int) -> None:
-    """InputError unless `part` exists: a dino checkpoint has no IR and EF, and hp1 may leave one empty."""
+    """Raise InputError unless a representation of width `dim` has this part.
+
+    DINO's representation has no IR and EF, and an hp1 near 0 or 1 leaves one of them empty.
+    """
     if part == "ALL":
         return
     if net == "dino":
-        raise InputError(f"--else_part {part}: a dino checkpoint has no parts, only ALL")
+        raise InputError(f"--else_part {part_flag(part)}: a dino checkpoint has no parts, only ALL")
     split_sizes(dim, hp1)

@@ -1,5 +1,6 @@
-"""Several processes do what one does: losses and weights, probes and their evaluation, and the end by a non-finite loss."""
+"""Several processes do what one does: losses and weights, probes and their evaluation, and errors."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -14,9 +15,9 @@ from support.processes import TINY_NETWORK, fork, free_port, launch, run, wait, 
 import distributed
 import eval_linear
 import main_dino
-import utils
 from checkpoint import load_checkpoint, save_atomically
-from telemetry import Progress
+from telemetry import TrainingProgress
+from utils import InputError
 
 
 def read_log(folder):
@@ -56,7 +57,7 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(images, tmp_path):
         for name in one.keys() - own:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
     states = [load_checkpoint(tmp_path / number / "checkpoint.pth") for number in "12"]
-    start = main_dino.build_training(parse(*flags), torch.device("cpu"), torch.float32).student.state_dict()
+    start = main_dino.build_networks(parse(*flags), torch.device("cpu"))[0].state_dict()
     moved = rel_error(states[0]["student"]["backbone.blocks.0.mlp.fc1.weight"], start["backbone.blocks.0.mlp.fc1.weight"])
     assert moved > 0.01  # the steps are a thousand times larger than what is allowed between the two
     for part in ("student", "teacher", "dino_loss"):
@@ -90,7 +91,7 @@ def test_a_non_finite_loss_stops_all_processes_and_leaves_the_last_good_checkpoi
 
 def one_process_has_nan(rank, port, output):
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    progress = Progress("epoch 7/9", 5, 1, torch.device("cpu"))
+    progress = TrainingProgress("epoch 7/9", 5, 1, torch.device("cpu"))
     progress.update(loss=torch.tensor(1.0), center_norm=torch.tensor(2.0))
     try:
         progress.update(loss=torch.tensor(math.inf if rank == 1 else 1.0), center_norm=torch.tensor(2.0))
@@ -109,7 +110,7 @@ def test_a_value_that_is_not_finite_in_one_process_is_seen_by_all(tmp_path):
 def one_process_is_refused(rank, output):
     def main():
         if rank == 1:
-            raise utils.InputError("no such thing")
+            raise InputError("no such thing")
 
     os.environ["RANK"] = str(rank)
     distributed.GRACE_SECONDS = 0.1
@@ -193,3 +194,84 @@ def test_probe_trained_by_two_processes_is_that_of_one(probed, tmp_path):
     for key, value in one["state_dict"].items():
         assert rel_error(two["state_dict"][key], value) < 1e-5, key
     assert json.loads((tmp_path / "linear_hp0.8_0.5_3_t.json").read_text())["effective_lr"] == trained["effective_lr"]
+
+
+# --- one process -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, expected", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_named_precision(name, expected):
+    for device in ("cpu", "cuda"):
+        assert distributed.resolve_amp_dtype(name, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_automatic_precision(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
+    assert distributed.resolve_amp_dtype("auto", torch.device("cpu")) is (torch.bfloat16 if has_bf16 else torch.float32)
+    assert distributed.resolve_amp_dtype("auto", torch.device("cuda")) is (torch.bfloat16 if has_bf16 else torch.float16)
+
+
+def test_one_process_without_a_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://")) == torch.device("cpu")
+    assert (distributed.get_rank(), distributed.get_world_size(), distributed.is_main_process()) == (0, 1, True)
+    tensor = torch.ones(2)
+    assert distributed.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_more_processes_than_gpus_is_an_error_of_all(monkeypatch, rank):
+    """The first process has a GPU, but must fail as well: only its message is printed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="4 processes on this machine: only 2 GPUs"):
+        distributed.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://"))
+
+
+@pytest.mark.parametrize("error, status", [(InputError("wrong"), 2), (FloatingPointError("loss is nan"), 1)])
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [distributed.GRACE_SECONDS])])
+def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits):
+    """Other processes than the first wait before they speak: the launcher ends them meanwhile if the first has spoken."""
+
+    def fail():
+        raise error
+
+    slept = []
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        distributed.run_entry_point(fail)
+    assert end.value.code == status and slept == [(seconds, "") for seconds in waits]
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert str(error) in captured.err
+
+
+def test_an_error_of_a_data_loading_worker_loses_its_traceback(capsys):
+    def fail():
+        raise InputError("Caught InputError in worker 0.\nTraceback:\n  line\nutils.InputError: image x: cannot be read\n")
+
+    with pytest.raises(SystemExit):
+        distributed.run_entry_point(fail)
+    assert capsys.readouterr().err == "error: image x: cannot be read\n"
+
+
+def test_other_errors_keep_their_traceback():
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        distributed.run_entry_point(fail)
+
+
+def test_worker_count_is_bounded_by_the_cores():
+    assert distributed.worker_count(0) == 0 and distributed.worker_count(1) == 1
+    assert 1 <= distributed.worker_count(10**6) <= os.cpu_count()

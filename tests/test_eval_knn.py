@@ -1,7 +1,4 @@
-"""eval_knn.py: votes by hand and by scikit-learn, parts, saved features, several processes, bad input.
-
-Letters: D width of the representation, M training images, V test images, C classes.
-"""
+"""eval_knn.py: votes by hand and by scikit-learn, parts, saved features, several processes, bad input."""
 
 import json
 from types import SimpleNamespace
@@ -17,8 +14,10 @@ import eval_knn
 from augmentations import eval_transform
 from backbones import build_backbone
 from datasets import labelled_dataset
+from evaluation.feature_files import TENSORS
 from evaluation.features import select_part
-from evaluation.knn import knn_predict
+from evaluation.knn import MIN_TEMPERATURE, knn_predict
+from evaluation.names import PARTS
 from telemetry import progress
 
 
@@ -119,8 +118,8 @@ def test_accuracies_equal_scikit_learns(part, columns, tmp_path):
 
 def test_the_lowest_temperature_overflows_nothing(tmp_path):
     folder = write_features(tmp_path / "features", at_angles(0.0, 4, 5), [0, 1, 1], at_angles(0.0, 180), [0, 0])
-    knn("--load_features", folder, "--output_dir", tmp_path, "--nb_knn", 3, "--temperature", eval_knn.MIN_TEMPERATURE)
-    assert results(tmp_path) == {(3, eval_knn.MIN_TEMPERATURE): (50, 100)}
+    knn("--load_features", folder, "--output_dir", tmp_path, "--nb_knn", 3, "--temperature", MIN_TEMPERATURE)
+    assert results(tmp_path) == {(3, MIN_TEMPERATURE): (50, 100)}
 
 
 def test_shuffled_labels_are_at_chance(tmp_path):
@@ -161,7 +160,7 @@ def test_what_a_run_prints_and_writes(world):
     expected = {"kind": "knn", "net": "CLeVER", "arch": "vit_micro", "part": "ALL", "hp1": 0.8, "pretrained_epochs": 7,
                 "aug": "aug1_2", "num_train_images": 27, "num_test_images": 16, "num_labels": 3}  # fmt: skip
     assert record.items() >= expected.items() and record["args"]["nb_knn"] == [1, 5, 20]
-    assert sorted(path.name for path in world.features.iterdir()) == sorted([*eval_knn.TENSORS.values(), "features.json"])
+    assert sorted(path.name for path in world.features.iterdir()) == sorted([*TENSORS.values(), "features.json"])
 
 
 @pytest.mark.parametrize("part, name", [("ALL", "knn"), ("main_part", "knn_hp0.8"), ("else_part", "knn_hp0.8_else")])
@@ -178,7 +177,7 @@ def test_saved_features_serve_every_part(world, part, name, tmp_path):
     for split in ("train", "val"):
         dataset = labelled_dataset(world.data / split, eval_transform("ori", 32), check=False)
         with torch.no_grad():
-            raw[split] = select_part(world.backbone(torch.stack([image for image, _ in dataset])), 128, part, 0.8)
+            raw[split] = select_part(world.backbone(torch.stack([image for image, _ in dataset])), 128, PARTS[part], 0.8)
         labels[split] = torch.tensor([label for _, label in dataset.samples])
     for (k, temperature), (top1, _) in found.items():
         scores = knn_predict(raw["train"], labels["train"], raw["val"], k, 3, temperature)
@@ -192,7 +191,7 @@ def test_new_features_replace_old_ones(world, tmp_path):
     folder = write_features(tmp_path / "features", torch.ones(2, 3), [0, 1], torch.ones(2, 3), [0, 1])
     assert knn(*world.flags, "--output_dir", tmp_path, "--dump_features", folder).status == 0
     assert snapshot(folder).keys() == snapshot(world.features).keys()
-    for name in eval_knn.TENSORS.values():
+    for name in TENSORS.values():
         new, first = (torch.load(path / name, weights_only=True) for path in (folder, world.features))
         assert torch.allclose(new, first, atol=1e-6)
 
@@ -203,7 +202,7 @@ def test_two_processes_agree_with_one(world, tmp_path):
     log = run("eval_knn.py", *flags, output=tmp_path / "log", processes=2)
     assert log.count("classifier result") == 6 and "training features 14/14 of each of 2 processes" in log
     assert results(tmp_path) == results(world.root / "all")
-    for name in eval_knn.TENSORS.values():
+    for name in TENSORS.values():
         two, one = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "features", world.features))
         assert torch.allclose(two, one, atol=1e-6), name
 
@@ -246,7 +245,7 @@ BAD = [
     (CLEVER + "--temperature nan", "--temperature nan", "0.002 or more"),
     (CLEVER + "--temperature 0.07 0.001", "--temperature 0.001", "0.002 or more"),
     (CLEVER + "--batch_size_per_gpu 0", "--batch_size_per_gpu 0", "greater than 0"),
-    (CLEVER + "--trial_name a/b", "'a/b'", "must hold no /"),
+    (CLEVER + "--trial_name a/b", "'a/b'", "must not contain /"),
     (CLEVER + "--output_dir {root}/clever.pth", "{root}/clever.pth", "is a file"),
     (CLEVER + "--dump_features {root}/clever.pth", "{root}/clever.pth", "is a file"),
     ("--pretrained_weights {root}/dino.pth --data_path {data} --else_part main_part", "dino checkpoint has no parts"),
@@ -254,12 +253,12 @@ BAD = [
     ("--pretrained_weights {root}/absent.pth --data_path {data}", "{root}/absent.pth", "no such file"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/absent", "{root}/absent/train", "does not exist"),
     ("--pretrained_weights {root}/clever.pth --data_path {data}/train", "{data}/train/train", "does not exist"),
-    ("--pretrained_weights {root}/clever.pth --data_path {root}/other", "only in one of them: blue"),
+    ("--pretrained_weights {root}/clever.pth --data_path {root}/other", "only one of them: blue"),
     ("--pretrained_weights {root}/clever.pth", "--data_path", "must be given"),
     ("--data_path {data}", "--pretrained_weights", "must be given"),
-    ("--load_features {features} --pretrained_weights {root}/clever.pth", "--pretrained_weights", "made already"),
-    ("--load_features {features} --data_path {data}", "--data_path", "made already"),
-    ("--load_features {features} --dump_features {root}/again", "--dump_features", "made already"),
+    ("--load_features {features} --pretrained_weights {root}/clever.pth", "--pretrained_weights", "give only one of the two"),
+    ("--load_features {features} --data_path {data}", "--data_path", "give only one of the two"),
+    ("--load_features {features} --dump_features {root}/again", "--dump_features", "give only one of the two"),
     ("--load_features {features} --hp1 0.5", "--hp1 0.5", "the features were made with hp1 0.8"),
     ("--load_features {features} --net dino", "--net dino", "the features were made with net CLeVER"),
     ("--load_features {root}/absent", "{root}/absent", "lacks trainfeat.pth"),
@@ -285,9 +284,9 @@ FEATURES = [
     ("testlabels", torch.tensor([0, 9]), "labels of test must be whole numbers in 0..1"),
     ("trainlabels", torch.tensor([0.5, 1]), "labels of train must be whole"),
     ("trainfeat", torch.full((2, 4), float("nan")), "features of train are not finite"),
-    ("trainfeat", torch.empty(0, 4), "trainfeat.pth: holds no tensor"),
-    ("testfeat", {"x": torch.ones(2, 4)}, "testfeat.pth: holds no tensor"),
-    ("testfeat", np.ones((2, 4)), "testfeat.pth: damaged, or holds more"),
+    ("trainfeat", torch.empty(0, 4), "trainfeat.pth: contains no tensor"),
+    ("testfeat", {"x": torch.ones(2, 4)}, "testfeat.pth: contains no tensor"),
+    ("testfeat", np.ones((2, 4)), "testfeat.pth: damaged, or contains more"),
     ("testfeat", None, "testfeat.pth: damaged"),
 ]
 

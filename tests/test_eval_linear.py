@@ -14,6 +14,8 @@ from support.in_process import pretrain, probe, snapshot
 
 import eval_linear
 import optim
+from evaluation.names import PARTS, linear_probe_name
+from evaluation.probe import LinearClassifier, Probe, accuracies
 
 
 def write_colours(folder, classes, train, val, mixed=False):
@@ -64,7 +66,7 @@ def test_names_hold_lr_epochs_and_hp1_as_typed(lr, hp1):
     for part in ("ALL", "main_part", "else_part"):
         args = eval_linear.get_args_parser().parse_args([*words, "--else_part", part])
         assert args.lr == float(lr) and args.hp1 == float(hp1)
-        names[part] = eval_linear.probe_name(args, args.hp1)
+        names[part] = linear_probe_name(PARTS[part], args.hp1, args.lr, args.epochs, args.trial_name)
     assert names == {
         "ALL": f"linear_{lr}_7_t_1",
         "main_part": f"linear_hp{hp1}_{lr}_7_t_1",
@@ -103,15 +105,15 @@ def trained(weights, colours, tmp_path_factory):
         seen["before"] = {name: value.clone() for name, value in seen["pretrained"].backbone.state_dict().items()}
         return seen["pretrained"]
 
-    def train_one_epoch(extractor, model, optimizer, *rest):
+    def train_one_epoch(self, model, optimizer, *rest):
         seen["rates"].append(optimizer.param_groups[0]["lr"])
         seen["optimizer"] = optimizer
-        return real_train(extractor, model, optimizer, *rest)
+        return real_train(self, model, optimizer, *rest)
 
-    real_load, real_train = eval_linear.load_pretrained, eval_linear.train_one_epoch
+    real_load, real_train = eval_linear.load_pretrained, Probe.train_one_epoch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_linear, "load_pretrained", load_pretrained)
-        patch.setattr(eval_linear, "train_one_epoch", train_one_epoch)
+        patch.setattr(Probe, "train_one_epoch", train_one_epoch)
         outcome = probe(weights, colours, folder, *RECIPE, "--epochs", 8)
     assert outcome.status == 0, outcome
     return folder, outcome.stdout, seen
@@ -132,7 +134,7 @@ def test_a_probe_separates_colours(trained):
 def test_the_best_epoch_is_reported_beside_the_last(weights, colours, tmp_path, monkeypatch):
     """With a validation that worsens from epoch to epoch."""
     accuracies = iter([70.0, 90.0, 80.0])
-    monkeypatch.setattr(eval_linear, "validate", lambda *_: {"accuracy": next(accuracies), "num_test_images": 30})
+    monkeypatch.setattr(Probe, "evaluate", lambda *_: {"accuracy": next(accuracies), "num_test_images": 30})
     assert probe(weights, colours, tmp_path, *RECIPE, "--epochs", 3).status == 0
     result = read_result(tmp_path, "linear_5_3_")
     assert result["accuracy"] == 80 and result["best_accuracy"] == 90
@@ -186,7 +188,7 @@ def test_lars_reaches_the_same(weights, colours, tmp_path):
     assert probe(weights, colours, tmp_path, *flags).status == 0
     assert read_result(tmp_path, "linear_100_25_")["accuracy"] > 90
     args = eval_linear.get_args_parser().parse_args(["--pretrained_weights", "x", "--data_path", "x", *map(str, flags)])
-    optimizer, _ = eval_linear.build_optimizer(args, eval_linear.LinearClassifier(4, 3))
+    optimizer = eval_linear.build_optimizer(args, LinearClassifier(4, 3))
     (group,) = optimizer.param_groups
     assert isinstance(optimizer, optim.LARS) and (group["trust"], group["weight_decay"]) == (0.001, 0)
     assert group["lr"] == 100 * 24 / 256 and group["adapt_1d"]
@@ -194,7 +196,7 @@ def test_lars_reaches_the_same(weights, colours, tmp_path):
 
 def test_classifier_starts_small():
     torch.manual_seed(0)
-    classifier = eval_linear.LinearClassifier(500, 200)
+    classifier = LinearClassifier(500, 200)
     assert classifier.linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert classifier.linear.weight.mean().abs() < 2e-4 and not classifier.linear.bias.any()
 
@@ -211,15 +213,15 @@ def test_same_seed_same_probe_and_another_seed_another(weights, colours, tmp_pat
 def test_an_interrupted_probe_ends_as_an_uninterrupted_one(weights, colours, tmp_path, monkeypatch):
     flags = (*RECIPE, "--epochs", 3)
     assert probe(weights, colours, tmp_path / "whole", *flags).status == 0
-    real = eval_linear.train_one_epoch
+    real = Probe.train_one_epoch
 
-    def interrupted(extractor, model, optimizer, loader, epoch, *rest):
+    def interrupted(self, model, optimizer, loader, epoch):
         if epoch == 2:
             raise KeyboardInterrupt
-        return real(extractor, model, optimizer, loader, epoch, *rest)
+        return real(self, model, optimizer, loader, epoch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(eval_linear, "train_one_epoch", interrupted)
+        patch.setattr(Probe, "train_one_epoch", interrupted)
         probe(weights, colours, tmp_path / "parts", *flags)
     outcome = probe(weights, colours, tmp_path / "parts", *flags)
     assert outcome.status == 0 and "from epoch 2" in outcome.stdout
@@ -277,11 +279,11 @@ def test_an_originals_probe_is_evaluated(trained, weights, colours, tmp_path):
 @pytest.mark.parametrize("classes", [2, 4, 5, 7])
 def test_top5_only_from_five_classes_on(classes):
     """Image i has its true class at rank i, from 0, by hand-made logits."""
-    classifier = eval_linear.LinearClassifier(classes, classes)
+    classifier = LinearClassifier(classes, classes)
     classifier.load_state_dict({"linear.weight": torch.eye(classes), "linear.bias": torch.zeros(classes)})
     logits = -torch.arange(float(classes)).expand(classes, -1)  # class 0 comes first, and so on
     labels = torch.arange(classes)
-    result = eval_linear.validate(classifier, logits, labels)
+    result = accuracies(classifier, logits, labels)
     assert result["accuracy"] == pytest.approx(100 / classes) and result["num_test_images"] == classes
     assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     if classes < 5:

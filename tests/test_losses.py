@@ -35,7 +35,7 @@ def test_dino_loss_golden():
     criterion = DINOLoss(64, **TEMPERATURES)
     for epoch in (0, 1):
         student = tensor("loss.student1", (12, 64), 1.5).requires_grad_()
-        loss = criterion(student, tensor("loss.teacher1", (6, 64)), epoch)
+        loss = criterion(student, tensor("loss.teacher1", (6, 64)), epoch)["loss"]
         loss.backward()
         name = f"dino_loss.epoch{epoch}"
         assert rel_error(loss, GOLDEN[f"{name}.loss"]) < 1e-5
@@ -48,11 +48,12 @@ def test_clever_loss_golden():
     for epoch in (0, 1):
         students = [tensor(f"loss.student{i}", (12, 64), 1.5).requires_grad_() for i in (1, 2)]
         teachers = [tensor(f"loss.teacher{i}", (6, 64)) for i in (1, 2)]
-        losses = criterion(*students, *teachers, epoch)
-        losses[0].backward()
+        terms = criterion(students, teachers, epoch)
+        terms["loss"].backward()
         name = f"clever_loss.epoch{epoch}"
-        for found, part in zip(losses, ("loss", "loss_DIR", "loss_DVR"), strict=True):
-            assert rel_error(found, GOLDEN[f"{name}.{part}"]) < 1e-5
+        assert list(terms) == ["loss", "loss_DIR", "loss_DVR"]
+        for term, found in terms.items():
+            assert rel_error(found, GOLDEN[f"{name}.{term}"]) < 1e-5
         for i, student in enumerate(students, 1):
             assert rel_error(student.grad, GOLDEN[f"{name}.grad{i}"]) < 1e-4
         assert rel_error(criterion.center, GOLDEN[f"{name}.center"]) < 1e-5
@@ -75,7 +76,7 @@ def test_clever_loss_equals_its_definition_with_unequal_heads(ncrops, batch):
         for s, t, c, pair_loss in zip(references, teachers, centers, (cross_entropy_pair, cosine_pair), strict=True)
     ]
     (expected[0] + 0.7 * expected[1]).backward()
-    loss, loss_dir, loss_dvr = criterion(*students, *teachers, 0)
+    loss, loss_dir, loss_dvr = criterion(students, teachers, 0).values()
     (3 * loss).backward()
     assert rel_error(loss_dir, expected[0]) < 1e-5
     assert loss_dvr.item() == pytest.approx(expected[1].item(), rel=1e-5, abs=1e-7)
@@ -88,14 +89,14 @@ def test_cosine_of_extreme_logits_stays_finite():
     ir = torch.zeros(4, 3, requires_grad=True)
     criterion = CLeVERLoss(3, 3, 2, 0.04, 0.04, 0, 1)
     teacher = torch.tensor([[30.0, 0.0, 0.0]] * 4)
-    _, _, loss_dvr = criterion(ir, student, torch.zeros(4, 3), teacher, 0)
+    loss_dvr = criterion((ir, student), (torch.zeros(4, 3), teacher), 0)["loss_DVR"]
     loss_dvr.backward()
     assert loss_dvr.item() == pytest.approx(1.0) and torch.isfinite(student.grad).all()
 
 
 def test_uniform_outputs_cost_ln_k_and_entropy_is_measured():
     criterion = DINOLoss(100, 3, 0.04, 0.04, 0, 1)
-    loss = criterion(torch.zeros(6, 100), torch.zeros(4, 100), 0)
+    loss = criterion(torch.zeros(6, 100), torch.zeros(4, 100), 0)["loss"]
     assert loss.item() == pytest.approx(math.log(100))
     assert criterion.teacher_entropy.item() == pytest.approx(math.log(100))
     peaked = torch.eye(100)[:4] * 50
@@ -119,14 +120,14 @@ def test_center_moves_once_per_step_by_the_mean_of_its_micro_batches():
 
 def test_half_precision_logits_give_gradients_of_their_type():
     student = torch.randn(8, 32).bfloat16().requires_grad_()
-    loss = DINOLoss(32, 4, 0.04, 0.04, 0, 1)(student, torch.randn(4, 32).bfloat16(), 0)
+    loss = DINOLoss(32, 4, 0.04, 0.04, 0, 1)(student, torch.randn(4, 32).bfloat16(), 0)["loss"]
     loss.backward()
     assert loss.dtype == torch.float32 and student.grad.dtype == torch.bfloat16
 
 
 def test_second_backward_is_refused_rather_than_wrong():
     student = torch.randn(8, 32, requires_grad=True)
-    loss = DINOLoss(32, 4, 0.04, 0.04, 0, 1)(student, torch.randn(4, 32), 0)
+    loss = DINOLoss(32, 4, 0.04, 0.04, 0, 1)(student, torch.randn(4, 32), 0)["loss"]
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -168,7 +169,7 @@ def test_half_precision_gradients_keep_their_digits_near_the_uniform_output():
     teacher = torch.randn(2 * batch, out_dim).mul_(0.01)
     grads = []
     for student in (logits.clone().requires_grad_(), logits.float().requires_grad_()):
-        (DINOLoss(out_dim, 4, 0.04, 0.04, 0, 1)(student, teacher, 0) * scale).backward()
+        (DINOLoss(out_dim, 4, 0.04, 0.04, 0, 1)(student, teacher, 0)["loss"] * scale).backward()
         grads.append(student.grad.float())
     assert torch.isfinite(grads[0]).all() and rel_error(*grads) < 2e-3
     assert ((grads[0] == 0) & (grads[1].abs() > 1e-3 * grads[1].abs().mean())).sum() == 0

@@ -1,4 +1,4 @@
-"""The training step of main_dino.py: the original's trajectory, and CLeVER's step against a plain reference."""
+"""The training step: the original's trajectory, and CLeVER's step against a plain reference."""
 
 import copy
 import math
@@ -20,6 +20,12 @@ def parse(*flags):
     return main_dino.get_args_parser().parse_args(["--data_path", "unused", *map(str, flags)])
 
 
+def build(args, steps_per_epoch=1):
+    """The run of these arguments, on a CPU."""
+    student, teacher = main_dino.build_networks(args, CPU)
+    return main_dino.build_pretraining(args, student, teacher, CPU, steps_per_epoch)
+
+
 class FixedBatches:
     """Stands in for the data loader: a list of batches of views."""
 
@@ -38,15 +44,15 @@ def test_dino_trajectory_golden():
         "--net", "dino", "--arch", "vit_tiny", "--drop_path_rate", 0, "--out_dim", 256, "--local_crops_number", 2,
         "--batch_size_per_gpu", 2, "--lr", 0.0005 * 128, "--epochs", 2, "--warmup_epochs", 1, "--use_fp16", "false",
     )  # fmt: skip
-    training = main_dino.build_training(args, CPU, torch.float32)
+    training = build(args, steps_per_epoch=5)
     for network in (training.student, training.teacher):
         fill_(network)
-    schedules = main_dino.build_schedules(args, steps_per_epoch=5)
     losses = []
 
     def record(student, teacher, epoch, update_center):
-        losses.append(original(student, teacher, epoch, update_center))
-        return losses[-1]
+        terms = original(student, teacher, epoch, update_center)
+        losses.append(terms["loss"])
+        return terms
 
     original, training.criterion.forward = training.criterion.forward, record
     for epoch in range(2):
@@ -54,7 +60,7 @@ def test_dino_trajectory_golden():
             [tensor(f"traj.{5 * epoch + i}.{j}", (2, 3, size, size)) for j, size in enumerate((224, 224, 96, 96))]
             for i in range(5)
         ]
-        main_dino.train_one_epoch(training, training.student, FixedBatches(batches), schedules, epoch, CPU, torch.float32, args)
+        training.train_one_epoch(FixedBatches(batches), epoch)
     assert rel_error(torch.stack(losses)[:, None], GOLDEN["trajectory.dino.losses"]) < 1e-4
     for name, network in (("student", training.student), ("teacher", training.teacher)):
         state, expected = network.state_dict(), CORE[f"trajectory.dino.{name}"]
@@ -91,12 +97,11 @@ def test_clever_steps_equal_a_plain_reference_with_unequal_heads():
         "--lr", 0.05, "--epochs", 2, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--reg_lambd", "_reg0.01",
         "--sep_lambd", 0.5, "--clip_grad", 0.5,
     )  # fmt: skip
-    training = main_dino.build_training(args, CPU, torch.float32)
+    training = build(args, steps_per_epoch=3)
     student, teacher = copy.deepcopy(training.student), copy.deepcopy(training.teacher)
     torch.manual_seed(0)
     batches = [[torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)] for _ in range(3)]
-    schedules = main_dino.build_schedules(args, steps_per_epoch=3)
-    main_dino.train_one_epoch(training, training.student, FixedBatches(batches), schedules, 0, CPU, torch.float32, args)
+    training.train_one_epoch(FixedBatches(batches), 0)
 
     decayed = [p for n, p in student.named_parameters() if p.requires_grad and p.ndim > 1 and not n.endswith(".bias")]
     others = [p for n, p in student.named_parameters() if p.requires_grad and (p.ndim == 1 or n.endswith(".bias"))]
@@ -110,11 +115,11 @@ def test_clever_steps_equal_a_plain_reference_with_unequal_heads():
             if p.grad is not None:
                 torch.nn.utils.clip_grad_norm_([p], 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = schedules["lr"][step]
-        optimizer.param_groups[0]["weight_decay"] = schedules["wd"][step]
+            group["lr"] = training.schedules["lr"][step]
+        optimizer.param_groups[0]["weight_decay"] = training.schedules["wd"][step]
         optimizer.step()
         center, center2 = (0.9 * c + 0.1 * m for c, m in zip((center, center2), means, strict=True))
-        m = schedules["momentum"][step]
+        m = training.schedules["momentum"][step]
         for p_teacher, p_student in zip(teacher.parameters(), student.parameters(), strict=True):
             p_teacher.data = m * p_teacher.data + (1 - m) * p_student.data
     for ours, reference in ((training.student, student), (training.teacher, teacher)):
@@ -143,9 +148,8 @@ def test_accumulation_moves_everything_once_per_step():
     results = []
     for batches, batch_size, accumulation in ((views, 4, 1), (halves, 2, 2)):
         args = parse(*flags, "--batch_size_per_gpu", batch_size, "--accumulation", accumulation)
-        training = main_dino.build_training(args, CPU, torch.float32)
-        schedules = main_dino.build_schedules(args, steps_per_epoch=2)
-        main_dino.train_one_epoch(training, training.student, FixedBatches(batches), schedules, 0, CPU, torch.float32, args)
+        training = build(args, steps_per_epoch=2)
+        training.train_one_epoch(FixedBatches(batches), 0)
         results.append(training)
     for network in ("student", "teacher", "criterion"):
         states = [getattr(training, network).state_dict() for training in results]
@@ -156,11 +160,10 @@ def test_accumulation_moves_everything_once_per_step():
 
 def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
     args = parse(*SMALL, "--batch_size_per_gpu", 4)
-    training = main_dino.build_training(args, CPU, torch.float32)
+    training = build(args)
     before = copy.deepcopy(training.teacher.state_dict())
     batches = [[torch.randn(4, 3, s, s) for s in (32, 32, 16)]]
-    schedules = main_dino.build_schedules(args, steps_per_epoch=1)
-    main_dino.train_one_epoch(training, training.student, FixedBatches(batches), schedules, 0, CPU, torch.float32, args)
+    training.train_one_epoch(FixedBatches(batches), 0)
     mean = "backbone.bn1.running_mean"
     with torch.no_grad():
         own = training.teacher.backbone.conv1(torch.cat(batches[0][:2]))
@@ -169,9 +172,7 @@ def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
     assert not torch.equal(training.student.state_dict()[mean], training.teacher.state_dict()[mean])
     assert not torch.equal(before[mean], training.teacher.state_dict()[mean])
 
-    vit = main_dino.build_training(
-        parse("--arch", "vit_micro", "--drop_path_rate", 0.5, "--out_dim", 8, "--DVR_out_dim", 8), CPU, torch.float32
-    )
+    vit = build(parse("--arch", "vit_micro", "--drop_path_rate", 0.5, "--out_dim", 8, "--DVR_out_dim", 8))
     image = torch.randn(8, 3, 224, 224)
     with torch.no_grad():
         assert vit.teacher.training and torch.equal(vit.teacher.backbone(image), vit.teacher.backbone(image))
@@ -180,11 +181,10 @@ def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
 
 def test_frozen_last_layer_of_both_heads_stands_still():
     args = parse(*SMALL, "--batch_size_per_gpu", 2, "--freeze_last_layer", 1)
-    training = main_dino.build_training(args, CPU, torch.float32)
+    training = build(args, steps_per_epoch=2)
     before = copy.deepcopy(training.student.state_dict())
     batches = [[torch.randn(2, 3, s, s) for s in (32, 32, 16)]] * 2
-    schedules = main_dino.build_schedules(args, steps_per_epoch=2)
-    main_dino.train_one_epoch(training, training.student, FixedBatches(batches), schedules, 0, CPU, torch.float32, args)
+    training.train_one_epoch(FixedBatches(batches), 0)
     after = training.student.state_dict()
     for head in ("head", "head2"):
         assert torch.equal(after[f"{head}.last_layer.weight_v"], before[f"{head}.last_layer.weight_v"])
@@ -194,16 +194,13 @@ def test_frozen_last_layer_of_both_heads_stands_still():
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_non_finite_loss_names_the_term(accumulation):
     args = parse(*SMALL, "--batch_size_per_gpu", 2, "--accumulation", accumulation)
-    training = main_dino.build_training(args, CPU, torch.float32)
+    training = build(args)
     before = copy.deepcopy(training.student.state_dict())
     views = [torch.randn(2, 3, s, s) for s in (32, 32, 16)]
     with torch.no_grad():
         training.student.head2.last_layer.weight_v[3] = math.nan
-    schedules = main_dino.build_schedules(args, steps_per_epoch=1)
     with pytest.raises(FloatingPointError, match=r"step 1 of \d.*loss_DVR is nan"):
-        main_dino.train_one_epoch(
-            training, training.student, FixedBatches([views] * accumulation), schedules, 0, CPU, torch.float32, args
-        )
+        training.train_one_epoch(FixedBatches([views] * accumulation), 0)
     assert torch.equal(training.student.state_dict()["head.mlp.0.weight"], before["head.mlp.0.weight"])
 
 
@@ -227,14 +224,14 @@ def test_schedule_golden():
 
 def test_regulariser_reaches_both_heads():
     args = parse(*SMALL)
-    training = main_dino.build_training(args, CPU, torch.float32)
+    training = build(args)
     head_regularizer(training.student.head, training.student.head2).backward()
     for head in (training.student.head, training.student.head2):
         assert all(p.grad.abs().sum() > 0 for n, p in head.named_parameters() if p.requires_grad and "weight" in n)
 
 
 def test_weights_that_are_not_finite_are_named_before_they_are_saved():
-    training = main_dino.build_training(parse(*SMALL), CPU, torch.float32)
+    training = build(parse(*SMALL))
     optim.check_weights(training.student, "epoch 0")
     with torch.no_grad():
         training.student.head2.mlp[0].bias[0] = math.inf

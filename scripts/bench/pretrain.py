@@ -3,9 +3,9 @@
     python -m scripts.bench.pretrain                       # ViT-tiny, out_dim 65536, batch 8, this machine
     python -m scripts.bench.pretrain --net dino --batch_size 64 --amp_dtype bf16
 
-"straightforward" is the step as the originals have it: a softmax and a log-softmax for each of the 18 pairs of views, the
-normalised weight of the last layer built anew, gradients clipped and the teacher updated tensor by tensor, losses read at once.
-Both compute the same thing. Each measurement is a process of its own, in turn; the table gives medians over the rounds.
+"straightforward" is the step as the originals write it: a softmax and a log-softmax for each of the 18 pairs of views, the
+last layer's normalised weight materialised, gradients clipped and the teacher updated tensor by tensor, losses read at once.
+Both compute the same. Each measurement runs in a process of its own, the two in turn; the table shows medians over the rounds.
 """
 
 import argparse
@@ -19,10 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distributed
 import main_dino
 import optim
+from pretraining import Pretraining
 from telemetry import peak_memory_gib
+from utils import ArgumentParser
 
 IMPLEMENTATIONS = ("ours", "straightforward")
 
@@ -65,27 +66,28 @@ class StraightforwardLoss(nn.Module):
         return total
 
 
-def straightforward_step(training, criterion, optimizer, views, device, amp_dtype, args) -> float:
-    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+def straightforward_step(run: Pretraining, criterion: StraightforwardLoss, optimizer, views: list[torch.Tensor]) -> float:
+    student, teacher = run.student, run.teacher
+    with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype != torch.float32):
         with torch.no_grad():
-            teachers = training.teacher(views[:2])
-        students = training.student(views)
+            teachers = teacher(views[:2])
+        students = student(views)
         students, teachers = ((x if isinstance(x, tuple) else (x,)) for x in (students, teachers))
         loss = criterion(students, teachers)
-        if training.student.head2 is not None:
-            squares = [sum(p.pow(2).sum() for p in h.parameters()) for h in (training.student.head, training.student.head2)]
-            loss = loss + training.reg_lambd * (squares[0] - squares[1]).abs()
+        if len(student.heads) == 2:
+            squares = [sum(p.pow(2).sum() for p in head.parameters()) for head in student.heads]
+            loss = loss + run.criterion.reg_lambd * (squares[0] - squares[1]).abs()
     value = loss.item()
     optimizer.zero_grad()
     loss.backward()
-    for p in training.student.parameters():
+    for p in student.parameters():
         if p.grad is not None:
-            scale = args.clip_grad / (p.grad.norm(2).item() + 1e-6)
+            scale = run.clip_grad / (p.grad.norm(2).item() + 1e-6)
             if scale < 1:
                 p.grad.mul_(scale)
     optimizer.step()
     with torch.no_grad():
-        for q, p in zip(training.student.parameters(), training.teacher.parameters(), strict=True):
+        for q, p in zip(student.parameters(), teacher.parameters(), strict=True):
             p.data.mul_(0.996).add_(0.004 * q.detach().data)
     return value
 
@@ -107,42 +109,39 @@ def measure(options: argparse.Namespace) -> dict:
     """One process: warm up, time the steps, read the peak memory."""
     flags = ["--data_path", "none", "--net", options.net, "--arch", options.arch, "--out_dim", str(options.out_dim)]
     flags += ["--batch_size_per_gpu", str(options.batch_size), "--warmup_epochs", "0", "--epochs", "2"]
+    flags += ["--amp_dtype", options.amp_dtype]
     args = main_dino.get_args_parser().parse_args(flags + ["--freeze_last_layer", "0", "--print_freq", "1000000"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    amp_dtype = distributed.resolve_amp_dtype(options.amp_dtype, device)
-    training = main_dino.build_training(args, device, amp_dtype)
+    run = main_dino.build_pretraining(args, *main_dino.build_networks(args, device), device, options.steps)
     sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
     views = [torch.randn(options.batch_size, 3, size, size, device=device) for size in sizes]
 
     if options.implementation == "ours":
-        schedules = main_dino.build_schedules(args, options.steps)
 
-        def run(steps):
-            batches = Repeat(views, steps)
-            main_dino.train_one_epoch(training, training.student, batches, schedules, 0, device, amp_dtype, args)
+        def train(steps):
+            run.train_one_epoch(Repeat(views, steps), epoch=0)
     else:
-        heads = [h for network in (training.student, training.teacher) for h in (network.head, network.head2) if h]
-        for head in heads:
+        for head in (*run.student.heads, *run.teacher.heads):
             head.last_layer = NormalizedWeightLinear(head.last_layer)
         heads_out = [args.out_dim] + ([args.DVR_out_dim] if args.net == "CLeVER" else [])
         criterion = StraightforwardLoss(len(views), heads_out, args.teacher_temp)
-        optimizer = torch.optim.AdamW(optim.param_groups(training.student), lr=1e-5, weight_decay=0.04)
+        optimizer = torch.optim.AdamW(optim.param_groups(run.student), lr=1e-5, weight_decay=0.04)
 
-        def run(steps):
+        def train(steps):
             for _ in range(steps):
-                straightforward_step(training, criterion, optimizer, views, device, amp_dtype, args)
+                straightforward_step(run, criterion, optimizer, views)
 
-    run(1)
+    train(1)
     start = time.perf_counter()
-    run(options.steps)
+    train(options.steps)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / options.steps
-    return {"seconds": seconds, "memory_gib": peak_memory_gib(device), "device": str(device), "dtype": str(amp_dtype)}
+    return {"seconds": seconds, "memory_gib": peak_memory_gib(device), "device": str(device), "dtype": str(run.amp_dtype)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--net", default="CLeVER", choices=main_dino.NETS)
     parser.add_argument("--arch", default="vit_tiny")
     parser.add_argument("--out_dim", type=int, default=65536)

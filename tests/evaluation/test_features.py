@@ -1,7 +1,4 @@
-"""Frozen features: their widths and order, the cut into IR and EF, the k-NN vote, and what a checkpoint says of its network.
-
-Letters: B batch, D width of the backbone, n number of last blocks, N patches, M training images, C classes.
-"""
+"""Frozen features: widths, order of columns, the split into IR and EF; the k-NN vote; what a checkpoint says of its network."""
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from backbones import build_backbone
 from evaluation.features import FeatureExtractor, extract_features, select_part
 from evaluation.knn import knn_predict
 from evaluation.pretrained import Pretrained, check_part, load_pretrained
+from evaluation.probe import LinearClassifier
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -47,7 +45,7 @@ class Recorded(nn.Module):
 # --- which columns -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part, width", [("ALL", 768), ("main_part", 729), ("else_part", 39)])
+@pytest.mark.parametrize("part, width", [("ALL", 768), ("IR", 729), ("EF", 39)])
 def test_widths_of_vit_tiny(part, width):
     torch.manual_seed(0)
     backbone = build_backbone("vit_tiny", img_size=32).eval()
@@ -56,7 +54,7 @@ def test_widths_of_vit_tiny(part, width):
     features = extractor(images)
     assert extractor.dim == width and features.shape == (2, width)
     cls = torch.cat([tokens[:, 0] for tokens in backbone.get_intermediate_layers(images, 4)], dim=1)  # B, n*D
-    expected = {"ALL": cls, "main_part": cls[:, :729], "else_part": cls[:, 729:]}[part]
+    expected = {"ALL": cls, "IR": cls[:, :729], "EF": cls[:, 729:]}[part]
     assert torch.equal(features, expected)
     assert torch.equal(cls[:, -192:], backbone(images))  # the last block stands last
 
@@ -66,9 +64,9 @@ def test_widths_of_vit_tiny(part, width):
 def test_cut_of_each_width(dim, ir, ef):
     z = torch.arange(4.0 * dim)[None]
     assert select_part(z, dim, "ALL", 0.8).shape == (1, 4 * dim)
-    assert select_part(z, dim, "main_part", 0.8)[0].tolist() == list(range(4 * dim - ef))
-    assert select_part(z, dim, "else_part", 0.8)[0].tolist() == list(range(4 * dim - ef, 4 * dim))
-    assert select_part(z[:, :dim], dim, "main_part", 0.8).shape == (1, ir)
+    assert select_part(z, dim, "IR", 0.8)[0].tolist() == list(range(4 * dim - ef))
+    assert select_part(z, dim, "EF", 0.8)[0].tolist() == list(range(4 * dim - ef, 4 * dim))
+    assert select_part(z[:, :dim], dim, "IR", 0.8).shape == (1, ir)
 
 
 def test_tokens_stand_oldest_block_first():
@@ -82,10 +80,10 @@ def test_tokens_stand_oldest_block_first():
     [
         ("ALL", 1, [value for c in range(10) for value in (3000 + c, 3150 + c)]),
         ("ALL", 2, [*range(2000, 2010), *range(3000, 3010), *range(3150, 3160)]),
-        ("main_part", 1, [*range(3000, 3008), *range(3150, 3158)]),
-        ("main_part", 2, [*range(2000, 2010), *range(3000, 3008), *range(3150, 3158)]),
-        ("else_part", 1, [3008, 3009, 3158, 3159]),
-        ("else_part", 2, [3008, 3009, 3158, 3159]),
+        ("IR", 1, [*range(3000, 3008), *range(3150, 3158)]),
+        ("IR", 2, [*range(2000, 2010), *range(3000, 3008), *range(3150, 3158)]),
+        ("EF", 1, [3008, 3009, 3158, 3159]),
+        ("EF", 2, [3008, 3009, 3158, 3159]),
     ],
 )
 def test_mean_patch_token_is_interleaved_or_behind(part, n, expected):
@@ -94,7 +92,7 @@ def test_mean_patch_token_is_interleaved_or_behind(part, n, expected):
     assert extractor.dim == len(expected) and features.tolist() == [expected] * 3
 
 
-@pytest.mark.parametrize("part, width", [("ALL", 128), ("main_part", 102), ("else_part", 26)])
+@pytest.mark.parametrize("part, width", [("ALL", 128), ("IR", 102), ("EF", 26)])
 def test_pooled_backbones_ignore_the_number_of_blocks(part, width):
     torch.manual_seed(0)
     backbone = build_backbone("resnet8").eval()
@@ -102,7 +100,7 @@ def test_pooled_backbones_ignore_the_number_of_blocks(part, width):
     images = torch.randn(2, 3, 16, 16)
     z = backbone(images)
     assert extractor.dim == width
-    assert torch.equal(extractor(images), {"ALL": z, "main_part": z[:, :102], "else_part": z[:, 102:]}[part])
+    assert torch.equal(extractor(images), {"ALL": z, "IR": z[:, :102], "EF": z[:, 102:]}[part])
 
 
 def test_extractor_refuses_what_the_backbone_does_not_have():
@@ -111,21 +109,21 @@ def test_extractor_refuses_what_the_backbone_does_not_have():
             FeatureExtractor(CountingViT(), n_last_blocks=n)
     with pytest.raises(InputError, match="only a ViT has patch tokens"):
         FeatureExtractor(Recorded(torch.empty(1, 8)), avgpool=True)
-    with pytest.raises(InputError, match="'DIR': must be one of ALL, main_part, else_part"):
+    with pytest.raises(InputError, match="'DIR': must be one of ALL, IR, EF"):
         FeatureExtractor(CountingViT(), "DIR")
     with pytest.raises(InputError, match="leaves the EF .* empty"):
-        FeatureExtractor(CountingViT(), "else_part", hp1=1.0)
+        FeatureExtractor(CountingViT(), "EF", hp1=1.0)
 
 
 @pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("part, other", [("main_part", "else_part"), ("else_part", "main_part")])
+@pytest.mark.parametrize("part, other", [("IR", "EF"), ("EF", "IR")])
 def test_a_parts_logits_do_not_move_with_the_other_part(part, other, n):
     """The probe of one part, trained or not, gives bit-identical logits whatever the other part's columns hold."""
     torch.manual_seed(0)
     dim, hp1 = 192, 0.8
     z = torch.randn(5, n * dim)
-    columns = {"main_part": slice(0, n * dim - 39), "else_part": slice(n * dim - 39, n * dim)}
-    classifier = eval_linear.LinearClassifier(select_part(z, dim, part, hp1).shape[1], 7)
+    columns = {"IR": slice(0, n * dim - 39), "EF": slice(n * dim - 39, n * dim)}
+    classifier = LinearClassifier(select_part(z, dim, part, hp1).shape[1], 7)
     before = classifier(select_part(z, dim, part, hp1))
     for value in (0.0, 1e6, float("nan")):
         overwritten = z.clone()
@@ -136,15 +134,15 @@ def test_a_parts_logits_do_not_move_with_the_other_part(part, other, n):
     assert not torch.allclose(classifier(select_part(moved, dim, part, hp1)), before)
 
 
-@pytest.mark.parametrize("part", ["main_part", "else_part"])
+@pytest.mark.parametrize("part", ["IR", "EF"])
 def test_the_whole_path_from_backbone_to_logits_ignores_the_other_part(part):
     torch.manual_seed(0)
     z, images = torch.randn(4, 50), torch.empty(4, 3, 8, 8)
-    other = slice(40, 50) if part == "main_part" else slice(0, 40)
+    other = slice(40, 50) if part == "IR" else slice(0, 40)
     overwritten = z.clone()
     overwritten[:, other] = float("nan")
     extractor = FeatureExtractor(Recorded(z), part, hp1=0.8)
-    classifier = eval_linear.LinearClassifier(extractor.dim, 3)
+    classifier = LinearClassifier(extractor.dim, 3)
     logits = classifier(extractor(images))
     assert torch.equal(classifier(FeatureExtractor(Recorded(overwritten), part, hp1=0.8)(images)), logits)
 
@@ -290,11 +288,11 @@ def test_the_patch_size_of_timms_models_is_in_their_name(tmp_path):
     assert load(tmp_path / "timm.pth").img_size == 32
 
 
-@pytest.mark.parametrize("part", ["main_part", "else_part"])
-def test_parts_that_do_not_exist(part):
+@pytest.mark.parametrize("part, flag", [("IR", "main_part"), ("EF", "else_part")])
+def test_parts_that_do_not_exist(part, flag):
     check_part("ALL", "dino", 1.0, 128)
     check_part(part, "CLeVER", 0.8, 128)
-    with pytest.raises(InputError, match=f"{part}: a dino checkpoint has no parts"):
+    with pytest.raises(InputError, match=f"{flag}: a dino checkpoint has no parts"):
         check_part(part, "dino", 0.8, 128)
     with pytest.raises(InputError, match="hp1 1.0 leaves the EF"):
         check_part(part, "CLeVER", 1.0, 128)

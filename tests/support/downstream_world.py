@@ -36,9 +36,7 @@ def downstream(world: SimpleNamespace, weights: Path, output: Path, *more: objec
 
 
 def parse(*words: object) -> argparse.Namespace:
-    args = ds.get_args_parser().parse_args(["--pretrained_weights", "x", "--data_path", "x", *map(str, words)])
-    ds.check_args(args)
-    return args
+    return ds.resolve_args(ds.get_args_parser().parse_args(["--pretrained_weights", "x", "--data_path", "x", *map(str, words)]))
 
 
 def only(folder: Path, pattern: str) -> Path:

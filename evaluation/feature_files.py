@@ -1,0 +1,94 @@
+"""Features of a training and a test set, and the folders that they are saved in, as DINO's k-NN script does.
+
+Shapes: D width of the representation, M training images, N test images.
+"""
+
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint import save_atomically
+from utils import InputError, save_json
+
+# Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.
+TENSORS = {"train": "trainfeat.pth", "test": "testfeat.pth", "train_labels": "trainlabels.pth", "test_labels": "testlabels.pth"}
+DESCRIPTION = "features.json"
+
+
+@dataclass
+class FeatureSet:
+    """Features of whole representations, L2-normalised, with labels, on every process.
+
+    Args:
+        train, test: [M, D] and [N, D].
+        train_labels, test_labels: class numbers [M] and [N].
+        description: net, arch, hp1, img_size, pretrained_epochs, aug, backbone (fingerprint), classes; where known.
+    """
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+def save_features(features: FeatureSet, folder: str | Path) -> None:
+    """Write one file per tensor, and the description; features that are already there are replaced."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*TENSORS.values(), DESCRIPTION):  # an interruption must not leave a mixture of old and new
+        (folder / name).unlink(missing_ok=True)
+    for name, file in TENSORS.items():
+        save_atomically(getattr(features, name).cpu(), folder / file)
+    save_json(features.description, folder / DESCRIPTION)
+    print(f"wrote features to {folder}")
+
+
+def load_features(folder: str | Path, source: str) -> FeatureSet:
+    """Read features that were saved here or by DINO. `source` begins the messages of errors.
+
+    Raises InputError if a file is missing or damaged, or if the tensors do not belong together.
+    """
+    folder = Path(folder)
+    tensors = {name: _read_tensor(folder / file, source) for name, file in TENSORS.items()}
+    description = _read_description(folder / DESCRIPTION, source)
+    num_classes = max(len(description.get("classes", [])), 1 + int(tensors["train_labels"].max()))
+    width = tensors["train"].shape[-1]
+    for split in ("train", "test"):
+        x, labels = tensors[split], tensors[f"{split}_labels"]
+        if x.ndim != 2 or labels.ndim != 1 or len(x) != len(labels) or x.shape[1] != width:
+            shapes = f"features {list(x.shape)} and labels {list(labels.shape)} of {split}"
+            raise InputError(f"{source} {folder}: {shapes} do not belong together")
+        if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise InputError(f"{source} {folder}: labels of {split} must be whole numbers in 0..{num_classes - 1}")
+        if not x.is_floating_point() or not x.isfinite().all():
+            raise InputError(f"{source} {folder}: features of {split} are not finite numbers")
+        tensors[split], tensors[f"{split}_labels"] = F.normalize(x.float(), dim=-1), labels.long()
+    return FeatureSet(**tensors, description={"classes": list(range(num_classes)), **description})
+
+
+def _read_tensor(path: Path, source: str) -> torch.Tensor:
+    if not path.is_file():
+        raise InputError(f"{source} {path.parent}: lacks {path.name}")
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
+        raise InputError(f"{source} {path}: damaged, or contains more than a tensor") from error
+    if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
+        raise InputError(f"{source} {path}: contains no tensor, or an empty one")
+    return tensor
+
+
+def _read_description(path: Path, source: str) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{source} {path}: damaged ({error})") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{source} {path}: must contain a JSON object")
+    return description

@@ -1,0 +1,151 @@
+"""A pretraining run: the student, its teacher and all that changes from step to step.
+
+One step: views -> both networks -> loss -> gradients, clipped -> optimizer -> teacher = moving average of the student.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from checkpoint import load_moments, load_strictly, save_atomically
+from distributed import is_distributed, is_main_process
+from heads import MultiCropWrapper
+from losses import TEACHER_VIEWS, DINOLoss
+from optim import clip_gradients, set_schedules, update_teacher
+from telemetry import TrainingProgress, feature_std
+
+
+@dataclass
+class Pretraining:
+    """Networks, objective, optimizer and schedules of a run, on one device and at one precision.
+
+    Args:
+        student, teacher: the same network; the teacher is not trained by gradients.
+        criterion: (student's output, teacher's output, epoch, update_center) -> terms of the loss, "loss" first.
+        optimizer: of the student's parameters.
+        scaler: of the gradients, enabled for fp16 only.
+        schedules: one value per optimizer step of "lr", "wd" (weight decay) and "momentum" (of the teacher).
+        device: of everything above.
+        amp_dtype: type that autocast computes in; float32 means no autocast.
+        epochs: of the whole run.
+        images_per_step: per optimizer step, over all processes and micro-batches.
+        accumulation: micro-batches per optimizer step.
+        clip_grad: largest norm of each parameter's gradient; 0: no clipping.
+        freeze_last_layer: number of epochs during which the heads' last layers do not move.
+        print_freq: micro-batches between progress lines.
+        arguments: of the command line, recorded in checkpoints.
+    """
+
+    student: MultiCropWrapper
+    teacher: MultiCropWrapper
+    criterion: DINOLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedules: dict[str, np.ndarray]
+    device: torch.device
+    amp_dtype: torch.dtype
+    epochs: int
+    images_per_step: int
+    accumulation: int = 1
+    clip_grad: float = 3.0
+    freeze_last_layer: int = 1
+    print_freq: int = 20
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model: nn.Module = self.student  # called in training: the student, or DistributedDataParallel around it
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+
+    def distribute(self) -> None:
+        """Average the student's gradients over the processes of the group, if there is one."""
+        if is_distributed():
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.student, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def train_one_epoch(self, loader: DataLoader, epoch: int) -> dict[str, float]:
+        """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
+
+        Raises FloatingPointError, which names the term, if a term of the loss is not finite.
+        """
+        steps = len(loader) // self.accumulation
+        micro_steps = steps * self.accumulation
+        header, images = f"epoch {epoch}/{self.epochs}", self.images_per_step // self.accumulation
+        progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq)
+        for micro_step, (views, _) in enumerate(islice(loader, micro_steps)):
+            last = (micro_step + 1) % self.accumulation == 0  # micro-batch of this step
+            views = [view.to(self.device, non_blocking=True) for view in views]
+            with contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync():
+                terms = self.compute_loss(views, epoch, update_center=last)
+                progress.update(**terms)
+                self.scaler.scale(terms["loss"] / self.accumulation).backward()
+            if last:
+                self.update_weights(epoch, step=epoch * steps + micro_step // self.accumulation)
+        of_epoch = slice(epoch * steps, (epoch + 1) * steps)
+        rates = {name: float(values[of_epoch].mean()) for name, values in self.schedules.items()}
+        return progress.finish() | rates | {"images_per_second": progress.rate}
+
+    def compute_loss(self, views: list[torch.Tensor], epoch: int, update_center: bool = True) -> dict[str, torch.Tensor]:
+        """Forward pass of both networks on V views [B, 3, S, S]: terms of the loss, "loss" first, then telemetry."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
+            with torch.no_grad():
+                teacher_output, z = self.teacher(views[:TEACHER_VIEWS], return_features=True)  # 2*B, K; 2*B, D
+            student_output = self.model(views)  # V*B, K
+        terms = self.criterion(student_output, teacher_output, epoch, update_center)
+        spread = {f"feature_std{part}": feature_std(features) for part, features in self.teacher.split(z).items()}
+        return terms | self.criterion.telemetry(terms) | spread
+
+    def update_weights(self, epoch: int, step: int) -> None:
+        """One step of the optimizer, with clipped gradients and the schedules' values at `step`, then of the teacher."""
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.parameters, self.clip_grad)
+        if epoch < self.freeze_last_layer:
+            for head in self.student.heads:
+                head.last_layer.zero_grad()
+        set_schedules(self.optimizer, self.schedules["lr"][step], self.schedules["wd"][step])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        update_teacher(self.teacher, self.student, self.schedules["momentum"][step])
+
+    def state_dict(self, epoch: int) -> dict[str, Any]:
+        """Training state saved in checkpoints: tensors and plain values; `epoch` is the next one to run."""
+        state = {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": epoch,
+            "args": self.arguments,
+            "dino_loss": self.criterion.state_dict(),
+        }
+        if self.scaler.is_enabled():
+            state["fp16_scaler"] = self.scaler.state_dict()
+        return state
+
+    def save(self, folder: str | Path, epoch: int, saveckp_freq: int = 0) -> None:
+        """Write checkpoint.pth after `epoch`, and checkpoint<epoch>.pth if `saveckp_freq` divides it (0: never)."""
+        if not is_main_process():
+            return
+        state = self.state_dict(epoch + 1)
+        if saveckp_freq and epoch % saveckp_freq == 0:
+            save_atomically(state, Path(folder) / f"checkpoint{epoch:04}.pth")
+        save_atomically(state, Path(folder) / "checkpoint.pth")
+
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Restore the state of a checkpoint, ours or an original's, and return the epoch to continue with.
+
+        Raises InputError if names or shapes differ.
+        """
+        for name, module in (("student", self.student), ("teacher", self.teacher), ("dino_loss", self.criterion)):
+            load_strictly(module, state[name], f"{name} of the checkpoint to continue from")
+        load_moments(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state.get("fp16_scaler"):
+            self.scaler.load_state_dict(state["fp16_scaler"])
+        return state["epoch"]

@@ -1,0 +1,239 @@
+"""Checkpoint files: the originals' are read and continued, ours hold plain types only, and writing never loses the old one."""
+
+import argparse
+import copy
+import json
+import re
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from support.golden import CORE, fill_
+from support.in_process import plain, pretrain, probe
+from support.networks import small_network, with_gradients
+from support.processes import write_images, write_labelled_images
+from torch import nn
+
+import eval_linear
+import main_dino
+import optim
+from backbones import backbone_state, build_backbone, load_backbone_weights
+from checkpoint import load_checkpoint, load_moments, load_strictly, strip_prefix
+from evaluation.pretrained import load_pretrained
+from utils import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_labelled_images(tmp_path_factory.mktemp("images") / "data", train=4, val=2)
+
+
+@pytest.fixture(scope="module", params=["dino", "CLeVER"])
+def finished(request, tmp_path_factory, data):
+    """Output folder of one epoch of two, whose arguments were typed oddly."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    flags = ("--net", request.param, "--lr", "1e-3", "--hp1", "0.80", "--local_crops_scale", ".05", "4e-1")
+    outcome = pretrain(data / "train", folder, *flags, "--aug", "aug1", "--min_lr", "1E-6")
+    assert outcome.status == 0, outcome
+    return folder
+
+
+# --- files as the originals pickle them --------------------------------------------------------------------------------
+
+
+def as_original(state: dict, module: str) -> dict:
+    """Our checkpoint in the originals' form: `module.` before the student's names (and the teacher's, if it has batch norms,
+    which `module` stands for), a Namespace, numpy scalars in the optimizer's groups, and no options of ours there."""
+    groups = [
+        {name: value for name, value in group.items() if name not in ("fixed_weight_decay", "fused", "decoupled_weight_decay")}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    for group in groups:
+        group["lr"] = np.float64(group["lr"])
+    groups[0]["weight_decay"] = np.float64(groups[0]["weight_decay"])
+    return {
+        "student": {f"module.{name}": value for name, value in state["student"].items()},
+        "teacher": {f"{module}{name}": value for name, value in state["teacher"].items()},
+        "optimizer": {"state": state["optimizer"]["state"], "param_groups": groups},
+        "epoch": state["epoch"],
+        "args": argparse.Namespace(**state["args"]),
+        "dino_loss": state["dino_loss"],
+        "fp16_scaler": None,
+    }
+
+
+def save_as_numpy(obj, path, numpy_module):
+    """torch.save as under a numpy whose scalars live in `numpy_module`: 1.x has numpy.core, 2.x numpy._core."""
+    torch.save(obj, path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            if name.endswith("data.pkl"):
+                content, found = re.subn(rb"numpy\._?core\.multiarray\n", f"{numpy_module}\n".encode(), content)
+                assert found
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("numpy_module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+@pytest.mark.parametrize("module", ["", "module."])
+def test_originals_files_are_read(finished, tmp_path, numpy_module, module):
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    path = tmp_path / "checkpoint.pth"
+    save_as_numpy(as_original(state, module), path, numpy_module)
+    read = load_checkpoint(path)
+    lr = read["optimizer"]["param_groups"][0]["lr"]
+    assert type(lr) is np.float64 and lr == state["optimizer"]["param_groups"][0]["lr"]
+    assert type(read["args"]) is argparse.Namespace and read["args"].out_dim == 64
+    for key in ("teacher", "student"):
+        backbone = build_backbone("vit_micro", patch_size=8, img_size=32)
+        load_backbone_weights(backbone, backbone_state(read, key))
+        for name, value in backbone.state_dict().items():
+            assert torch.equal(value, state[key][f"backbone.{name}"]), name
+
+
+def test_originals_arguments_name_the_network(finished, tmp_path):
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    save_as_numpy(as_original(state, ""), tmp_path / "original.pth", "numpy.core.multiarray")
+    flags = ["--pretrained_weights", str(tmp_path / "original.pth"), "--data_path", "unused"]
+    pretrained = load_pretrained(eval_linear.get_args_parser().parse_args(flags), CPU)
+    assert pretrained.arch == "vit_micro" and pretrained.backbone.patch_embed.patch_size == 8
+    assert pretrained.net == state["args"]["net"]
+    assert pretrained.hp1 == (0.8 if pretrained.net == "CLeVER" else 1.0)
+    assert pretrained.img_size == 32 and pretrained.epochs == 1
+
+
+@pytest.mark.parametrize("module", ["", "module."])
+def test_a_run_continues_from_an_originals_file_as_from_its_own(finished, tmp_path, data, module):
+    own, original = tmp_path / "own", tmp_path / "original"
+    shutil.copytree(finished, own)
+    original.mkdir()
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    save_as_numpy(as_original(state, module), original / "checkpoint.pth", "numpy.core.multiarray")
+    flags = ("--net", state["args"]["net"], "--lr", "1e-3", "--aug", "aug1", "--epochs", 2)
+    for folder in (own, original):
+        outcome = pretrain(data / "train", folder, *flags)
+        assert outcome.status == 0 and "from epoch 1" in outcome.stdout, outcome
+    assert [json.loads(line)["epoch"] for line in (original / "log.txt").read_text().splitlines()] == [1]
+    ends = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (own, original)]
+    for network in ("student", "teacher", "dino_loss"):
+        for name, value in ends[0][network].items():
+            assert torch.equal(value, ends[1][network][name]), (network, name)
+        assert set(ends[0][network]) == set(ends[1][network])
+    assert not torch.equal(ends[0]["student"]["head.mlp.0.weight"], state["student"]["head.mlp.0.weight"])
+    assert [group["weight_decay"] for group in ends[1]["optimizer"]["param_groups"]][1] == 0
+
+
+def test_names_and_shapes_are_the_originals():
+    flags = ["--data_path", "unused", "--net", "CLeVER", "--arch", "vit_tiny", "--out_dim", "256", "--DVR_out_dim", "128"]
+    network = main_dino.build_network(main_dino.get_args_parser().parse_args(flags), drop_path_rate=0.0)
+    assert [[name, list(value.shape)] for name, value in network.state_dict().items()] == CORE["clever_state_dict_keys"]
+
+
+def test_torchvisions_and_originals_resnet_names(tmp_path):
+    """The originals wrap a torchvision ResNet whose fc is nothing; torchvision's own file has one, which is left out."""
+    import torchvision
+
+    reference = fill_(torchvision.models.resnet18())
+    wrapped = {f"module.backbone.{name}": value for name, value in reference.state_dict().items() if "fc." not in name}
+    torch.save({"teacher": wrapped | {"module.head.mlp.0.weight": torch.ones(2, 2)}}, tmp_path / "original.pth")
+    torch.save(reference.state_dict(), tmp_path / "torchvision.pth")
+    for name in ("original", "torchvision"):
+        backbone = build_backbone("resnet18")
+        load_backbone_weights(backbone, backbone_state(load_checkpoint(tmp_path / f"{name}.pth")))
+        assert torch.equal(backbone.layer4[1].bn2.running_var, reference.layer4[1].bn2.running_var)
+
+
+# --- our own files -----------------------------------------------------------------------------------------------------
+
+
+def read_without_allow_list(path):
+    """As any other program reads a safe file; utils' list of allowed types is not in force here."""
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+    return torch.load(path, weights_only=True)
+
+
+def test_checkpoints_hold_plain_types_only(finished):
+    paths = sorted(finished.glob("*.pth"))
+    assert [path.name for path in paths] == ["checkpoint.pth", "checkpoint0000.pth"]
+    for path in paths:
+        state = read_without_allow_list(path)
+        assert plain(state)
+        for key in ("student", "teacher"):
+            assert not any(name.startswith("module.") for name in state[key])
+        assert state["args"]["lr"] == 1e-3 and state["args"]["hp1"] == 0.8 and state["epoch"] == 1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_probe_checkpoints_hold_plain_types_only(finished, tmp_path, data, optimizer):
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    part = "main_part" if state["args"]["net"] == "CLeVER" else "ALL"
+    flags = ("--hp1", "0.80", "--lr", "1e-3", "--else_part", part, "--optimizer", optimizer)
+    assert probe(finished / "checkpoint.pth", data, tmp_path, *flags).status == 0
+    (path,) = tmp_path.glob("checkpoint_linear*.pth.tar")
+    probe_state = read_without_allow_list(path)
+    assert plain(probe_state)
+    assert probe_state["args"]["lr"] == 1e-3 and list(probe_state["state_dict"]) == ["linear.weight", "linear.bias"]
+
+
+def test_the_untrained_network_is_a_checkpoint_like_any_other(tmp_path):
+    write_images(tmp_path / "data", 4)
+    assert pretrain(tmp_path / "data", tmp_path / "run", "--epochs", 0).status == 0
+    state = read_without_allow_list(tmp_path / "run" / "checkpoint.pth")
+    assert state["epoch"] == 0 and all(torch.equal(state["teacher"][name], value) for name, value in state["student"].items())
+    assert not (tmp_path / "run" / "checkpoint0000.pth").exists()
+
+
+def test_init_from_takes_the_teachers_backbone_only(finished, tmp_path, data):
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    flags = ("--init_from", finished / "checkpoint.pth", "--epochs", 0, "--net", "CLeVER", "--seed", 7)
+    assert pretrain(data / "train", tmp_path / "run", *flags).status == 0
+    started = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    for network in ("student", "teacher"):
+        for name, value in started[network].items():
+            if name.startswith("backbone."):
+                assert torch.equal(value, state["teacher"][name]), name
+    assert not torch.equal(started["student"]["head.mlp.2.weight"], state["student"]["head.mlp.2.weight"])
+
+
+# --- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_prefixes_go_from_the_front_only():
+    state = {"module.a.weight": 1, "a.module.b": 2, "module.module.c": 3}
+    assert strip_prefix(state) == {"a.weight": 1, "a.module.b": 2, "module.c": 3}
+
+
+def test_load_strictly(tmp_path):
+    network, other = small_network(), nn.Sequential(nn.Linear(2, 2))
+    state = {f"module.{name}": value + 1 for name, value in network.state_dict().items()}
+    load_strictly(network, state, "student")
+    assert torch.equal(network[3].bias, state["module.3.bias"])
+    with pytest.raises(InputError, match="^student: does not fit the arguments: .*0.weight") as error:
+        load_strictly(other, state, "student")
+    assert "\n" not in str(error.value)
+
+
+def test_load_moments_keeps_the_groups_options():
+    """An original's file: its groups lack our option, hold another rate, and its moments are wanted."""
+    networks = small_network(), small_network()
+    optimizers = [optim.build_optimizer("adamw", optim.param_groups(network)) for network in networks]
+    with_gradients(networks[0])
+    optim.set_schedules(optimizers[0], 0.1, 0.2)
+    optimizers[0].step()
+    state = copy.deepcopy(optimizers[0].state_dict())
+    for group in state["param_groups"]:
+        group.pop("fixed_weight_decay", None)
+        group["lr"] = np.float64(7)
+    load_moments(optimizers[1], state)
+    for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"])
+    optim.set_schedules(optimizers[1], 0.3, 0.4)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizers[1].param_groups] == [(0.3, 0.4), (0.3, 0.0)]
+    state["param_groups"][0]["params"].pop()
+    with pytest.raises(InputError, match=r"groups of \[1, 4\] parameters, here \[2, 4\]"):
+        load_moments(optimizers[1], state)
