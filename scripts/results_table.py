@@ -19,13 +19,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation.names import PARTS
+
 # Rows and columns appear in this order; unknown names follow in alphabetical order.
 RANDOM = "random"
 NETS = (RANDOM, "dino", "CLeVER")
-PARTS = ("ALL", "IR", "EF")
+PART_ORDER = ("ALL", "IR", "EF")
 PERTURBATIONS = ("ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3")
 
-PART_LABELS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}  # parts in the files -> in the table
 # Where networks of the same kind differ in one of these fields, its value is a piece of the row's name.
 VARIANT_FORMATS = {"arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}"}
 REQUIRED_FIELDS = ("net", "arch", "part", "test_aug_type", "accuracy")
@@ -114,9 +115,9 @@ def choose_records(records: list[dict]) -> list[dict]:
     fields = differing_fields(records)
     cells: dict[tuple, list[dict]] = {}
     for record in records:
-        net, part = network_name(record), PART_LABELS.get(record["part"], record["part"])
+        net, part = network_name(record), PARTS.get(record["part"], record["part"])
         variant = " ".join(VARIANT_FORMATS[name].format(record.get(name)) for name in fields[net])
-        key = (variant, rank(NETS, net), rank(PARTS, part), rank(PERTURBATIONS, record["test_aug_type"]))
+        key = (variant, rank(NETS, net), rank(PART_ORDER, part), rank(PERTURBATIONS, record["test_aug_type"]))
         cells.setdefault(key, []).append({**record, "row": " ".join(filter(None, (net, variant, part)))})
     for *older, newest in cells.values():
         if older:
