@@ -1,7 +1,4 @@
-"""The one registry: architecture name -> backbone with `.embed_dim`, and the loading of weights into it.
-
-Letters: B batch, D width of the representation.
-"""
+"""The registry of backbones, architecture name -> module with `.embed_dim`, and the loading of their weights."""
 
 import difflib
 import re
@@ -40,7 +37,7 @@ VSSMS: dict[str, Callable[..., nn.Module]] = {name: partial(build_vssm, name) fo
 BACKBONES: dict[str, Callable[..., nn.Module]] = {**VITS, **RESNETS, **VSSMS}
 
 PREFIXES = re.compile(r"^((module|backbone)\.)+")
-# Heads of pretraining and classifiers; timm keeps the last layers of some backbones under the same name.
+# Projection heads and classifiers. timm names the last layers of some backbones `head`, too: those are kept.
 HEADS = re.compile(r"^(head2?|fc)\.(?!norm\.|pre_logits\.)")
 
 
@@ -51,18 +48,19 @@ def build_backbone(
     drop_path_rate: float | None = 0.0,
     checkpointing: bool = False,
 ) -> nn.Module:
-    """A randomly initialised backbone with `.embed_dim`; forward takes [B, 3, H, W] to [B, D].
+    """A randomly initialised backbone with `.embed_dim` = D: forward maps [B, 3, H, W] to [B, D].
 
     Args:
-        arch: a name in `BACKBONES` (of VMambas, `<folder>-<config>` means vmamba/configs/<folder>/<config>.yaml), otherwise
-            a timm model. The network is never asked for weights.
-        patch_size: of our ViTs (timm's names imply it).
-        img_size: side of the images that positions are stored for, where there are positions.
-        drop_path_rate: stochastic depth, where the architecture has it (our ResNets do not); None: `default_drop_path_rate`.
-        checkpointing: trade time for memory by recomputing activations in the backward pass.
+        arch: a name in `BACKBONES`, a VMamba `<folder>-<config>` with a file vmamba/configs/<folder>/<config>.yaml, or a timm
+            model. Weights are never downloaded.
+        patch_size: patch size of our ViTs in pixels (timm's names imply theirs).
+        img_size: side in pixels of the images that position embeddings are stored for, if there are any.
+        drop_path_rate: stochastic depth rate; our ResNets have none. None: `default_drop_path_rate(arch)`.
+        checkpointing: recompute activations in the backward pass, which takes less memory and more time.
 
     Raises:
-        InputError: unknown `arch`, a rate outside [0, 1), sizes that do not fit, checkpointing that timm does not have.
+        InputError: `arch` is unknown, the rate is outside [0, 1), the image size is not a multiple of the patch size, or the
+            timm model has no activation checkpointing.
     """
     if drop_path_rate is None:
         drop_path_rate = default_drop_path_rate(arch)
@@ -78,17 +76,17 @@ def build_backbone(
 
 
 def is_ours(arch: str) -> bool:
-    """True if `arch` names a backbone of this repository, False if it can only be timm's."""
+    """True if `arch` is a backbone of this repository, False if it can only be a timm model."""
     return arch in BACKBONES or is_config_name(arch)
 
 
 def default_drop_path_rate(arch: str) -> float:
-    """Stochastic depth in training unless something else is asked for: 0.1; for a VMamba its configuration's."""
+    """Stochastic depth rate in training if the user gives none: that of its configuration for a VMamba, otherwise 0.1."""
     return load_config(arch).drop_path_rate if is_config_name(arch) else 0.1
 
 
 def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: bool) -> nn.Module:
-    """A timm model without classifier, with its pooled features. timm's own recomputation updates batch norms twice."""
+    """A timm model without its classifier: pooled features. timm's activation checkpointing updates batch norms twice."""
     unknown = f"unknown arch {arch!r}: choose one of {', '.join(BACKBONES)}, or a timm model"
     try:
         import timm
@@ -100,39 +98,39 @@ def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: 
 
     create = partial(timm.create_model, arch, pretrained=False, num_classes=0)
     try:
-        model = _call_with_known(create, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path_rate)
-    except RuntimeError as error:  # an unknown tag after the name's point, for one
+        model = _call_with_known_options(create, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path_rate)
+    except RuntimeError as error:  # for example an unknown tag after the dot
         raise InputError(f"timm cannot build {arch}: {error}") from None
     model.embed_dim = getattr(model, "head_hidden_size", model.num_features)
     if checkpointing:
         try:
             model.set_grad_checkpointing()
-        except (AssertionError, AttributeError):  # how timm says that a model cannot
+        except (AssertionError, AttributeError):  # timm's errors for models without it
             raise InputError(f"timm's {arch} has no activation checkpointing") from None
     return model
 
 
-def _call_with_known(function: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """Calls `function` without those options that it does not know, which only calling a timm model tells."""
+def _call_with_known_options(function: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """Calls `function` without the options that it rejects: which ones a timm model accepts shows only when it is called."""
     try:
         return function(**options)
     except TypeError as error:
         known = {key: value for key, value in options.items() if f"keyword argument '{key}'" not in str(error)}
         if len(known) == len(options):
             raise
-    return _call_with_known(function, **known)
+    return _call_with_known_options(function, **known)
 
 
 @torch.no_grad()
 def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
-    """InputError unless a timm model gives one feature vector for images of this size: some take a single size only."""
+    """Raises InputError unless a timm model returns one feature vector per image of this size: some accept one size only."""
     try:
         features = backbone.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--arch {arch}: cannot take crops of {size} pixels ({reason})") from error
+        raise InputError(f"--arch {arch}: does not accept crops of {size} pixels ({reason})") from error
     if features.shape != (1, backbone.embed_dim):
-        raise InputError(f"--arch {arch}: gives features of shape {list(features.shape)}, not [1, {backbone.embed_dim}]")
+        raise InputError(f"--arch {arch}: returns features of shape {list(features.shape)}, not [1, {backbone.embed_dim}]")
     backbone.train()
 
 
@@ -155,19 +153,19 @@ def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.d
 
 
 def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher") -> dict[str, Tensor]:
-    """The backbone's weights in a checkpoint, under the backbone's own names.
+    """Extracts the state dict of the backbone from a checkpoint.
 
     Args:
-        checkpoint: of pretraining (ours, DINO's or CLeVER's: `{"teacher": {"module.backbone.X": tensor}}`), or a plain
-            state dict, for which the key is not needed.
-        checkpoint_key: the entry that holds the state dict. `teacher` means `model` where there is none: so
-            ImageNet weights are released.
+        checkpoint: a pretraining checkpoint (ours, DINO's or CLeVER's: `{"teacher": {"module.backbone.X": tensor}}`), or a
+            plain state dict, for which the key does not matter.
+        checkpoint_key: entry that contains the state dict. Without an entry `teacher`, the key `teacher` means `model`, as in
+            released ImageNet weights.
 
     Returns:
-        names without any leading `module.` and `backbone.`; without heads (`head`, `head2`) and classifiers (`fc`).
+        State dict without the prefixes `module.` and `backbone.`, heads (`head`, `head2`) and classifiers (`fc`).
 
     Raises:
-        InputError: neither the key nor a plain state dict is there.
+        InputError: the checkpoint has no such key and is not a plain state dict.
     """
     state = checkpoint
     if checkpoint_key == "teacher" and "teacher" not in checkpoint and _is_state_dict(checkpoint.get("model")):
@@ -186,12 +184,12 @@ def _is_state_dict(state: Any) -> bool:
 
 
 def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads what `backbone_state` returned: all of it, into all of the backbone but `num_batches_tracked`, if absent.
+    """Loads a state dict from `backbone_state`. All names must match, except that `num_batches_tracked` may be missing.
 
-    A backbone whose weights come in several layouts has `convert_state_dict`, which brings them into its own.
+    If the backbone has a method `convert_state_dict` (VMamba: weights of other releases), it is applied first.
 
     Raises:
-        InputError: names or shapes differ; the message counts them and gives the first three of each kind.
+        InputError: names or shapes differ; the message counts them and lists the first three of each kind.
     """
     if hasattr(backbone, "convert_state_dict"):
         state = backbone.convert_state_dict(state)
@@ -203,15 +201,15 @@ def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    problems = [f"{len(found)} {kind}: {_first(found)}" for kind, found in kinds.items() if found]
+    mismatches = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    problems = [f"{len(names)} {kind}: {_first(names)}" for kind, names in mismatches.items() if names]
     if problems:
         raise InputError(f"the weights do not fit the backbone ({len(own)} tensors); {'; '.join(problems)}")
     backbone.load_state_dict(dict(state))
 
 
 def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str | None = "teacher") -> None:
-    """Loads a backbone's weights from a checkpoint file. Raises InputError naming the file if they do not fit."""
+    """Loads the weights of a backbone from a checkpoint file. Raises InputError naming the file if they do not match."""
     checkpoint = load_checkpoint(path)
     with error_prefix(path):
         load_backbone_weights(backbone, backbone_state(checkpoint, checkpoint_key))
@@ -222,7 +220,7 @@ def _first(names: list[str], n: int = 3) -> str:
 
 
 def image_size_of(state: dict[str, Tensor], patch_size: int) -> int | None:
-    """Side in pixels of the images that a ViT's positions were trained for; None if `state` is not a ViT's.
+    """Side in pixels of the images that the position embeddings of a ViT were trained for; None for other state dicts.
 
     Raises:
         InputError: the weights were trained with another patch size.

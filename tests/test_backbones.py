@@ -1,3 +1,5 @@
+"""The registry of backbones: names, options, timm models, loading of weights, synchronised batch norm."""
+
 import pytest
 import torch
 import torchvision
@@ -211,17 +213,32 @@ def test_patch_size_that_contradicts_the_weights():
         image_size_of(vit_micro(patch_size=8).state_dict(), 16)
 
 
-def test_synchronised_batch_norm_keeps_the_activations_of_timm_models():
-    """timm's batch norms may hold an activation, which torch's own conversion would drop."""
+def batch_norms(network):
+    return {type(m).__name__ for m in network.modules() if hasattr(m, "running_mean")}
+
+
+def test_synchronised_batch_norm_keeps_the_activations_of_timm_models(monkeypatch):
+    """timm's batch norms may contain an activation, which torch's own conversion would drop."""
+    monkeypatch.setattr("backbones.is_distributed", lambda: True)
     arch = "efficientnet_b0"
     model = build_backbone(arch).eval()
     activations = sum(type(getattr(m, "act", None)).__name__ == "SiLU" for m in model.modules())
     assert activations > 10
-    converted = synchronize_batch_norm(model, arch)
-    kinds = {type(m).__name__ for m in converted.modules() if hasattr(m, "running_mean")}
-    assert kinds == {"SyncBatchNormAct"}
-    ours = synchronize_batch_norm(build_backbone("resnet8"), "resnet8")
-    assert {type(m).__name__ for m in ours.modules() if hasattr(m, "running_mean")} == {"SyncBatchNorm"}
+    (converted,) = synchronize_batch_norm([model], arch, torch.device("cuda"))
+    assert batch_norms(converted) == {"SyncBatchNormAct"}
+    ours = synchronize_batch_norm([build_backbone("resnet8"), build_backbone("resnet8")], "resnet8", torch.device("cuda"))
+    assert [batch_norms(network) for network in ours] == [{"SyncBatchNorm"}] * 2
+
+
+def test_batch_norm_is_not_synchronised_on_a_cpu_or_in_one_process(monkeypatch, capsys):
+    network, vit = build_backbone("resnet8"), build_backbone("vit_micro")
+    assert synchronize_batch_norm([network], "resnet8", torch.device("cuda")) == [network]  # no process group
+    monkeypatch.setattr("backbones.is_distributed", lambda: True)
+    assert synchronize_batch_norm([vit], "vit_micro", torch.device("cpu")) == [vit]
+    assert capsys.readouterr().out == ""
+    assert synchronize_batch_norm([network], "resnet8", torch.device("cpu")) == [network]
+    assert capsys.readouterr().out.count("per process") == 1
+    assert batch_norms(network) == {"BatchNorm2d"}
 
 
 def test_timm_models_of_one_size_are_refused_for_other_crops():

@@ -271,7 +271,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _none_to_empty(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """Operators return tensors only: an empty one stands for the gradient of an argument that is None."""
+    """Operators return tensors only: the gradient of an argument that is None is an empty one."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: number types, softplus and exp, and the algebra of h -> P h + S.
+// Shared by the CUDA kernels: number types, softplus and exp, products of decays.
 #pragma once
 
 #ifdef SCAN_CUDA_EMULATION
@@ -11,12 +11,12 @@
 #endif
 
 constexpr int WARP = 32;
-constexpr int STEPS = 4;  // positions in a row that a thread takes
+constexpr int STEPS = 4;  // consecutive positions of a thread
 constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LARGEST = 3.4028234e38f;
 
-// Half types as their bits: the headers' own classes do not load and store in pairs.
+// Half types as bits: the classes of CUDA's headers are not loaded and stored in pairs.
 struct Bfloat16 {
   unsigned short bits;
 };
@@ -29,7 +29,7 @@ __device__ inline float to_float(Bfloat16 value) { return __uint_as_float(unsign
 __device__ inline float to_float(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
 
 __device__ inline void from_float(float value, float& out) { out = value; }
-__device__ inline void from_float(float value, Bfloat16& out) {  // to the nearest, ties to even
+__device__ inline void from_float(float value, Bfloat16& out) {  // rounds to nearest, ties to even
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
 #else
@@ -39,7 +39,7 @@ __device__ inline void from_float(float value, Bfloat16& out) {  // to the neare
 }
 __device__ inline void from_float(float value, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(value)); }
 
-// Two adjacent channels, as they lie in memory. Unpacking waits for the load, so it is left to the user.
+// Two adjacent channels as they are in memory. `unpack` is separate because it waits for the load.
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
   unsigned bits;
@@ -70,7 +70,7 @@ __device__ inline void store_pair(T* to, float2 value) {
 }
 __device__ inline void store_pair(float* to, float2 value) { *reinterpret_cast<float2*>(to) = value; }
 
-// 2^x, error 2 units in the last place; numbers below 1e-38 become 0.
+// 2^x, with an error of 2 units in the last place; results below 1e-38 become 0.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -83,7 +83,7 @@ __device__ inline float exp2_fast(float x) {
 
 // log(1 + e^x) and its derivative, from one exponential and one division.
 // With e = exp(-|x|) and z = e / (2 + e): log(1 + e) = 2 atanh(z) = z q(z^2), z <= 1/3; q is a minimax polynomial (error 4e-9).
-// lg2.approx would lose the digits of a small delta, which is VMamba's usual one.
+// lg2.approx would lose the digits of a small delta, and VMamba's are small.
 __device__ inline float softplus(float x, float& slope) {
   const float e = exp2_fast(-LOG2_E * fabsf(x));
   const float inverse = __fdividef(1.f, (1.f + e) * (2.f + e));
@@ -94,5 +94,5 @@ __device__ inline float softplus(float x, float& slope) {
   return fmaf(z, q, fmaxf(x, 0.f));
 }
 
-// The product of decays stays finite, so that it leaves a state of 0 at 0 even where decays grow (delta < 0).
+// Product of decays, kept finite: where decays exceed 1 (delta < 0), an infinite product would turn a state of 0 into NaN.
 __device__ inline float decay_product(float P, float Q) { return fminf(P * Q, LARGEST); }

@@ -1,37 +1,39 @@
 // The selective scan of images: cross-scan, dt projection, scan and cross-merge in one kernel, and its gradient in another.
 //
-// A block has 16 adjacent channels of G samples and takes the four directions one after another: each adds to the sum over
-// directions, in shared memory where it fits, so nothing is atomic and results do not vary. In a direction it walks tiles of
-// 16*W positions. Within a warp 8 lanes, with two channels each, are a row of threads; each of its 4 rows has 4 steps:
+// A block has 16 adjacent channels of G samples and processes the four directions one after another. Each adds to the sum
+// over directions, in shared memory if it fits, so nothing is atomic and results do not vary. A direction is processed in
+// tiles of 16*W positions. In a warp, 8 lanes with two channels each form a row; each of the 4 rows has 4 steps:
 //
-//     1. from h = 0, a row finds its steps' map h -> P h + S; so does, over its rows, the warp (shuffles),
-//     2. the warps' maps meet in shared memory (the one barrier of a tile), and each thread finds the h that enters its row,
-//     3. the row steps through once more and emits y.
+//     1. Starting from h = 0, each row computes the map h -> P h + S of its steps, and the warp composes those of its rows
+//        (shuffles).
+//     2. The warps exchange their maps in shared memory (the one barrier of a tile), and each thread computes the h at the
+//        start of its row.
+//     3. Each row repeats its steps from that h and computes y.
 //
 // The gradient q_l = a_l (C_l gy_l + q_{l+1}) runs backwards through the same decays a, so it has the same P and takes part in
-// the same exchange. Letters as in scan_cuda.h.
+// the same exchange. Shapes as in scan_cuda.h.
 #pragma once
 
 #include "cuda_common.cuh"
 #include "scan_cuda.h"
 
-constexpr int LANES = 8;                  // of a row of threads
+constexpr int LANES = 8;                  // of a row
 constexpr int ROWS = WARP / LANES;        // of a warp
 constexpr int CHANNELS = 2 * LANES;       // of a block
 constexpr int WARP_STEPS = ROWS * STEPS;  // of a warp in a tile
 constexpr int MAX_THREADS = 16 * WARP;    // of a block; half as many with several states
-constexpr int DT_COLUMNS = 32;            // of dt in shared memory at a time
+constexpr int DT_COLUMNS = 32;            // columns of dt in shared memory at a time
 static_assert(LANES == 2 * STEPS, "each lane of a row loads, and sums, one of the row's B and C");
 
-// The sizes of ScanCudaImages and what the host derives from them. Offsets within a sample fit in an int.
+// The sizes of ScanCudaImages and values that the host derives from them. Offsets within a sample fit in an int.
 struct ImagePlan {
   int height, width, channels, rank, states, warps, samples;
   int length, columns, channel_blocks, tiles;
-  unsigned divide;   // 2^32 / height + 1, to divide by height with a multiplication; 0: L is too large for that
-  bool sums_shared;  // the sum over directions lies in shared memory
+  unsigned divide;   // 2^32 / height + 1, to divide by height by a multiplication; 0 if L is too large for that
+  bool sums_shared;  // whether the sum over directions is in shared memory
 };
 
-// Where things lie in shared memory, in floats. All are multiples of 4.
+// Offsets in shared memory, in floats. All are multiples of 4.
 struct ImageLayout {
   int weights, dt, dt_row, bc, carry, reverse, totals, entering, sums, size;
 };
@@ -72,10 +74,10 @@ struct Path {
 
 // Which part of the work a thread does.
 struct Place {
-  int lane, row, warp, own, group;  // own: the number of the warp within its sample
+  int lane, row, warp, own, group;  // own: number of the warp within its sample; group: number of the sample in the block
   int block_channel, channel;
   int64_t sample;
-  bool present, exists;  // the sample, the pair of channels
+  bool present, exists;  // whether the sample is within the batch, the pair of channels within D
 
   __device__ Place(int64_t batch, const ImagePlan& plan) {
     lane = threadIdx.x % LANES;
@@ -96,7 +98,7 @@ struct Place {
   }
 };
 
-// What a thread reads of a tile, on its way while the tile before is computed.
+// What a thread reads of a tile; loaded while the tile before is computed.
 template <typename T>
 struct Fetched {
   Pair<T> x[STEPS];
@@ -104,12 +106,12 @@ struct Fetched {
   T bc;         // of state 0: B (lanes 0 to 3) or C (lanes 4 to 7) of step lane % 4
 };
 
-// Where a thread reads in one direction.
+// Where a thread reads its inputs in one direction.
 template <typename T>
 struct Source {
-  const T *image, *columns;  // of the sample, from the thread's channel; of the sample and direction
+  const T *image, *columns;  // x from the thread's channel on; proj of the direction
   Path path;
-  int channels, stride, rank, states, lane, end;  // end: no step from there on is valid
+  int channels, stride, rank, states, lane, end;  // end: number of valid steps
   bool exists;
 
   __device__ Source(const ScanCudaImages& args, const ImagePlan& plan, const Place& place, int k)
@@ -143,7 +145,7 @@ struct Source {
     return columns[path.position(step) * stride + rank + (lane < STEPS ? 0 : states) + n];
   }
 
-  // delta of the thread's steps and channels before the softplus: bias + dt_weight @ dt.
+  // delta of the thread's steps and channels before softplus: bias + dt_weight @ dt.
   __device__ void project(float (&delta)[STEPS][2], float2 bias, const Fetched<T>& now, int step, float* dt_row,
                           const float* weights) const {
 #pragma unroll
@@ -176,7 +178,8 @@ struct Source {
   }
 };
 
-// Every lane of a row gets B and C of the row's steps, of which each lane has loaded one. Between two calls the block meets.
+// Gives every lane of a row B and C of the row's steps, of which each lane has loaded one value. There must be a barrier of the
+// block between two calls.
 template <typename T>
 __device__ inline void exchange_bc(T mine, float* bc_row, int lane, float (&B)[STEPS], float (&C)[STEPS]) {
   bc_row[lane] = to_float(mine);
@@ -192,7 +195,7 @@ struct Maps {
   float P[2], S[2];
 };
 
-// Composes the maps of a row and of the warp's rows before it (DOWN: after it); `others` leaves the row itself out.
+// Composes the maps of the row and of the warp's rows before it (DOWN: after it); `others` is the same without the row itself.
 template <bool DOWN>
 __device__ inline void scan_rows(Maps& maps, Maps& others, int row) {
 #pragma unroll
@@ -218,8 +221,8 @@ __device__ inline void scan_rows(Maps& maps, Maps& others, int row) {
   }
 }
 
-// The block's dt_weight of one direction, [R, 16]. Nobody needs the direction before any more: the block met in its last tile.
-// The barrier also separates the sums of two directions.
+// Loads the block's dt_weight of one direction, [R, 16]. No thread still uses the previous direction's: there was a barrier in
+// its last tile. The barrier here also separates the sums of two directions.
 __device__ inline void load_weights(float* weights, const float* dt_weight, const ImagePlan& plan, int direction,
                                     int block_channel) {
   const int rank = plan.rank;
@@ -231,7 +234,8 @@ __device__ inline void load_weights(float* weights, const float* dt_weight, cons
   __syncthreads();
 }
 
-// The sum over directions: one thread at a time owns a position and pair of channels; barriers lie between directions.
+// The sum over directions. Within a direction, one thread writes each position and pair of channels; there are barriers between
+// directions.
 struct DirectionSum {
   float* at;  // position 0 and the thread's channel
   int stride;
@@ -251,7 +255,7 @@ __device__ inline DirectionSum direction_sum(float* shared, float* global, const
   return {global + place.sample * plan.length * plan.channels + place.channel, plan.channels};
 }
 
-// Writes the sum over directions as the output. Each row of threads takes every so many positions of its sample.
+// Copies the sum over directions to the output. The rows of a sample's warps take its positions in turn.
 template <typename T>
 __device__ inline void write_sum(const DirectionSum& sum, T* out, const ImagePlan& plan, const Place& place) {
   __syncthreads();
@@ -261,7 +265,7 @@ __device__ inline void write_sum(const DirectionSum& sum, T* out, const ImagePla
     store_pair(out + p * plan.channels, load_pair(sum.at + p * sum.stride).unpack());
 }
 
-// D of a channel, summed over directions: the skip is the same for each.
+// D summed over directions: each adds D u of the same u.
 __device__ inline float2 skip(const float* D, const ImagePlan& plan, const Place& place) {
   float2 sum = make_float2(0.f, 0.f);
   for (int k = 0; D && k < 4; ++k) {
@@ -271,7 +275,7 @@ __device__ inline float2 skip(const float* D, const ImagePlan& plan, const Place
   return sum;
 }
 
-// A of a state, times a factor.
+// A of one state, times a factor.
 __device__ inline float2 load_A(const float* A, const ImagePlan& plan, const Place& place, int direction, int n, float factor) {
   A += (int64_t(direction) * plan.channels + place.channel) * plan.states + n;
   return place.exists ? make_float2(factor * A[0], factor * A[plan.states]) : make_float2(0.f, 0.f);

@@ -1,4 +1,4 @@
-// The backward pass of images.cuh. It computes decays and states anew, from the state that entered each tile.
+// Backward kernel of images: see images.cuh. It recomputes decays and states, from the saved state at the start of each tile.
 #pragma once
 
 #include "images.cuh"
@@ -8,11 +8,11 @@ struct DeltaGradient {
   using Type = float;
 };
 template <>
-struct DeltaGradient<Bfloat16> {  // of float32's range; float16 could overflow
+struct DeltaGradient<Bfloat16> {  // has the range of float32; float16 could overflow
   using Type = Bfloat16;
 };
 
-// Sums of eight numbers over the eight lanes of a row: lane i gets that of number i.
+// Sums eight values over the eight lanes of a row: lane i gets the sum of value i.
 __device__ inline float sum_over_row(float (&values)[LANES], int lane) {
 #pragma unroll
   for (int half = LANES / 2; half > 0; half /= 2)
@@ -25,7 +25,7 @@ __device__ inline float sum_over_row(float (&values)[LANES], int lane) {
   return values[0];
 }
 
-// Adds what the rows of a warp found for the thread's pair of channels to the warp's own place in shared memory.
+// Adds the values of a warp's rows for the thread's pair of channels to the warp's totals in shared memory.
 __device__ inline void add_total(float* totals, float (&values)[2], int row) {
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
     load_weights(shared + layout.weights, args.dt_weight, plan, k, place.block_channel);
     const Source<T> source(args, plan, place, k);
     const float2 bias = args.dt_bias ? place.load(args.dt_bias + k * plan.channels) : make_float2(0.f, 0.f);
-    const float2 D = k == 0 ? skip(args.D, plan, place) : make_float2(0.f, 0.f);  // once for all four
+    const float2 D = k == 0 ? skip(args.D, plan, place) : make_float2(0.f, 0.f);  // once for all four directions
     const float* const saved = args.saved + (place.sample * 4 + k) * plan.tiles * states * plan.channels;
     G* const ddelta_out =
         static_cast<G*>(args.ddelta) + (k * args.batch + place.sample) * plan.length * plan.channels + place.channel;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
     if (row == 0)
       for (int n = 0; n < states + 2; ++n) totals[n * CHANNELS] = totals[n * CHANNELS + 1] = 0.f;
     float dA[2] = {}, dbias[2] = {}, dD[2] = {};
-    float q_tile[2] = {};  // the gradient a_{l+1} dL/dh_{l+1} that enters a tile from the steps after it
+    float q_tile[2] = {};  // the gradient a_{l+1} dL/dh_{l+1} that a tile gets from the steps after it
     float2 A = load_A(args.A, plan, place, k, 0, 1.f);
 
     for (int tile = plan.tiles - 1; tile >= 0; --tile) {
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
           h[0] = fmaf(map.x, h[0], map.z);
           h[1] = fmaf(map.y, h[1], map.w);
         }
-        // With several states their q lie in shared memory, in two copies: one is read in this tile, the other written.
+        // With several states their q are in shared memory, in two copies: this tile reads one and writes the other.
         const int entering = layout.entering + (place.group * states + n) * CHANNELS + 2 * lane;
         const int copy = plan.samples * states * CHANNELS;
         if (!ONE_STATE) {

@@ -1,4 +1,4 @@
-// The forward pass of images.cuh.
+// Forward kernel of images: see images.cuh.
 #pragma once
 
 #include "images.cuh"
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
     load_weights(shared + layout.weights, args.dt_weight, plan, k, place.block_channel);
     const Source<T> source(args, plan, place, k);
     const float2 bias = args.dt_bias ? place.load(args.dt_bias + k * plan.channels) : make_float2(0.f, 0.f);
-    const float2 D = k == 0 ? skip(args.D, plan, place) : make_float2(0.f, 0.f);  // once for all four
+    const float2 D = k == 0 ? skip(args.D, plan, place) : make_float2(0.f, 0.f);  // once for all four directions
     float* const saved = args.saved + (place.sample * 4 + k) * plan.tiles * states * plan.channels + place.channel;
     float h_tile[2] = {};
     float2 A = load_A(args.A, plan, place, k, 0, LOG2_E);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
           float slope;
-          delta[t][v] = step + t < source.end ? softplus(delta[t][v], slope) : 0.f;  // 0: h stays as it is
+          delta[t][v] = step + t < source.end ? softplus(delta[t][v], slope) : 0.f;  // 0: h stays the same
           du[t][v] = delta[t][v] * (v ? x.y : x.x);
           y[t][v] = v ? D.y * x.y : D.x * x.x;
         }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(ONE_STATE ? MAX_THREADS : MAX_THREADS / 2, 1)
           h_tile[0] = fmaf(map.x, h_tile[0], map.z);
           h_tile[1] = fmaf(map.y, h_tile[1], map.w);
         }
-        if (!ONE_STATE && writes && tile + 1 < plan.tiles)  // the next tile takes it from there, after a barrier
+        if (!ONE_STATE && writes && tile + 1 < plan.tiles)  // read by the next tile, after a barrier
           store_pair(kept + states * plan.channels, make_float2(h_tile[0], h_tile[1]));
 
 #pragma unroll

@@ -1,4 +1,4 @@
-// The scan of sequences, channels first: tiles are transposed on their way in and out.
+// The scan of sequences. They are channels first, so tiles are transposed when they are read and written.
 #pragma once
 
 #include "scan_block.h"
@@ -78,13 +78,13 @@ class Scan1d {
  private:
   int64_t elements() const { return args.batch * args.directions * args.channels * args.length; }
 
-  // What a thread works in.
+  // Working memory of a thread.
   struct Space {
     Parameters parameters;
     float *u, *y, *gy, *du;  // [TILE, BLOCK]
     float *state, *carry;    // [N, BLOCK]
     float* skip;             // [BLOCK]: D
-    float *proj, *dproj;     // [TILE, 2N rounded up]
+    float *proj, *dproj;     // [TILE, 2N], with padding
     Tile* tile;
     Work* work;
 
@@ -106,15 +106,15 @@ class Scan1d {
     }
   };
 
-  // Where a block of channels of one sequence lies.
+  // Where a block of channels of one sequence lies in memory.
   struct Place {
-    int64_t count;    // channels
-    int64_t channel;  // in u, delta, y: rows of L
-    int64_t state;    // in B, C: rows of L
-    int64_t saved;    // in saved: rows of D, then channels
+    int64_t count;    // number of channels
+    int64_t channel;  // row in u, delta, y (rows of L elements)
+    int64_t state;    // row in B, C (rows of L elements)
+    int64_t saved;    // offset in `saved`
   };
 
-  // Also packs the block's parameters.
+  // Also packs the parameters of the block and clears what its missing channels would read.
   Place place(const Space& space, int64_t b, int64_t direction, int64_t block) const {
     const int64_t sequence = b * args.directions + direction, channel = block * BLOCK;
     const int64_t count = at_most(args.channels - channel, BLOCK), first = direction * args.channels + channel;
@@ -126,7 +126,7 @@ class Scan1d {
             sequence * tiles * args.states * args.channels + channel};
   }
 
-  // Transposes a tile of u, delta, B and C and finishes delta.
+  // Transposes a tile of u, delta, B and C, and applies bias and softplus to delta.
   void load_tile(const Space& space, const Place& at, int64_t start, bool slope) const {
     Tile& tile = *space.tile;
     Work& work = *space.work;
@@ -194,7 +194,7 @@ class Scan1d {
     }
   }
 
-  // What D adds after a tile's scan_backward.
+  // Adds the contributions of D to du and the gradient of D, after the scan_backward of a tile.
   void finish_tile(const Space& space, float* dD) const {
     const int count = space.tile->count;
     for (int v = 0; v < BLOCK; v += LANES) {

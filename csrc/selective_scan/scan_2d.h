@@ -1,4 +1,4 @@
-// The 2D scan: images, channels last, in four directions. No reordered copy of anything is made; a task keeps its block of
+// The 2D scan of images, channels last, in four directions. Nothing is copied in another order: a task keeps its block of
 // channels of one image in the second-level cache and walks over it four times.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// The positions of a direction: row by row, column by column, and both reversed.
+// Position in the image of each step of a direction: row by row, column by column, and both reversed.
 struct Walk {
   int direction;
   int64_t length;
@@ -112,13 +112,13 @@ class Scan2d {
  private:
   int64_t elements() const { return args.batch * 4 * args.channels * length; }
 
-  // What a thread works in.
+  // Working memory of a thread.
   struct Space {
     Parameters parameters[4];
     float *u, *y, *gy, *du;  // [L, BLOCK]
     float *state, *carry;    // [N, BLOCK]
     float* skip;             // [BLOCK]: D, summed over the directions
-    float *proj;             // [TILE, R + 2N rounded up]
+    float *proj;             // [TILE, R + 2N rounded up to LANES]
     Tile* tile;
     Work* work;
 
@@ -164,8 +164,8 @@ class Scan2d {
     }
   }
 
-  // Finds the tile's positions; where proj is half precision its rows are converted. Unlike proj [L, 4, R + 2N], dproj is
-  // [4, L, R + 2N] until the end: a direction's part stays in the second-level cache.
+  // Finds the positions of the tile and converts rows of proj in half precision. Unlike proj [L, 4, R + 2N], dproj is
+  // [4, L, R + 2N] until the end, so that the part of a direction stays in the second-level cache.
   void fill_tile(const Space& space, int64_t b, int direction, int64_t start, float* dproj) const {
     const Walk position = {direction, length, by_columns};
     Tile& tile = *space.tile;
@@ -187,11 +187,11 @@ class Scan2d {
     return to;
   }
 
-  // Rows so far ahead are fetched while one is copied: they are too far apart for processors to guess. Past the end of the
-  // matrix this has no effect.
+  // While a row is copied, the row this far ahead is prefetched: rows are too far apart for the hardware's prefetcher. Past
+  // the end of the matrix a prefetch has no effect.
   static constexpr int64_t AHEAD = 24;
 
-  // Rows of a [L, D] matrix of which `count` channels are the block's. The other lanes of the block are zeros.
+  // Loads `count` channels of a matrix [L, D], scaled. The other lanes of the block become zeros.
   template <typename From>
   void load_block(const From* from, int64_t count, float scale, float* to) const {
     for (int64_t i = 0; i < length; ++i, from += args.channels, to += BLOCK) {
@@ -231,7 +231,7 @@ class Scan2d {
     store_block(space.y, 1.f, space.skip, LOG2E, space.u, count, args.y + block);
   }
 
-  // `dproj` is that of the sample, added to unless it is to be cleared; `piece` holds the block's gradients of parameters in
+  // Adds to `dproj` of the sample, or clears it first if `clears`, and to `piece`, the gradients of the block's parameters in
   // four directions.
   void backward_block(const Space& space, int64_t b, int64_t channel, bool clears, float* dproj, float* piece) const {
     const int64_t count = channels_from(channel), block = b * length * args.channels + channel;
@@ -259,7 +259,7 @@ class Scan2d {
     store_block(space.du, LN2, space.skip, 1.f, space.gy, count, (T*)args.dx + block);
   }
 
-  // The sum over positions of u gy, the same for every direction.
+  // The sum over positions of u * gy, the same for every direction.
   void add_gradient_of_D(const Space& space, float* piece) const {
     for (int v = 0; v < VECS; ++v) {
       Vec sum = {};
@@ -273,8 +273,8 @@ class Scan2d {
 
   const Scan2dArgs& args;
   const Model model;
-  const int64_t length, tiles, width;  // width of a row of proj
-  int32_t* by_columns;                 // the positions, column by column
+  const int64_t length, tiles, width;  // width: R + 2N, columns of proj in one direction
+  int32_t* by_columns;                 // positions, column by column
 };
 
 }  // namespace

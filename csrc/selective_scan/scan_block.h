@@ -1,7 +1,7 @@
-// What the 2D scan and the scan of sequences share around the tiles: memory, threads, packed parameters, sums over tasks.
+// Shared by the 2D scan and the scan of sequences: memory, threads, packing of parameters, sums over tasks.
 //
-// A task scans one group of channel blocks of one group of samples. How many groups there are depends on the shapes
-// alone, never on the number of threads, and sums over groups are taken in their order: results always have the same bits.
+// A task scans one group of channel blocks of one group of samples. The number of groups depends on the shapes alone, not on
+// the number of threads, and sums over groups are taken in their order: results always have the same bits.
 #pragma once
 
 #include <stdlib.h>
@@ -21,7 +21,7 @@ inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / 
 inline int64_t round_up(int64_t value, int64_t to) { return divide_up(value, to) * to; }
 inline void clear(float* values, int64_t count) { memset(values, 0, sizeof(float) * count); }
 
-// Hands out pieces of one allocation; on a null base it only counts.
+// Divides one allocation into pieces; with a null base it only measures the size.
 struct Arena {
   char* base;
   int64_t used = 0;
@@ -34,7 +34,7 @@ struct Arena {
   }
 };
 
-// 64-byte aligned memory, freed at the end of the scope; `base` is null when there is not enough.
+// 64-byte aligned memory, freed at the end of the scope; `base` is null if the allocation failed.
 struct Memory {
   char* const base;
   explicit Memory(int64_t bytes) : base((char*)aligned_alloc(64, round_up(bytes + 1, 64))) {}
@@ -42,7 +42,8 @@ struct Memory {
   Memory(const Memory&) = delete;
 };
 
-// A state that decays for long would become subnormal, which some processors handle a hundred times slower.
+// Flushes subnormal numbers to zero: a state that decays for long becomes subnormal, and some processors are a hundred times
+// slower with those.
 class FlushSubnormals {
 #if defined(__x86_64__)
   const unsigned before = _mm_getcsr();
@@ -62,7 +63,7 @@ class FlushSubnormals {
 #endif
 };
 
-// body(task, thread) for every task, on at most so many threads.
+// Calls body(task, thread) for every task, on at most `threads` threads.
 template <typename Body>
 void parallel(int64_t tasks, int64_t threads, const Body& body) {
 #if defined(_OPENMP)
@@ -78,11 +79,11 @@ void parallel(int64_t tasks, int64_t threads, const Body& body) {
 #endif
 }
 
-// How many tasks there should be at least: enough to keep the cores of a machine busy, fewer where a scan of so many
-// elements (B * K * D * L) is soon done, because every group costs time to add up.
+// Number of tasks to aim at for a scan of B * K * D * L elements: enough to keep the cores of a machine busy, fewer for small
+// scans, because adding up the groups costs time.
 inline int64_t task_count(int64_t elements) { return elements < 1 << 19 ? 8 : elements < 1 << 20 ? 16 : 32; }
 
-// `total` things in groups of nearly equal size.
+// `total` items in `count` groups of nearly equal size.
 struct Groups {
   int64_t total, count;
   int64_t first(int64_t group) const { return group * total / count; }
@@ -92,8 +93,8 @@ struct Split {
   Groups samples, blocks;
 };
 
-// Enough tasks, cut so that the least has to be added up afterwards: `block_cost` floats for every group of blocks,
-// `sample_cost` floats for every group of samples.
+// Divides the work into enough tasks, such that the least has to be added up afterwards: `block_cost` floats for every group
+// of blocks, `sample_cost` floats for every group of samples.
 inline Split split(int64_t tasks, int64_t batch, int64_t blocks, int64_t directions, int64_t block_cost, int64_t sample_cost) {
   Split best = {};
   int64_t least = INT64_MAX;
@@ -109,7 +110,7 @@ inline Split split(int64_t tasks, int64_t batch, int64_t blocks, int64_t directi
   return best;
 }
 
-// Sizes that packing parameters needs, and the pointers that it reads. `weight`, D and bias may be null.
+// Sizes and pointers of the parameters. `weight`, D and bias may be null.
 struct Model {
   int64_t channels, rank, states;
   const float *weight, *A, *D, *bias;
@@ -123,7 +124,7 @@ inline Parameters take_parameters(Arena& arena, const Model& m, bool backward) {
           arena.take(m.states * BLOCK)};
 }
 
-// Parameters of `count` channels from row `first` (direction * D + channel) on; the block's other channels get zeros.
+// Packs the parameters of `count` channels from row `first` (direction * D + channel) on; the others of the block are zeros.
 inline void pack(const Model& m, int64_t first, int64_t count, const Parameters& p) {
   clear(p.bias, BLOCK);
   if (count < BLOCK) {
@@ -141,14 +142,14 @@ inline void pack(const Model& m, int64_t first, int64_t count, const Parameters&
       store(p.weight_transposed + c * stride + r, load_some(m.weight + (first + c) * m.rank + r, m.rank - r) * LOG2E);
 }
 
-// A block's gradients of one direction lie in one piece of m.gradient_size() floats: weight, bias, A, then D.
+// The gradients of a block in one direction are one piece of m.gradient_size() floats: weight, bias, A, then D.
 inline Gradients gradients(const Model& m, float* piece) {
   return {piece, piece + m.rank * BLOCK, piece + (m.rank + 1) * BLOCK};
 }
 
 inline float* gradient_of_D(const Model& m, float* piece) { return piece + (m.rank + 1 + m.states) * BLOCK; }
 
-// Adds the pieces [groups, blocks, directions] of all groups of samples and writes them where the caller wants them.
+// Adds the pieces [groups, blocks, directions] over the groups of samples and writes the gradients of the parameters.
 inline void finish_gradients(const Model& m, float* pieces, int64_t groups, int64_t directions, int64_t threads, float* dweight,
                              float* dA, float* dD, float* dbias) {
   const int64_t size = m.gradient_size(), stride = m.blocks() * directions * size;

@@ -1,4 +1,4 @@
-// The scans for one instruction set. setup.py compiles this file several times with other flags; SCAN_VARIANT names the result.
+// The scans for one instruction set. build_tool.py compiles this file once per instruction set; SCAN_VARIANT is its name.
 #include "scan_cpu.h"
 
 #include "scan_1d.h"
@@ -24,7 +24,7 @@ ScanStatus backward(const Args* args) {
   }
 }
 
-// One tile again and again, in first-level cache.
+// The arithmetic of a scan on one tile, repeated: all data stays in the first-level cache.
 ScanStatus arithmetic(int64_t rank, int64_t states, int64_t with_backward, int64_t elements, int64_t threads) {
   const Model model = {BLOCK, rank, states, nullptr, nullptr, nullptr, nullptr};
   const int64_t width = rank + 2 * states;

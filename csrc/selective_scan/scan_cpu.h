@@ -1,4 +1,4 @@
-// What one instruction set offers; scan_dispatch.cpp chooses among them.
+// The functions of one instruction set; scan_dispatch.cpp chooses among them.
 #pragma once
 
 #include "scan.h"

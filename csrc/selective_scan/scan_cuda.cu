@@ -1,4 +1,4 @@
-// The CUDA library: chooses and launches the kernels. A C interface and the CUDA runtime only, so one build serves every torch.
+// The CUDA library: chooses and launches the kernels. It needs the CUDA runtime only, so one build serves every torch.
 
 #include "images_backward.cuh"
 #include "images_forward.cuh"
@@ -16,7 +16,7 @@ cudaError_t shared_limit(int64_t device, int& bytes) {
 
 int64_t divide_up(int64_t of, int64_t by) { return (of + by - 1) / by; }
 
-// How a call is cut into pieces on a device with so much shared memory per block.
+// How a call is divided on a device with `limit` bytes of shared memory per block.
 ImagePlan plan_images(const ScanCudaImages& args, bool backward, int limit) {
   ImagePlan plan{};
   plan.height = int(args.height);
@@ -106,7 +106,7 @@ const char* scan_cuda_unavailable(int64_t device) {
   cudaFuncAttributes attributes;
   cudaError_t error = cudaSetDevice(int(device));
   if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(image_kernel<float>(true, true)));
-  cudaGetLastError();  // leaves no error behind for the next call to find
+  cudaGetLastError();  // clears the error, or the next call would report it
   return words(error);
 }
 

@@ -1,6 +1,6 @@
 // The functions that Python calls. The instruction set is chosen once, when the library is loaded: the widest that this
-// processor has, or for tests the one that the environment variable SCAN_ISA names (avx512, avx2, baseline: also
-// when the named one cannot run).
+// processor supports, or for tests the one in the environment variable SCAN_ISA (avx512, avx2 or baseline; if the processor
+// does not support it, baseline).
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,8 +50,8 @@ EXPORT int scan_backward(const ScanArgs* args) { return variant.kernels->backwar
 EXPORT int scan_forward_2d(const Scan2dArgs* args) { return variant.kernels->forward_2d(args); }
 EXPORT int scan_backward_2d(const Scan2dArgs* args) { return variant.kernels->backward_2d(args); }
 
-// Does the arithmetic of so many elements (B * K * D * L) on a tile that stays in first-level cache: what a scan would
-// cost if data were always at hand.
+// Does the arithmetic of a scan of `elements` = B * K * D * L elements on data that stays in the first-level cache: the time
+// that a scan would take if memory were infinitely fast.
 EXPORT int scan_arithmetic(int64_t rank, int64_t states, int64_t with_backward, int64_t elements, int64_t threads) {
   return variant.kernels->arithmetic(rank, states, with_backward, elements, threads);
 }

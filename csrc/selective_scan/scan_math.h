@@ -1,6 +1,6 @@
-// Vectors of floats as wide as the instruction set that this file is compiled for, and what the scans need of them:
-// loads and stores of three types, exp2, softplus, transposition. Everything lies in an unnamed namespace: the source is
-// compiled once per instruction set, and no function of one may be taken for that of another.
+// Vectors of floats, as wide as in the instruction set that this file is compiled for, and functions of them: loads and stores
+// of three types, exp2, softplus, transposition. Everything is in an unnamed namespace, because the source is compiled once
+// per instruction set, and the linker must not merge the functions of two.
 #pragma once
 
 #include <stdint.h>
@@ -60,7 +60,7 @@ INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 INLINE int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
 INLINE int64_t at_least(int64_t value, int64_t low) { return value > low ? value : low; }
 
-// ---- loads and stores; lanes from `count` on are read as 0 and not written ----
+// ---- loads and stores; load_some and store_some read lanes from `count` on as 0 and do not write them ----
 
 INLINE Vec load(const float* from) {
   Vec value;
@@ -107,7 +107,7 @@ INLINE Vec load(const Float16* from) {
 INLINE void store(Float16* to, Vec value) {
   const Bits bits = (Bits)value, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   const Bits normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const Vec shift = broadcast(0.5f);  // adding it leaves the digits of a subnormal number in the lowest bits, rounded
+  const Vec shift = broadcast(0.5f);  // adding it leaves the digits of a subnormal number, rounded, in the lowest bits
   const Bits subnormal = (Bits)((Vec)magnitude + shift) - (Bits)shift;
   Bits half = magnitude < ((127 - 14) << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;  // rounds to 65536 or more
@@ -135,8 +135,8 @@ INLINE void store_some(T* to, Vec value, int64_t count) {
 
 // ---- functions; NaN in, NaN out ----
 
-// Four vectors side by side. A polynomial is one long chain of operations, each of which waits for the one before it:
-// four chains that take turns keep the processor busy, where one after the other would leave it idle half of the time.
+// Four vectors. A polynomial is a long chain of operations, each of which waits for the one before: four interleaved chains
+// keep the processor busy, while a single one would leave it idle half of the time.
 struct Quad {
   Vec a, b, c, d;
 };
@@ -175,7 +175,7 @@ INLINE Quad at_most(float high, Quad x) {
 
 // 2^x for -127 <= x <= 128, relative error 1.5e-7; exactly 0 at -127 and infinite at 128.
 INLINE Quad exp2_clipped(Quad x) {
-  constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits then hold
+  constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits
   const Quad shifted = x + SHIFT;
   const Quad f = x - (shifted - SHIFT);
   Quad p = f * 1.3264732e-3f + 9.6715126e-3f;  // minimax of 2^f on [-1/2, 1/2] among those exact at 0
@@ -188,7 +188,7 @@ INLINE Quad exp2_clipped(Quad x) {
 
 INLINE Quad exp2(Quad x) { return exp2_clipped(at_most(128.f, at_least(-127.f, x))); }
 
-// softplus in units of ln 2, log2(1 + 2^x), relative error 2e-7; `e` becomes 2^-|x|.
+// softplus in units of ln 2, log2(1 + 2^x), relative error 2e-7; sets `e` to 2^-|x|.
 INLINE Quad softplus2(Quad x, Quad& e) {
   const Quad minus_abs = map([](Vec v) { return (Vec)((Bits)v | 0x80000000u); }, x);
   e = exp2_clipped(at_least(-127.f, minus_abs));
@@ -203,7 +203,7 @@ INLINE Quad softplus2(Quad x, Quad& e) {
   return p * e + at_least(0.f, x);
 }
 
-// Derivative of softplus2, 1 / (1 + 2^-x), from the e that it gave.
+// Derivative of softplus2, 1 / (1 + 2^-x), from the `e` that it computed.
 INLINE Quad softplus2_slope(Quad x, Quad e) {
   return map([](Vec x, Vec e) { return x >= 0.f ? broadcast(1.f) : e; }, x, e) / (e + 1.f);
 }
@@ -216,7 +216,7 @@ INLINE Quad softplus2_slope(Quad x, Quad e) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
-// Lanes are taken in blocks of SPAN: `evens` interleaves the even-numbered blocks of a and b, `odds` the odd-numbered ones.
+// With lanes in blocks of SPAN: `evens` interleaves the even-numbered blocks of a and b, `odds` the odd-numbered ones.
 template <int SPAN, int... I>
 INLINE Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return SHUFFLE(a, b, (I & SPAN ? LANES + I - SPAN : I)...);
@@ -227,7 +227,7 @@ INLINE Vec odds(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return SHUFFLE(a, b, (I & SPAN ? LANES + I : I + SPAN)...);
 }
 
-// v[i][j] and v[j][i] change places.
+// Swaps v[i][j] and v[j][i].
 template <int SPAN = LANES / 2>
 INLINE void transpose(Vec (&v)[LANES]) {
   constexpr std::make_integer_sequence<int, LANES> lanes;
@@ -240,7 +240,7 @@ INLINE void transpose(Vec (&v)[LANES]) {
   if constexpr (SPAN > 1) transpose<SPAN / 2>(v);
 }
 
-// Lane i of the result is the sum of the lanes of v[i]; v is used up.
+// Lane i of the result is the sum of the lanes of v[i]. Overwrites v.
 template <int SPAN = LANES / 2>
 INLINE Vec lane_sums(Vec* v) {
   constexpr std::make_integer_sequence<int, LANES> lanes;
@@ -265,7 +265,7 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t colu
     for (int64_t column = 0; column < columns; column += LANES) {
       const From* const a = from + row * from_stride + column;
       To* const b = to + column * to_stride + row;
-      if (row + LANES <= rows && column + LANES <= columns)  // all sizes constant: stays in registers
+      if (row + LANES <= rows && column + LANES <= columns)  // all sizes are constants: stays in registers
         transpose_square(a, from_stride, LANES, LANES, b, to_stride, scale);
       else
         transpose_square(a, from_stride, at_most(rows - row, LANES), at_most(columns - column, LANES), b, to_stride, scale);

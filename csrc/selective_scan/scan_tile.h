@@ -1,11 +1,11 @@
-// One tile of a scan: up to TILE positions of one direction, BLOCK channels side by side. All that costs time is here.
+// One tile of a scan: up to TILE positions of one direction, for a block of BLOCK channels. Nearly all time is spent here.
 //
-// Units: delta is kept divided by ln 2, so that exp(delta A) = 2^(delta A), and u multiplied by ln 2, so that the product
-// of both is delta * u. What is multiplied by log2(e) for that (weights, bias) is packed so once per block of channels.
+// Units: delta is stored divided by ln 2, so that exp(delta A) = 2^(delta A), and u multiplied by ln 2, so that their product
+// is still delta * u. Weights and bias are multiplied by log2(e) accordingly when they are packed, once per block of channels.
 //
-// A tile is worked on in passes over arrays that stay in the first-level cache: matrix product, softplus, exp, recurrence.
-// Each pass by itself has enough independent work in flight to keep the arithmetic units busy; one loop that does
-// everything for a position would wait for its own results.
+// A tile is processed in passes over arrays that stay in the first-level cache: matrix product, softplus, exp, recurrence.
+// Each pass has enough independent operations to keep the arithmetic units busy; a single loop that does everything for a
+// position would wait for its own results.
 #pragma once
 
 #include "scan.h"
@@ -14,9 +14,9 @@
 namespace {
 
 constexpr int TILE = SCAN_TILE;
-constexpr int VECS = LANES < 8 ? 4 : 2;  // vectors in a row
+constexpr int VECS = LANES < 8 ? 4 : 2;  // vectors per row
 constexpr int BLOCK = VECS * LANES;      // channels: 16, with AVX-512 32
-constexpr int ROWS = 8 / VECS;           // rows of a matrix product held in registers: 8 sums hide the latency of adding
+constexpr int ROWS = 8 / VECS;           // rows of a matrix product in registers: 8 sums hide the latency of additions
 
 static_assert(TILE % LANES == 0 && TILE % ROWS == 0 && TILE % 8 == 0, "passes work on groups of rows");
 
@@ -35,15 +35,15 @@ struct Gradients {
   float *weight, *bias, *A;
 };
 
-// Where the tile's positions lie. After `count`, up to a multiple of ROWS, `proj` repeats the last one.
+// Where the positions of the tile lie in memory. After `count`, up to a multiple of ROWS, `proj` repeats the last one.
 struct Tile {
   int count;
   int64_t at[TILE];         // offset of a position's row in u, y, gy, du
-  const float* proj[TILE];  // dt (R), B (N), C (N) of a position
-  float* dproj[TILE];       // their gradients are added here; after dt's up to LANES - 1 zeros are added too
+  const float* proj[TILE];  // dt [R], B [N], C [N] of a position
+  float* dproj[TILE];       // their gradients are added here; after those of dt, up to LANES - 1 zeros are added too
 };
 
-// What passes hand to each other.
+// Results that one pass leaves for the next.
 struct Work {
   alignas(64) Rows delta;                // before softplus, then after
   alignas(64) Rows slope;                // of softplus
@@ -84,7 +84,7 @@ inline void decay(int count, const float* A, Work& work) {
   for (int i = 0; i < count * BLOCK; i += 4 * LANES) store4(work.a[0] + i, exp2(load4(work.delta[0] + i) * A4));
 }
 
-// h = a h + delta B u;  y += C h.  `state` [N, BLOCK] enters the tile and leaves it.
+// h = a h + delta B u;  y += C h.  `state` [N, BLOCK] is that before the tile and becomes that after it.
 inline void scan_forward(const Tile& tile, const Parameters& p, int64_t rank, int64_t states, const float* u, float* y,
                          float* state, Work& work) {
   for (int64_t n = 0; n < states; ++n) {
@@ -104,7 +104,7 @@ inline void scan_forward(const Tile& tile, const Parameters& p, int64_t rank, in
   }
 }
 
-// Forward once more for one state, from `state` [BLOCK] that enters the tile: fills work.a and work.h.
+// Repeats the forward pass of one state, from `state` [BLOCK] at the start of the tile: fills work.a and work.h.
 inline void recompute(const Tile& tile, const float* A, int64_t b, const float* u, const float* state, Work& work) {
   decay(tile.count, A, work);
   Vec h[VECS];
@@ -119,8 +119,8 @@ inline void recompute(const Tile& tile, const float* A, int64_t b, const float* 
   }
 }
 
-// The tile in reverse for state n: gh = C gy + (a gh of the next position), and from it every gradient.
-// `carry` [BLOCK] is a gh of the position after the tile and becomes that of its first one.
+// Gradients of one state, in reverse: gh = C gy + (a gh of the next position), and from it all others.
+// `carry` [BLOCK] is a gh of the position after the tile and becomes a gh of the first position of the tile.
 template <bool FIRST>
 inline void reverse(const Tile& tile, const float* A, int64_t b, int64_t c, const float* u, const float* gy, float* du,
                     float* carry, float* dA, float* dbias, Work& work) {
@@ -169,7 +169,7 @@ inline void add_lanes(const Tile& tile, int64_t column, Vec* lanes) {
   }
 }
 
-// `state` [N, BLOCK] enters the tile; `carry` [N, BLOCK] as in `reverse`.
+// `state` [N, BLOCK] is that before the tile; `carry` [N, BLOCK] as in `reverse`.
 inline void scan_backward(const Tile& tile, const Parameters& p, int64_t rank, int64_t states, const float* u, const float* gy,
                           float* du, const float* state, float* carry, const Gradients& grad, Work& work) {
   for (int64_t n = 0; n < states; ++n) {

@@ -1,5 +1,5 @@
-// The selective scan of sequences, time contiguous: S lanes of a warp share a channel, so that a scan needs shuffles only.
-// A block has 256 / S channels of one direction and sample; letters as in scan_cuda.h, the algebra as in images.cuh.
+// The selective scan of sequences, whose positions are contiguous: S lanes of a warp share a channel, so that a scan needs
+// shuffles only. A block has 256 / S channels of one direction and sample. Shapes as in scan_cuda.h, method as in images.cuh.
 #pragma once
 
 #include "cuda_common.cuh"
@@ -7,12 +7,12 @@
 
 constexpr int SEQUENCE_THREADS = 256;
 
-// Which part of the work a thread does, and where its channel lies.
+// Which part of the work a thread does, and where its channel is in memory.
 struct Strand {
-  int lane, slot, lanes, slots;    // slot: the number of the channel within the block
-  int64_t group, stream, channel;  // stream: sample and direction; channel: of A, D, delta_bias
-  int64_t line;                    // of u, delta and y
-  int tiles, tile;                 // tile: positions of one
+  int lane, slot, lanes, slots;    // slot: number of the channel within the block
+  int64_t group, stream, channel;  // stream: sample and direction; channel: row of A, D, delta_bias
+  int64_t line;                    // row of u, delta and y
+  int tiles, tile;                 // tile: positions of a tile
   bool present;
 
   __device__ explicit Strand(const ScanCudaSequences& args) {
@@ -45,7 +45,7 @@ __device__ inline void store_steps(T* to, const float (&from)[STEPS], int step, 
     if (step + t < end) from_float(from[t], to[step + t]);
 }
 
-// delta + bias, softplus of it if asked for, and the slope; 0 after the end, where h then stays as it is.
+// delta = softplus(delta + bias), or delta + bias without softplus, and its derivative; 0 after the end, where h stays.
 __device__ inline void activate(float (&delta)[STEPS], float (&slope)[STEPS], float bias, bool with_softplus, int step,
                                 int end) {
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ inline void activate(float (&delta)[STEPS], float (&slope)[STEPS], fl
   }
 }
 
-// Composes the maps h -> P h + S of a lane and of the lanes before it (DOWN: after it) in its channel.
+// Composes the maps h -> P h + S of the lane and of the lanes before it (DOWN: after it) in its channel.
 template <bool DOWN>
 __device__ inline void scan_lanes(float& P, float& S, int lane, int lanes) {
   for (int away = 1; away < lanes; away *= 2) {
@@ -70,7 +70,7 @@ __device__ inline void scan_lanes(float& P, float& S, int lane, int lanes) {
   }
 }
 
-// Of the scanned maps the neighbour's: what `start` becomes by the time it enters this lane.
+// Applies the composed map of the neighbouring lane to `start`: the state at the start of this lane.
 template <bool DOWN>
 __device__ inline float enter(float P, float S, float start, int lane, int lanes) {
   const float other_P = DOWN ? __shfl_down_sync(ALL, P, 1, lanes) : __shfl_up_sync(ALL, P, 1, lanes);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(SEQUENCE_THREADS) sequences_forward(const Scan
       }
       scan_lanes<false>(P, S, lane, lanes);
 
-      // The last lane hands the state to the next tile by way of `saved`, and reads there what it wrote itself.
+      // The last lane passes the state to the next tile through `saved`, where it reads what it wrote itself.
       float* const kept = args.saved + (strand.line * strand.tiles + tile) * states + n;
       float h_tile = 0.f;
       if (lane == lanes - 1 && strand.present) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(SEQUENCE_THREADS) sequences_backward(const Sca
       scan_lanes<false>(P, S, lane, lanes);
       scan_lanes<true>(later_P, Q, lane, lanes);
 
-      // Lane 0 hands q on to the tile before, and reads what it wrote itself.
+      // Lane 0 passes q to the tile before through `carry`, where it reads what it wrote itself.
       const int64_t at = strand.line * states + n;
       float q_tile = 0.f;
       if (writes) {

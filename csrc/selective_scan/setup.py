@@ -62,6 +62,7 @@ if bdist_wheel is not None:
 
 
 if __name__ == "__main__":
+    os.chdir(HERE)  # setuptools reads the pyproject.toml of the working directory
     setup(
         packages=[SELECTIVE_SCAN.package],
         ext_modules=[Extension(f"{SELECTIVE_SCAN.package}.libraries", sources=[])],  # makes setuptools run build_ext

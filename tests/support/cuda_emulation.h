@@ -1,9 +1,9 @@
-// Runs CUDA kernels on a CPU, to test them where there is no GPU: included instead of the CUDA headers, compiled by g++.
+// Runs CUDA kernels on a CPU, to test them without a GPU: included instead of the CUDA headers, compiled by g++.
 //
-// The threads of a block are fibers, switched at barriers and shuffles only. With a seed the next one to run is drawn at random
-// each time, so a missing barrier shows in the numbers. Shared memory starts as NaN. These are errors, returned by the next
-// cudaGetLastError: a barrier or shuffle that some threads of the block or warp do not reach, that they reach on different
-// lines, or more shared memory than the kernel was allowed.
+// The threads of a block are fibers that are switched only at barriers and shuffles. With a seed, the next one to run is drawn
+// at random, so that a missing barrier changes the results. Shared memory starts as NaN. The next cudaGetLastError returns an
+// error if some threads of a block or warp do not reach a barrier or shuffle, if they reach it on different lines, or if a
+// kernel uses more shared memory than it was allowed.
 #pragma once
 
 #include <setjmp.h>
@@ -85,9 +85,9 @@ enum class State { READY, AT_BARRIER, AT_WARP, FINISHED };
 struct Fiber {
   State state;
   bool started;
-  int line;  // of the barrier or shuffle where it waits
+  int line;  // line of the barrier or shuffle where it waits
   unsigned rounds;  // shuffles so far
-  uint64_t values[2];  // given to the shuffle before last, and to the last
+  uint64_t values[2];  // arguments of the last two shuffles
   jmp_buf at;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -96,7 +96,7 @@ struct Fiber {
 struct Machine {
   uint64_t seed = 0;
   int shared_limit = 227 << 10;
-  std::vector<std::pair<const void*, int>> allowed;  // shared memory of kernels that asked for more than 48 KiB
+  std::vector<std::pair<const void*, int>> allowed;  // shared memory of kernels that requested more than 48 KiB
   std::vector<float> shared;
   std::vector<Fiber> fibers;
   std::function<void()> kernel;
@@ -121,7 +121,7 @@ inline void resume(unsigned thread) {
   setcontext(&fiber.context);
 }
 
-// Leaves the fiber until the scheduler finds that everyone it waits for is there.
+// Suspends the fiber until all that it waits for have arrived.
 inline void wait(State state, int line) {
   Fiber& fiber = machine.fibers[machine.current];
   fiber.state = state;
@@ -212,7 +212,7 @@ void launch(const void* name, unsigned grid, unsigned block, int shared, Kernel 
   }
 }
 
-// One value from every lane of the warp, that of lane `from` back. Two slots in turn: a lane can be one shuffle ahead.
+// Takes one value from every lane of the warp, returns that of lane `from`. Two slots: a lane can be one shuffle ahead.
 template <typename T>
 T exchange(unsigned mask, T value, unsigned from, int line) {
   static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "numbers only");
@@ -277,7 +277,7 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return emulation::machine.reported.c_str(); }
 
-// For the tests: seed 0 runs the threads in order, another draws who is next; and what the device has of shared memory.
+// For the tests. Seed 0 runs threads in order, any other at random; shared_limit: bytes of shared memory per block.
 extern "C" inline void emulation_configure(uint64_t seed, int shared_limit) {
   emulation::machine.seed = seed;
   emulation::machine.shared_limit = shared_limit;

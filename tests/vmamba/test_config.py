@@ -1,4 +1,4 @@
-"""VMamba's configurations: files found by name, their keys and values, and what pretraining takes from them."""
+"""VMamba's configurations: files found by name, their keys and values, and the rate that pretraining takes from them."""
 
 import math
 import shutil
@@ -35,7 +35,7 @@ def content(**changes):
     return {"MODEL": {"DROP_PATH_RATE": 0.2, "VSSM": {"DEPTHS": [1, 1], "SSM_FORWARDTYPE": "v05_noz"} | changes}}
 
 
-def test_keys_left_out_have_the_originals_defaults():
+def test_missing_keys_have_the_originals_defaults():
     config = parse_config({"MODEL": {"VSSM": {"DEPTHS": [2, 2, 8, 2], "SSM_FORWARDTYPE": "v0"}}})
     assert config.drop_path_rate == 0.1 and config.dims == [96, 192, 384, 768]
     assert (config.ssm_d_state, config.ssm_ratio, config.ssm_dt_rank, config.ssm_conv_bias) == (16, 2.0, "auto", True)
@@ -44,7 +44,7 @@ def test_keys_left_out_have_the_originals_defaults():
     assert rates == {"tiny": 0.2, "small": 0.3, "base": 0.6}
 
 
-def test_type_and_name_of_the_originals_files_are_read_over():
+def test_type_and_name_in_the_originals_files_are_ignored():
     with_names = content()
     with_names["MODEL"] |= {"TYPE": "vssm", "NAME": "vmambav2_tiny_224"}
     assert parse_config(with_names) == parse_config(content())
@@ -54,7 +54,7 @@ def test_type_and_name_of_the_originals_files_are_read_over():
 
 
 @pytest.mark.parametrize(
-    "key, value, wanted",
+    "key, value, choices",
     [
         ("DEPTHS", [2, 0], "whole numbers of 1 or more"),
         ("DEPTHS", 2, "a list"),
@@ -91,37 +91,37 @@ def test_type_and_name_of_the_originals_files_are_read_over():
         ("GMLP", 1, "true or false"),
     ],
 )
-def test_wrong_values_name_the_key_and_the_choices(key, value, wanted):
-    with pytest.raises(InputError, match=f"^{key} .*: must be .*{wanted}") as error:
+def test_wrong_values_name_the_key_and_the_choices(key, value, choices):
+    with pytest.raises(InputError, match=f"^{key} .*: must be .*{choices}") as error:
         parse_config(content(**{key: value}))
     assert "\n" not in str(error.value)
 
 
-def test_forward_type_left_out_is_told_of():
+def test_a_missing_forward_type_is_an_error():
     with pytest.raises(InputError, match="SSM_FORWARDTYPE 'v2': must be v0 or v05 or v05_noz"):
         parse_config({"MODEL": {"VSSM": {"DEPTHS": [1]}}})
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "contents, message",
     [
-        (content(SSM_RATOI=1), "MODEL.VSSM: unknown key 'SSM_RATOI'; the known ones are .*SSM_RATIO"),
+        (content(SSM_RATOI=1), "MODEL.VSSM: unknown key 'SSM_RATOI'; choose among .*SSM_RATIO"),
         ({"MODEL": {"VSSM": {"DEPTHS": [1]}, "WIDTH": 3}}, "MODEL: unknown key 'WIDTH'.*DROP_PATH_RATE"),
         ({"TRAIN": {}}, "unknown key 'TRAIN'.*MODEL"),
         ({"MODEL": {"VSSM": {"EMBED_DIM": 8}}}, "DEPTHS is missing"),
-        ({"MODEL": {"DROP_PATH_RATE": 0.1}}, "MODEL.VSSM: must hold keys"),
+        ({"MODEL": {"DROP_PATH_RATE": 0.1}}, "MODEL.VSSM: must be a mapping"),
         ({"MODEL": {"DROP_PATH_RATE": 1, "VSSM": {"DEPTHS": [1], "SSM_FORWARDTYPE": "v0"}}}, r"DROP_PATH_RATE 1: .*\[0, 1\)"),
-        ([1, 2], "must hold keys"),
-        (None, "must hold keys"),
+        ([1, 2], "must be a mapping"),
+        (None, "must be a mapping"),
     ],
 )
-def test_content_that_is_no_configuration(given, message):
+def test_contents_that_are_not_a_configuration(contents, message):
     with pytest.raises(InputError, match=message):
-        parse_config(given)
+        parse_config(contents)
 
 
 @pytest.mark.parametrize("text", [b"MODEL: [1, 2\n", b"\xff\xfe\x00", None])
-def test_files_that_are_no_configuration_are_named(tmp_path, text):
+def test_files_that_are_not_a_configuration_are_named(tmp_path, text):
     path = tmp_path / "broken.yaml"
     if text is not None:
         path.write_bytes(text)
@@ -132,7 +132,7 @@ def test_files_that_are_no_configuration_are_named(tmp_path, text):
 
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
-    """A copy of the configurations, to which tests may add."""
+    """A copy of the configurations, where tests may add files."""
     monkeypatch.setattr(vmamba.config, "CONFIGS", tmp_path / "configs")
     return shutil.copytree(Path(vmamba.config.__file__).parent / "configs", tmp_path / "configs")
 
@@ -144,7 +144,7 @@ def add_small(configs, folder="mine", name="small-one", **changes):
 
 
 @pytest.mark.parametrize("folder", ["mine", "vssm2"])
-def test_a_file_put_beside_the_others_is_found(configs, folder):
+def test_a_file_added_to_the_others_is_found(configs, folder):
     arch = f"{folder}-small-one"
     add_small(configs, folder)
     assert is_ours(arch) and arch in config_names() and TINY in config_names()
@@ -154,7 +154,7 @@ def test_a_file_put_beside_the_others_is_found(configs, folder):
     assert build_backbone(arch, checkpointing=True).layers[0].checkpointing
 
 
-def test_unknown_names_list_what_there_is():
+def test_unknown_names_list_the_known_ones():
     with pytest.raises(InputError, match=f"unknown VMamba 'vssm2-vmambav2_huge_224': choose one of .*{TINY}"):
         build_backbone("vssm2-vmambav2_huge_224")
     with pytest.raises(InputError, match=f"unknown arch 'vssm7-tiny'.*{TINY}"):

@@ -1,7 +1,5 @@
-"""csrc/selective_scan/setup.py and vmamba/extension.py: building the compiled scans, finding them, saying why not."""
+"""csrc/selective_scan/build_tool.py and setup.py build the compiled scans, vmamba/extension.py finds and loads them."""
 
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,36 +11,34 @@ from pathlib import Path
 import pytest
 from support.processes import ROOT
 
+from csrc.selective_scan import build_tool
+from csrc.selective_scan.build_tool import SELECTIVE_SCAN, BuildError
 from vmamba import extension, scan_cpp
 
-SOURCES = ROOT / "csrc" / "selective_scan"
-
-_spec = importlib.util.spec_from_file_location("scan_setup", SOURCES / "setup.py")
-scan_setup = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(scan_setup)
+SOURCES = SELECTIVE_SCAN.folder
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A build of the CPU library."""
     try:
-        scan_setup.find_compiler(os.environ)
-    except scan_setup.BuildError as error:
+        build_tool.find_compiler(os.environ)
+    except BuildError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("built")
-    scan_setup.build(folder, {**os.environ, "SCAN_CUDA": "0"})
+    build_tool.build(SELECTIVE_SCAN, folder, {**os.environ, "SCAN_CUDA": "0"})
     return folder
 
 
 @pytest.fixture
 def use(monkeypatch):
-    """use(folder, ...): the loader looks there and nowhere else."""
+    """use(folder, ...): the loader searches only there."""
 
-    def only(*folders: Path) -> None:
+    def search(*folders: Path) -> None:
         monkeypatch.setattr(extension, "build_folders", lambda: list(folders))
         extension._find.cache_clear()
 
-    yield only
+    yield search
     extension._find.cache_clear()
 
 
@@ -66,7 +62,7 @@ def test_constants_are_those_of_the_header():
     types = {name.lower(): int(number) for name, number in re.findall(r"SCAN_(\w+FLOAT16|FLOAT16|FLOAT32) = (\d)", header)}
     assert types == {str(kind).removeprefix("torch."): number for kind, number in extension.TYPES.items()}
     assert int(re.search(r"SCAN_TILE = (\d+)", header)[1]) == scan_cpp.TILE
-    assert scan_setup.abi_version() == extension.ABI_VERSION
+    assert SELECTIVE_SCAN.abi_version() == extension.ABI_VERSION
 
 
 # ---- architectures ----
@@ -83,26 +79,26 @@ def test_constants_are_those_of_the_header():
     ],
 )
 def test_architectures_of_a_toolkit(toolkit, expected):
-    assert scan_setup.architectures(toolkit) == expected.split()
+    assert build_tool.architectures(toolkit) == expected.split()
 
 
 @pytest.mark.parametrize("wanted", ["8.0;9.0+PTX", "8.0 9.0+PTX", " 8.0, 9.0+PTX;"])
 def test_architectures_as_torch_lists_them(wanted):
-    assert scan_setup.architectures((12, 8), wanted) == ["8.0", "9.0+PTX"]
+    assert build_tool.architectures((12, 8), wanted) == ["8.0", "9.0+PTX"]
 
 
 @pytest.mark.parametrize("wanted", ["", " ", ";"])
-def test_an_empty_list_of_architectures_is_none(wanted):
-    assert scan_setup.architectures((12, 8), wanted) == scan_setup.architectures((12, 8))
+def test_an_empty_list_of_architectures_means_the_default(wanted):
+    assert build_tool.architectures((12, 8), wanted) == build_tool.architectures((12, 8))
 
 
-def test_an_architecture_that_is_none_is_named():
-    with pytest.raises(scan_setup.BuildError, match="'sm_80' is not of the form 8.0 or 9.0\\+PTX"):
-        scan_setup.architectures((12, 8), "8.0;sm_80")
+def test_an_invalid_architecture_is_named():
+    with pytest.raises(BuildError, match="'sm_80' is not of the form 8.0 or 9.0\\+PTX"):
+        build_tool.architectures((12, 8), "8.0;sm_80")
 
 
 def test_gencode_flags():
-    flags = scan_setup.gencode_flags(["8.6", "9.0a", "12.0+PTX"])
+    flags = build_tool.gencode_flags(["8.6", "9.0a", "12.0+PTX"])
     assert flags[1::2] == [
         "arch=compute_86,code=sm_86",
         "arch=compute_90a,code=sm_90a",
@@ -113,14 +109,14 @@ def test_gencode_flags():
 
 
 def test_toolkit_version():
-    assert scan_setup.toolkit_version("Cuda compilation tools, release 12.8, V12.8.93\n") == (12, 8)
-    with pytest.raises(scan_setup.BuildError, match="no release"):
-        scan_setup.toolkit_version("gcc 12.2")
+    assert build_tool.toolkit_version("Cuda compilation tools, release 12.8, V12.8.93\n") == (12, 8)
+    with pytest.raises(BuildError, match="no release"):
+        build_tool.toolkit_version("gcc 12.2")
 
 
 @pytest.mark.parametrize(("machine", "names"), [("x86_64", ["baseline", "avx2", "avx512"]), ("aarch64", ["baseline"])])
 def test_instruction_sets(machine, names):
-    assert list(scan_setup.instruction_sets(machine)) == names
+    assert list(build_tool.instruction_sets(machine)) == names
 
 
 # ---- building ----
@@ -136,51 +132,59 @@ def test_without_a_compiler_there_is_one_clear_line(tmp_path):
 
 
 def test_a_compiler_that_does_not_exist_is_named():
-    with pytest.raises(scan_setup.BuildError, match="CXX=no-such-compiler was not found"):
-        scan_setup.find_compiler({"CXX": "no-such-compiler", "PATH": os.environ["PATH"]})
+    with pytest.raises(BuildError, match="CXX=no-such-compiler was not found"):
+        build_tool.find_compiler({"CXX": "no-such-compiler", "PATH": os.environ["PATH"]})
+
+
+def executable(path: Path, script: str) -> Path:
+    """A shell script that can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
 
 
 def fake_nvcc(home: Path, exit_code: int = 0) -> Path:
     """CUDA_HOME with an nvcc of release 13.0 that writes its arguments to the output file, or fails."""
-    nvcc = home / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(
-        '#!/bin/sh\nif [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit 0; fi\n'
+    executable(
+        home / "bin" / "nvcc",
+        'if [ "$1" = --version ]; then echo "release 13.0, V13.0.88"; exit 0; fi\n'
         f'[ {exit_code} = 0 ] || {{ echo "scan_cuda.cu: catastrophe"; exit {exit_code}; }}\n'
-        'for last; do :; done\necho "$@" > "$last"\n'
+        'for last; do :; done\necho "$@" > "$last"\n',
     )
-    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
     return home
 
 
 @pytest.fixture
 def no_cpu(monkeypatch):
-    """Only the CUDA part is built."""
-    monkeypatch.setattr(scan_setup, "build_cpu", lambda library, environ: {})
+    """Only the CUDA library is compiled; that of the CPU is an empty file."""
 
+    def build_cpu(library, output, environ):
+        output.touch()
+        return {}
 
-def facts(folder: Path) -> dict:
-    return json.loads((folder / "build.json").read_text())
+    monkeypatch.setattr(build_tool, "build_cpu", build_cpu)
 
 
 def test_cuda_build(no_cpu, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(scan_setup, "torch_cuda", lambda: "12.4")
+    monkeypatch.setattr(build_tool, "torch_cuda", lambda: "12.4")
     environ = {"CUDA_HOME": str(fake_nvcc(tmp_path / "cuda")), "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
-    scan_setup.build(tmp_path / "out", environ)
-    assert facts(tmp_path / "out")["cuda"] == {"nvcc": "13.0", "architectures": ["9.0+PTX"]}
+    build_tool.build(SELECTIVE_SCAN, tmp_path / "out", environ)
+    assert build_tool.read_build(tmp_path / "out")["cuda"] == {"nvcc": "13.0", "architectures": ["9.0+PTX"]}
     command = (tmp_path / "out" / "libscan_cuda.so").read_text()
     assert "-cudart static" in command
     assert "code=sm_90 -gencode arch=compute_90,code=compute_90 scan_cuda.cu" in command
-    told = capfd.readouterr().err
-    assert "CUDA toolkit 13.0" in told
-    assert "warning: the toolkit is newer than torch's CUDA 12.4" in told
+    messages = capfd.readouterr().err
+    assert "CUDA toolkit 13.0" in messages
+    assert "warning: the toolkit is newer than torch's CUDA 12.4" in messages
 
 
 def test_a_failing_nvcc_leaves_the_cpu_library(no_cpu, tmp_path, capfd):
     environ = {"CUDA_HOME": str(fake_nvcc(tmp_path / "cuda", exit_code=2))}
-    scan_setup.build(tmp_path / "out", environ)
-    assert "catastrophe" in capfd.readouterr().err
-    reason = facts(tmp_path / "out")["not_built"]["scan_cuda"]
+    build_tool.build(SELECTIVE_SCAN, tmp_path / "out", environ)
+    messages = capfd.readouterr().err
+    assert "catastrophe" in messages and "built libscan_cpu.so in" in messages
+    reason = build_tool.read_build(tmp_path / "out")["not_built"]["scan_cuda"]
     assert reason.startswith("this command failed:")
     assert "\n" not in reason
 
@@ -188,24 +192,72 @@ def test_a_failing_nvcc_leaves_the_cpu_library(no_cpu, tmp_path, capfd):
 @pytest.mark.parametrize("exit_code", [2, None])
 def test_scan_cuda_1_makes_it_an_error(no_cpu, tmp_path, monkeypatch, exit_code):
     if exit_code is None:
-        monkeypatch.setattr(scan_setup, "find_nvcc", lambda environ: None)
+        monkeypatch.setattr(build_tool, "find_nvcc", lambda environ: None)
     environ = {"CUDA_HOME": str(fake_nvcc(tmp_path / "cuda", exit_code=2)), "SCAN_CUDA": "1"}
-    with pytest.raises(scan_setup.BuildError, match="catastrophe" if exit_code else "no nvcc"):
-        scan_setup.build(tmp_path / "out", environ)
+    with pytest.raises(BuildError, match="catastrophe" if exit_code else "no nvcc"):
+        build_tool.build(SELECTIVE_SCAN, tmp_path / "out", environ)
 
 
 def test_a_build_replaces_what_an_older_one_left(no_cpu, tmp_path):
     (tmp_path / "libscan_cuda.so").write_text("old")
-    scan_setup.build(tmp_path, {"SCAN_CUDA": "0"})
+    build_tool.build(SELECTIVE_SCAN, tmp_path, {"SCAN_CUDA": "0"})
     assert not (tmp_path / "libscan_cuda.so").exists()
 
 
-def test_what_a_build_tells(built):
-    told = facts(built)
-    assert told["abi"] == extension.ABI_VERSION
-    assert told["sources_sha256"] == scan_setup.sources_sha256()
-    assert told["not_built"] == {"scan_cuda": "left out (SCAN_CUDA=0)"}
-    assert "baseline" in told["cpu"]["instruction_sets"]
+def test_contents_of_build_json(built):
+    info = build_tool.read_build(built)
+    assert info["abi"] == extension.ABI_VERSION
+    assert info["sources_sha256"] == SELECTIVE_SCAN.sources_sha256()
+    assert info["not_built"] == {"scan_cuda": "left out (SCAN_CUDA=0)"}
+    assert "baseline" in info["cpu"]["instruction_sets"]
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "has_nvcc", "environ", "expected"),
+    [
+        (False, False, {}, True),
+        (False, True, {}, False),
+        (False, True, {"SCAN_CUDA": "0"}, True),
+        (False, False, {"SCAN_CUDA": "1"}, False),
+        (True, True, {}, True),
+        (True, True, {"SCAN_CUDA": "0"}, True),
+        (True, False, {"SCAN_CUDA": "1"}, True),
+        (True, True, {"TORCH_CUDA_ARCH_LIST": "9.0+PTX"}, True),
+        (True, True, {"TORCH_CUDA_ARCH_LIST": "8.0"}, False),
+    ],
+)
+def test_a_build_is_up_to_date_if_it_has_the_wanted_libraries(
+    no_cpu, tmp_path, monkeypatch, has_cuda, has_nvcc, environ, expected
+):
+    home, out = str(fake_nvcc(tmp_path / "cuda")), tmp_path / "out"
+    build_tool.build(
+        SELECTIVE_SCAN, out, {"CUDA_HOME": home, "TORCH_CUDA_ARCH_LIST": "9.0+PTX", "SCAN_CUDA": "1" if has_cuda else "0"}
+    )
+    monkeypatch.setattr(build_tool, "find_nvcc", lambda environ: "nvcc" if has_nvcc else None)
+    assert build_tool.is_up_to_date(SELECTIVE_SCAN, out, environ) is expected
+    (out / "libscan_cpu.so").unlink()
+    assert not build_tool.is_up_to_date(SELECTIVE_SCAN, out, environ)
+
+
+def test_the_command_builds_in_place_when_sources_changed_or_it_is_forced(tmp_path):
+    """With a compiler that only writes its arguments."""
+    sources = shutil.copytree(SOURCES, tmp_path / "sources", ignore=shutil.ignore_patterns("*.so", "build.json", "build"))
+    compiler = executable(tmp_path / "c++", 'for last; do :; done\n[ "$1" = --version ] && echo fake || echo "$@" > "$last"\n')
+
+    def build(*flags: str) -> str:
+        command = [sys.executable, str(sources / "setup.py"), "build_ext", "--inplace", *flags]
+        environ = {**os.environ, "CXX": str(compiler), "SCAN_CUDA": "0"}
+        result = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
+        (message,) = (result.stdout + result.stderr).splitlines()
+        return message
+
+    folder = sources / SELECTIVE_SCAN.package
+    built = f"selective scan: built libscan_cpu.so in {folder}; no CUDA library: left out (SCAN_CUDA=0)"
+    assert build() == built and (folder / "libscan_cpu.so").is_file()
+    assert build() == f"selective scan: the build in {folder} is up to date"
+    assert build("--force") == built
+    (sources / "scan.h").write_text((sources / "scan.h").read_text() + "// changed\n")
+    assert build() == built
 
 
 # ---- finding and loading ----
@@ -213,9 +265,8 @@ def test_what_a_build_tells(built):
 
 def test_no_build_at_all(use):
     use()
-    assert (
-        extension.unavailable_reason("scan_cpu") == "the compiled selective scan is not installed: pip install ./csrc/selective_scan"
-    )
+    reason = "the compiled selective scan is not installed: pip install ./csrc/selective_scan"
+    assert extension.unavailable_reason("scan_cpu") == reason
     with pytest.raises(extension.Unavailable, match="not installed"):
         extension.load("scan_cpu")
 
@@ -235,7 +286,7 @@ def test_another_interface_is_refused(use, built, monkeypatch):
     use(built)
     monkeypatch.setattr(extension, "ABI_VERSION", 999)
     reason = extension.unavailable_reason("scan_cpu")
-    assert f"has interface version {scan_setup.abi_version()}, this code needs 999; pip install" in reason
+    assert f"has interface version {SELECTIVE_SCAN.abi_version()}, this code needs 999; pip install" in reason
 
 
 def copy_with(built: Path, folder: Path, library: bytes) -> Path:
@@ -257,7 +308,7 @@ def test_a_damaged_library_is_passed_over_for_the_next(use, built, tmp_path):
 
 def test_a_library_of_something_else_is_refused(use, built, tmp_path):
     (tmp_path / "other.cpp").write_text("int other;\n")
-    compiler = scan_setup.find_compiler(os.environ)
+    compiler = build_tool.find_compiler(os.environ)
     subprocess.run([*compiler, "-shared", "-fPIC", "other.cpp", "-o", "other.so"], cwd=tmp_path, check=True)
     use(copy_with(built, tmp_path / "other", (tmp_path / "other.so").read_bytes()))
     assert "is not a selective-scan library" in extension.unavailable_reason("scan_cpu")
@@ -284,7 +335,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from vmamba import extension, scan_cpp, scan_torch
+from vmamba import extension, scan_cpp, scan_reference
 extension.build_folders = lambda: [Path(sys.argv[1])]
 torch.manual_seed(0)
 x, proj, weight = torch.randn(2, 5, 7, 19), torch.randn(2, 5, 7, 4, 3 + 2 * 2), torch.randn(4, 19, 3)
@@ -293,8 +344,7 @@ leaves = [each.double().requires_grad_() for each in (x, proj, weight, A, D, bia
 y, saved = scan_cpp.forward_2d(x, proj, weight, A, D, bias)
 expected = scan_reference.selective_scan_2d_reference(*leaves)
 gradients = scan_cpp.backward_2d(y, x, proj, weight, A, D, bias, saved)
-wanted = torch.autograd.grad(expected, leaves, y.double())
-pairs = [(y, expected), *zip(gradients, wanted)]
+pairs = [(y, expected), *zip(gradients, torch.autograd.grad(expected, leaves, y.double()))]
 print(scan_cpp.instruction_set(), max(((a - b).norm() / b.norm()).item() for a, b in pairs))
 """
 

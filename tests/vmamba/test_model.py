@@ -1,4 +1,4 @@
-"""VMamba: the original's numbers and layouts, an own plain form of the block, every variant, loading."""
+"""VMamba: the original's numbers and layouts, the scan block against its definition, every variant, loading."""
 
 import json
 import math
@@ -24,6 +24,7 @@ from backbones import (
 from utils import InputError
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging, VSSBlock
+from vmamba.scan_reference import selective_scan_reference
 from vmamba.selective_scan import BACKENDS
 from vmamba.ss2d import SS2D
 
@@ -152,8 +153,8 @@ def test_number_of_parameters():
 
 @torch.no_grad()
 @pytest.mark.parametrize("forward_type", ["v0", "v05", "v05_noz"])
-def test_block_of_the_scan_equals_its_definition(forward_type):
-    """Channels first and one sequence after the other, as the definition has it."""
+def test_scan_block_equals_its_definition(forward_type):
+    """The definition: channels first, one direction after another."""
     B, C, H, W, N, R = 2, 32, 3, 5, 2, 2
     op = fill_(SS2D(C, N, ratio=1.5, conv_bias=True, forward_type=forward_type))
     D, weights = 48, op.state_dict()
@@ -244,7 +245,7 @@ def test_drop_path_drops_whole_branches_of_a_sample():
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_every_variant_runs_forward_and_backward(changes):
-    """An odd size that is not square; every parameter has a gradient, and none is zero for want of a path."""
+    """With an odd size that is not square. Every parameter has a gradient that is not zero."""
     network = small(**changes).train()
     images = IMAGES[:, : changes.get("in_chans", 3)]
     features = network(images)
@@ -255,7 +256,7 @@ def test_every_variant_runs_forward_and_backward(changes):
 
 
 @torch.no_grad()
-def test_ln_and_ln2d_are_one():
+def test_ln_and_ln2d_are_the_same():
     assert torch.equal(small(norm_layer="ln").eval()(IMAGES), small(norm_layer="ln2d").eval()(IMAGES))
 
 
@@ -274,7 +275,7 @@ def test_smallest_images(changes, smallest):
 
 @torch.no_grad()
 def test_one_position_has_nothing_before_it():
-    """A feature map of one position: all four directions see the same, the state is its own input."""
+    """A feature map of one position, which all four directions see alike."""
     network = small().eval()
     assert network(IMAGES[:, :, :1, :1]).isfinite().all()
 
@@ -327,10 +328,12 @@ def test_autocast_keeps_the_scan_in_float32(forward_type, monkeypatch):
 
 
 @torch.no_grad()
-def test_synchronised_batch_norm():
+def test_synchronised_batch_norm(monkeypatch):
     network = fill_(small(norm_layer="bn")).eval()
     expected = network(IMAGES)
-    network = synchronize_batch_norm(network, TINY).eval()
+    monkeypatch.setattr("backbones.is_distributed", lambda: True)
+    (network,) = synchronize_batch_norm([network], TINY, torch.device("cuda"))
+    network.eval()
     assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     assert torch.allclose(network(IMAGES), expected, atol=1e-6)
 
@@ -372,7 +375,7 @@ def test_weights_of_every_layout_load(tmp_path, convert, changes):
         assert torch.equal(wrapped["backbone"].state_dict()[name], value), name
 
 
-def test_another_layout_is_an_error_and_nothing_is_loaded():
+def test_weights_of_another_configuration_are_an_error_and_nothing_is_loaded():
     network = small()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for changes, message in [
