@@ -2,8 +2,8 @@
 
 The launch scripts run it as a command, which prints one name:
     python evaluation/names.py linear --part main_part --hp1 0.8 --lr 0.001 --epochs 100 --trial_name T
-Imports nothing but the standard library, so that it answers at once and on machines without torch. lr, epochs and hp1
-stand in a name as the user typed them (0.50 stays 0.50): pass strings or utils.TypedFloat.
+It imports only the standard library: the command is fast and works on machines without torch. Names contain lr, epochs
+and hp1 as the user typed them (0.50 stays 0.50): pass strings or utils.TypedFloat.
 """
 
 import argparse
