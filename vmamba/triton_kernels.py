@@ -249,8 +249,7 @@ def backward(
         D_c, bias_c = _channel_parameters(D, bias, k * channels, c, inside_c)
         carry = tl.zeros([N_POWER, BC], tl.float32)  # r of the tile behind
         dA_c = tl.zeros([N_POWER, BC], tl.float32)
-        dD_c = tl.zeros([S, BC], tl.float32)
-        dbias_c = tl.zeros([S, BC], tl.float32)
+        dD_c, dbias_c = tl.zeros([S, BC], tl.float32), tl.zeros([S, BC], tl.float32)
         x_k, delta_k = batch * x_batch + k * x_direction, batch * delta_batch + k * delta_direction
         bc_k = batch * bc_batch + k * bc_direction
         dbc_k = block.to(tl.int64) * dbc_block + batch * dbc_batch + k * dbc_direction
@@ -262,8 +261,7 @@ def backward(
             x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
             gy_tile = tl.load(gy + x_k + at, mask=inside, other=0.0)
             dt, slope = _time_steps(delta + delta_k + at, bias_c, inside, SOFTPLUS)
-            gBx = tl.zeros([T, S, BC], tl.float32)  # sum over n of g B, later times x
-            g_dt = tl.zeros([T, S, BC], tl.float32)
+            gBx, g_dt = tl.zeros([T, S, BC], tl.float32), tl.zeros([T, S, BC], tl.float32)  # gBx: sum over n of g B
             for n in range(N):
                 A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0)  # [R]
                 at_n = bc_k + n * bc_state  # a scalar: offsets of elements stay in 32 bits
