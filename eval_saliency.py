@@ -155,7 +155,7 @@ def evaluate(detector: Detector, loader: DataLoader, output: Path, in_overview: 
 def evaluate_image(
     detector: Detector, example: Example, output: Path, in_overview: set[str], results: SetResults
 ) -> None:
-    """Add an image to the results, if it fails with its error."""
+    """Detect, save and score the object of one image; an error is recorded in the results."""
     name = example.pair.name
     if example.error:
         results.add_failure(name, example.error)

@@ -1,8 +1,18 @@
-"""What must be set before any test module is imported."""
+"""Settings before any test module is imported, and fixtures of several modules."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when kernels are defined
+
+
+@pytest.fixture
+def one_thread():
+    """One CPU thread, as the processes of `support.processes` have: equal work gives equal bits, and steady timings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -264,7 +264,7 @@ def test_positions_by_size_are_resized_to_the_grid():
 
 
 def test_two_processes_and_a_kill_give_what_one_process_gives(world, tmp_path):
-    """vit_micro as main_dino.py saves it; the second run is killed after its first video, and started again."""
+    """vit_micro as saved by main_dino.py; the second run is killed after its first video, then restarted."""
     outcome = pretrain(write_images(tmp_path / "images", 8), tmp_path / "weights", "--epochs", 0)
     assert outcome.status == 0, outcome
     common = ("--pretrained_weights", tmp_path / "weights/checkpoint.pth", "--data_path", world / "DAVIS", "--num_workers", 1)

@@ -54,7 +54,7 @@ def world(tmp_path_factory):
 
 
 def test_pictures_of_an_image(world, tmp_path):
-    """Sides that patches do not divide; every picture has the size of what the network saw, 32 x 24."""
+    """The sides are no multiples of the patch size; every picture has the size of the network's input, 32 x 24."""
     outcome = visualize("--pretrained_weights", world.weights, "--image_path", world.odd, "--output_dir", tmp_path / "out",
                         "--image_size", 0, "--threshold", 0.6)  # fmt: skip
     assert outcome.status == 0, outcome
@@ -104,7 +104,7 @@ def test_default_size_is_that_of_dino_and_that_of_the_video():
     assert visualize_attention.resolve_image_size(parser.parse_args(["--video", "true"])) == [0]
 
 
-def test_a_broken_image_is_named_or_left_out(world, tmp_path):
+def test_a_damaged_image_is_named_or_left_out(world, tmp_path):
     source = write_images(tmp_path / "in", 2)
     (source / "00.png").write_bytes(b"no image")
     flags = ("--pretrained_weights", world.weights, "--image_path", source, "--output_dir", tmp_path / "out")
@@ -143,7 +143,7 @@ def frames(tmp_path_factory):
 
 
 def test_video_of_a_folder_of_frames(world, frames, tmp_path):
-    """f2 comes before f10; the frames of the GIF are the pictures; sizes are the frames' own, cut to patches."""
+    """f2 comes before f10; the GIF shows the pictures; frames keep their size, cropped to whole patches."""
     out = tmp_path / "out"
     flags = ("--pretrained_weights", world.weights, "--image_path", frames, "--output_dir", out, "--video", "true")
     outcome = visualize(*flags, "--video_format", "gif", "--fps", 10)
@@ -163,7 +163,7 @@ def test_video_of_a_folder_of_frames(world, frames, tmp_path):
 
 
 def test_video_file_in(world, frames, tmp_path):
-    """A GIF needs nothing but Pillow; its frames are saved as pictures, its rate is kept."""
+    """A GIF only needs Pillow; its frames are saved as pictures, its frame rate is kept."""
     images = [Image.open(frames / f"f{i}.png") for i in range(4)]
     images[0].save(tmp_path / "in.gif", save_all=True, append_images=images[1:], duration=40)
     out = tmp_path / "out"
@@ -178,7 +178,7 @@ def test_video_file_in(world, frames, tmp_path):
     assert_refused(visualize(*flags), "in.gif: is a video; give --video true")
 
 
-def test_without_pyav_the_pictures_are_there_and_a_line_says_what_is_missing(world, frames, tmp_path):
+def test_without_pyav_pictures_are_written_and_the_missing_package_is_named(world, frames, tmp_path):
     flags = ("--pretrained_weights", world.weights, "--image_path", frames, "--output_dir", tmp_path, "--video", "true")
     with mock.patch.dict(sys.modules, {"av": None}):
         outcome = visualize(*flags)
@@ -196,7 +196,7 @@ def test_without_pyav_the_pictures_are_there_and_a_line_says_what_is_missing(wor
 
 @pytest.mark.parametrize("kind", ["mp4", "avi"])
 def test_video_files_by_pyav(world, frames, kind, tmp_path):
-    """Written, read again as input: as many frames of the same size, alike but for the compression."""
+    """A written video, read as input: the same number of frames of the same size, similar up to compression."""
     pytest.importorskip("av")
     common = ("--pretrained_weights", world.weights, "--video", "true", "--video_format", kind)
     first = visualize(*common, "--image_path", frames, "--output_dir", tmp_path / "1", "--fps", 12.5)
@@ -212,7 +212,7 @@ def test_video_files_by_pyav(world, frames, kind, tmp_path):
 # --- bad input ---------------------------------------------------------------------------------------------------------
 
 VIT = "--pretrained_weights {root}/vit.pth "
-# Flags, and what the message must hold.
+# Flags, and texts that the message must contain.
 BAD = [
     (VIT, "--image_path: must be given"),
     ("--image_path {odd}", "--pretrained_weights: must be given"),

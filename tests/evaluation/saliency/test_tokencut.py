@@ -159,7 +159,7 @@ def test_undefined_cut_gives_an_empty_mask_and_a_reason(features, reason):
     assert not cut.mask.any() and not cut.eigenvector.any() and cut.mask.shape == (1, len(features))
 
 
-def test_almost_equal_cuts_are_told_apart():
+def test_almost_equal_cuts_are_distinguished():
     features = np.repeat(np.eye(3), (16, 15, 17), 0)
     assert tokencut(features, (6, 8)).degenerate is None
 

@@ -91,8 +91,8 @@ def test_videos_are_those_of_the_list_and_frames_come_in_order_of_their_names(tm
     assert [path.name for path in video.annotations] == video.mask_names
 
 
-@pytest.mark.parametrize("name", ["..", "../b", "b/../../x", "b\nb"])
-def test_names_that_lead_elsewhere_or_come_twice_are_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["", "..", "../b", "b/../../x", "b\nb"])
+def test_empty_lists_and_invalid_or_repeated_names_are_refused(tmp_path, name):
     write_video(tmp_path, "b", frames=2)
     write_list(tmp_path, name)
     with pytest.raises(InputError, match="val.txt"):

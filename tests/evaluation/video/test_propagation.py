@@ -1,4 +1,4 @@
-"""Mask propagation against golden values and the original's steps written plainly; its window, memory and speed."""
+"""Label propagation against golden values and a readable form of the original; its window, memory and speed."""
 
 import time
 
@@ -32,7 +32,7 @@ def test_golden_values_of_a_row_of_patches(radius, topk, expected, memory_mb):
 
 
 def moving_features(frames, rows=9, columns=13, width=16, seed=0):
-    """Features that keep half of what they were and move by a patch per frame; random soft labels of three channels."""
+    """Features that move by one patch per frame, with noise; random soft labels of three channels."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(rows, columns, width, generator=generator)
     noise = torch.randn(frames, rows, columns, width, generator=generator)
@@ -74,14 +74,14 @@ def test_translation_by_whole_patches_moves_the_labels_along():
 
 
 def test_the_last_frames_and_always_the_first_are_context():
-    """One patch, so that the only choice is among frames: topk 1 takes the label of the frame that looks alike."""
+    """With a single patch the only choice is among frames."""
     looks = torch.eye(5)
     labels = torch.tensor([0.25, 0.75]).view(1, 1, 2)
     first = Propagation(looks[0].view(1, 1, 5), labels, 2, 0, 1)
     for look in (1, 2, 3):
         first.step(looks[look].view(1, 1, 5))
     assert first.features[0, 0, 0].tolist() == looks[0].tolist()
-    assert {int(f.argmax()) for f in first.features} == {0, 2, 3}  # not 1, which is three frames ago
+    assert {int(f.argmax()) for f in first.features} == {0, 2, 3}  # not 1: three frames ago
 
 
 def test_tiles_cover_each_query_once_and_keep_within_the_memory():
@@ -97,7 +97,7 @@ def test_tiles_cover_each_query_once_and_keep_within_the_memory():
 
 
 def test_memory_of_propagation_is_bounded():
-    """The widest video at patch size 8: all pairs would take 2.2 GiB, and the tiles with their contexts a tenth of it."""
+    """The widest video at patch size 8. The matrix of all pairs would take 2.2 GiB, the tiles a tenth of it."""
     for radius in (12, 0):
         for memory_mb in (256, 16):
             largest = max(
@@ -132,14 +132,6 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_window_takes_a_hundredth_of_the_loops_time(one_thread):
     loop = seconds(lambda: reference.window_mask(20, 30, 12))
     tiles = min(seconds(lambda: list(make_tiles(20, 30, 12, 8, 256, CPU))) for _ in range(5))
@@ -155,7 +147,7 @@ def test_a_frame_takes_a_third_of_the_plain_steps_time(one_thread):
         plain.queue.append((feature.flatten(0, 1), ours.step(feature).flatten(0, 1)))
     found, expected = ours.step(features[8]), plain.step(features[8])
     assert (reference.mask_of(found, 4, (120, 208)) == reference.mask_of(expected, 4, (120, 208))).all()
-    # They take turns; the steps above, the first ones, do not count.
+    # Timed alternately, after the warm-up above.
     rounds = [(seconds(lambda: plain.step(features[8])), seconds(lambda: ours.step(features[8]))) for _ in range(2)]
     slow, fast = (min(times) for times in zip(*rounds, strict=True))
     assert slow > 3 * fast, (slow, fast)
