@@ -152,9 +152,7 @@ def evaluate(detector: Detector, loader: DataLoader, output: Path, in_overview: 
     return results
 
 
-def evaluate_image(
-    detector: Detector, example: Example, output: Path, in_overview: set[str], results: SetResults
-) -> None:
+def evaluate_image(detector: Detector, example: Example, output: Path, in_overview: set[str], results: SetResults) -> None:
     """Detect, save and score the object of one image; an error is recorded in the results."""
     name = example.pair.name
     if example.error:

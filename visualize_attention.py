@@ -164,9 +164,7 @@ def attention_maps(
         yield paths[numbers], images[0], cls_attention(backbone, images.to(device))[0]
 
 
-def write_pictures(
-    maps: Iterator[tuple[str, Tensor, Tensor]], source: Path, output: Path, threshold: float | None
-) -> None:
+def write_pictures(maps: Iterator[tuple[str, Tensor, Tensor]], source: Path, output: Path, threshold: float | None) -> None:
     """The pictures of each image, in `output` or, if `source` is a folder, in one folder per image below it."""
     for path, image, attention in maps:
         folder = output / os.path.relpath(path, source) if source.is_dir() else output

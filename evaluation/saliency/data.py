@@ -148,9 +148,7 @@ class SaliencyDataset(Dataset):
             truth = np.asarray(read_image(pair.truth).convert("L")) >= self.gt_threshold
             if truth.shape[::-1] != image.size:
                 H, W = truth.shape
-                raise InputError(
-                    f"image of {image.width}x{image.height} pixels, its ground truth {pair.truth} of {W}x{H}"
-                )
+                raise InputError(f"image of {image.width}x{image.height} pixels, its ground truth {pair.truth} of {W}x{H}")
         return Example(pair, self.transform(image), np.asarray(image), truth)
 
 
