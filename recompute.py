@@ -29,6 +29,8 @@ class CheckpointedSequential(nn.Sequential):
 
 
 def _checkpoint(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    if not list(module.buffers()):
+        return checkpoint(function, x, use_reentrant=False)  # torch.compile does not support contexts of our own
     contexts = nullcontext(), PreservedBuffers(module)  # of the forward pass, of the recomputation
     return checkpoint(function, x, use_reentrant=False, context_fn=lambda: contexts)
 

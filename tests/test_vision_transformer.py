@@ -192,6 +192,16 @@ def test_checkpointing_recomputes_each_block():
     assert calls == [0, 1, 2, 2, 1, 0]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiles(checkpointing):
+    network = fill_(small_vit(checkpointing=checkpointing)).train()
+    images = tensor("vit.nonsquare", (2, 3, 16, 32))
+    compiled = torch.compile(network, backend="aot_eager")(images)
+    compiled.square().sum().backward()
+    assert rel_error(compiled, network(images)) < 1e-5
+    assert network.blocks[0].attn.qkv.weight.grad.any()
+
+
 def test_stochastic_depth_rises_linearly_and_is_off_in_evaluation():
     network = fill_(small_vit(drop_path_rate=0.4))
     assert [block.drop_path.p for block in network.blocks] == pytest.approx([0.0, 0.2, 0.4])

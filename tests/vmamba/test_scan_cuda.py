@@ -184,8 +184,8 @@ def test_small_delta_keeps_its_digits(configure) -> None:
 
 
 @needs_compiler
-def test_nothing_that_is_returned_is_undefined(configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operators are compared as a whole, the room for states included."""
+def test_all_returned_values_are_defined(configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Including the unused part of the saved states."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
     torch.use_deterministic_algorithms(True)
     try:
@@ -210,7 +210,7 @@ def test_empty_batch(configure) -> None:
 
 
 @needs_compiler
-def test_tensors_that_start_at_an_odd_place(configure) -> None:
+def test_tensors_that_are_not_aligned(configure) -> None:
     tensors = cast(draw_images(2, 3, 4, 6, 3, 1), torch.bfloat16, IMAGE_INPUTS)
     shifted = [torch.cat([each.new_zeros(1), each.flatten()])[1:].view(each.shape) for each in tensors]
     assert any(each.data_ptr() % 4 for each in shifted)
@@ -218,27 +218,27 @@ def test_tensors_that_start_at_an_odd_place(configure) -> None:
 
 
 @needs_compiler
-def test_what_the_library_refuses_is_an_error_in_words(configure) -> None:
+def test_errors_of_the_library_have_a_message(configure) -> None:
     configure(shared_memory=1 << 10)
     with pytest.raises(RuntimeError, match="rank of delta or the number of states is too large"):
         scan_cuda.forward_2d(*draw_images(1, 2, 2, 16, 99, 1))
 
 
 @pytest.mark.parametrize("states", [1, 3, 16, 17, 64, 65, 256])
-def test_every_length_is_cut_into_even_pieces(states: int) -> None:
+def test_every_length_is_divided_evenly(states: int) -> None:
     for length in (*range(1, 2000), 3136, 12544):
         warps, lanes = scan_cuda._warps(length, states), scan_cuda._lanes(length)
         assert 1 <= warps <= (16 if states == 1 else 8) and warps * states <= 256
         tiles = -(-length // (16 * warps))
-        assert 16 * warps * tiles - length < 16 * (tiles + 1)  # no warp idles in more than one tile
+        assert 16 * warps * tiles - length < 16 * (tiles + 1)  # no warp is idle in more than one tile
         assert lanes in (1, 2, 4, 8, 16, 32) and (4 * lanes >= length or lanes == 32) and (lanes == 1 or 2 * lanes < length)
         assert scan_cuda.saved_states_shape(1, 4, 5, length, states)[2] >= max(tiles, -(-length // (4 * lanes)))
 
 
-# ---- why it cannot run
+# ---- reasons why it cannot run
 
 
-def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not on cpu" in scan_cuda.unavailable_reason(torch.device("cpu"))
     cuda = torch.device("cuda")
     monkeypatch.setattr(extension, "unavailable_reason", lambda name: f"{name} is not built")

@@ -1,7 +1,7 @@
-"""The Triton kernels pass Triton's compiler, for GPUs that are not there. Their numbers: test_selective_scan.py.
+"""Triton's compiler accepts the kernels, for GPUs that this machine does not have. Their numbers: test_selective_scan.py.
 
-This file is also the script that compiles, in a process of its own: here Triton may have been imported as an interpreter.
-The launches are recorded instead of run, and compiled for a target as a launch on it would be.
+This file is also the script that compiles them, in a process of its own: in this one Triton may have been imported as an
+interpreter. Launches are recorded instead of run, and compiled as they would be for the target GPU.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vmamba import scan_triton
 
-pytestmark = pytest.mark.slow  # compiling takes most of a minute
+pytestmark = pytest.mark.slow  # compiling takes about a minute
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHARED_MEMORY = 48 * 1024  # bytes that a block may have on every GPU
@@ -26,7 +26,7 @@ CASES = {"images, 8.0": 80, "images, 9.0": 90, "sequences": 90}  # to compute ca
 
 
 def scan_images() -> None:
-    """N 1 and bfloat16, as VMamba's."""
+    """One state and bfloat16, like VMamba."""
     batch, height, width, channels, rank = 2, 14, 14, 48, 6
     x = torch.zeros(batch, height, width, channels, dtype=torch.bfloat16)
     proj = torch.zeros(batch, height, width, 4, rank + 2, dtype=torch.bfloat16)
@@ -36,7 +36,7 @@ def scan_images() -> None:
 
 
 def scan_sequences() -> None:
-    """Odd numbers, the shortest sequence, nothing that may be left out."""
+    """Odd sizes, the shortest sequence, no optional argument."""
     directions, channels, states, length = 2, 5, 3, 1
     u = torch.zeros(1, directions * channels, length)
     A = torch.zeros(directions * channels, states)
@@ -46,7 +46,7 @@ def scan_sequences() -> None:
 
 
 class Recorder:
-    """Stands for a kernel; keeps the arguments of its launches in `launches`."""
+    """Replaces a kernel; appends the arguments of its launches to `launches`."""
 
     def __init__(self, kernel, launches: list[tuple]):
         self.kernel, self.launches = kernel, launches
@@ -56,17 +56,17 @@ class Recorder:
 
 
 def compile_launch(capability: int, kernel, arguments: tuple, keywords: dict):
-    """As a launch does: integers that are 1 become constants, multiples of 16 are known as such."""
+    """Compiles like a launch: integers that are 1 become constants, multiples of 16 are marked as such."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     options = {"num_warps": keywords.pop("num_warps")}
     unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        value = given[name]
+        value = values[name]
         if value is None or name in keywords or (name not in unspecialised and isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
@@ -80,7 +80,7 @@ def compile_launch(capability: int, kernel, arguments: tuple, keywords: dict):
 
 
 def main() -> None:
-    """Prints for each case what became of its forward and backward kernel, as JSON."""
+    """Prints code size and shared memory of the forward and backward kernel of each case, as JSON."""
     kernels = scan_triton._kernels()
     outcome = {}
     for case, capability in CASES.items():
