@@ -23,7 +23,7 @@ from datasets import ImageDataset, check_same_classes, labelled_dataset, shard
 from evaluation.feature_files import FeatureSet, load_features, save_features
 from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
 from evaluation.knn import MIN_TEMPERATURE, knn_accuracies
-from evaluation.names import PARTS, part_suffix
+from evaluation.names import PARTS, part_flag, part_suffix
 from evaluation.pretrained import add_backbone_arguments, check_part, load_pretrained, resolve_net_and_hp1, result_record
 from utils import InputError, bool_flag
 
@@ -32,7 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, required=False)
     add = parser.add_argument
-    add("--else_part", default="ALL", help="part of the representation: ALL, main_part (IR) or else_part (EF)")
+    add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
     add("--data_path", help="folder with train/ and val/, a folder per class in each")
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is usually best")
     add("--temperature", type=float, nargs="+", default=[0.07], help="a neighbour with cosine s votes exp(s / temperature)")

@@ -14,8 +14,8 @@ PARTS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}
 
 
 def part_flag(part: str) -> str:
-    """The value of --else_part that means `part`; result files contain it."""
-    return next(flag for flag, meaning in PARTS.items() if meaning == part)
+    """The value of --else_part that means `part`; result files contain it. Anything but IR and EF is returned unchanged."""
+    return next((flag for flag, meaning in PARTS.items() if meaning == part), part)
 
 
 def part_suffix(part: str, hp1: object) -> str:

@@ -34,7 +34,7 @@ from distributed import (
     worker_count,
 )
 from evaluation.features import FeatureExtractor, extract_features
-from evaluation.names import PARTS
+from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, result_record
 from telemetry import TrainingProgress
 from utils import InputError, TypedFloat, bool_flag
@@ -51,7 +51,7 @@ BEST = {"accuracy": "best_acc", "mean_class_accuracy": "best_mean_class_acc"}
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every training of a classifier."""
     add = parser.add_argument
-    add("--else_part", default="ALL", help="part of the representation: ALL, main_part (IR) or else_part (EF)")
+    add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
     add("--n_last_blocks", type=int, default=4, help="ViT: concatenates the [CLS] tokens of the last n blocks. 4 suits small "
         "ViTs, 1 with --avgpool_patchtokens true ViT-B")  # fmt: skip
     add("--avgpool_patchtokens", type=bool_flag, default=False, help="ViT: also use the mean patch token")

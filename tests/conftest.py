@@ -16,3 +16,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def world_of_bad_input(tmp_path_factory):
+    """What the tests of invalid input start from; they leave it unchanged."""
+    from support.bad_world import make_bad_world
+
+    return make_bad_world(tmp_path_factory.mktemp("bad_input"))
