@@ -51,13 +51,15 @@ class Library:
     - scan.h, which defines SCAN_ABI_VERSION,
     - scan_cpu.cpp, compiled once per instruction set with -DSCAN_VARIANT=<instruction set>, and scan_dispatch.cpp, which
       chooses among them: together libscan_cpu.so,
-    - scan_cuda.cu: libscan_cuda.so. The environment variable SCAN_CUDA switches it.
+    - scan_cuda.cu, if `cuda`: libscan_cuda.so. The environment variable SCAN_CUDA switches it.
     """
 
     name: str
     title: str  # messages begin with it
     folder: Path
     package: str  # folder of the Python package that holds the libraries
+    cuda: bool = True  # whether there is a CUDA library
+    openmp: bool = True  # whether the CPU library has threads of its own
 
     def say(self, message: str) -> None:
         print(f"{self.title}: {message}", file=sys.stderr, flush=True)
@@ -78,7 +80,9 @@ class Library:
         return environ.get(f"{self.name.upper()}_CUDA", "")
 
 
-SELECTIVE_SCAN = Library("scan", "selective scan", Path(__file__).resolve().parent, "clever_selective_scan")
+CSRC = Path(__file__).resolve().parent.parent
+SELECTIVE_SCAN = Library("scan", "selective scan", CSRC / "selective_scan", "clever_selective_scan")
+VIEWS = Library("views", "view renderer", CSRC / "views", "clever_views", cuda=False, openmp=False)
 
 
 def run(command: list[str], folder: Path | None = None) -> str:
@@ -144,8 +148,8 @@ def build_cpu(library: Library, output: Path, environ: Mapping[str, str]) -> dic
         BuildError: it cannot be built.
     """
     compiler = find_compiler(environ)
-    openmp = openmp_flags(compiler)
-    if not openmp:
+    openmp = openmp_flags(compiler) if library.openmp else []
+    if library.openmp and not openmp:
         library.say(f"{compiler[0]} has no OpenMP: the library will use one thread")
     name, variants = library.name, instruction_sets(platform.machine())
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -272,11 +276,30 @@ def is_up_to_date(library: Library, folder: Path, environ: Mapping[str, str]) ->
     built, switch = read_build(folder), library.cuda_switch(environ)
     if built.get("sources_sha256") != library.sources_sha256() or not (folder / f"lib{library.name}_cpu.so").is_file():
         return False
-    if switch == "0" or (switch != "1" and find_nvcc(environ) is None):
+    if not library.cuda or switch == "0" or (switch != "1" and find_nvcc(environ) is None):
         return True
     if "cuda" not in built or not (folder / f"lib{library.name}_cuda.so").is_file():
         return False
     return listed_architectures(environ.get("TORCH_CUDA_ARCH_LIST")) in ([], built["cuda"]["architectures"])
+
+
+def add_cuda(library: Library, folder: Path, environ: Mapping[str, str], info: dict[str, Any]) -> None:
+    """Compiles the CUDA library into `folder`, or records in `info` why not.
+
+    Raises:
+        BuildError: there is none, with SCAN_CUDA=1.
+    """
+    cuda, switch = f"{library.name}_cuda", library.cuda_switch(environ)
+    try:
+        if switch == "0":
+            raise BuildError(f"left out ({library.name.upper()}_CUDA=0)")
+        info["cuda"] = build_cuda(library, folder / f"lib{cuda}.so", environ)
+    except BuildError as error:
+        if switch == "1":
+            raise BuildError(f"{library.name.upper()}_CUDA=1, but there is no CUDA library: {error}") from error
+        info["not_built"][cuda] = str(error).splitlines()[0]
+        if "\n" in str(error):  # the compiler's output
+            library.say(str(error))
 
 
 def build(library: Library, folder: Path, environ: Mapping[str, str]) -> None:
@@ -287,22 +310,12 @@ def build(library: Library, folder: Path, environ: Mapping[str, str]) -> None:
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    cpu, cuda = f"{library.name}_cpu", f"{library.name}_cuda"
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         new = Path(name)
         info = {"abi": library.abi_version(), "sources_sha256": library.sources_sha256(), "not_built": {}}
-        info["cpu"] = build_cpu(library, new / f"lib{cpu}.so", environ)
-        switch = library.cuda_switch(environ)
-        try:
-            if switch == "0":
-                raise BuildError(f"left out ({library.name.upper()}_CUDA=0)")
-            info["cuda"] = build_cuda(library, new / f"lib{cuda}.so", environ)
-        except BuildError as error:
-            if switch == "1":
-                raise BuildError(f"{library.name.upper()}_CUDA=1, but there is no CUDA library: {error}") from error
-            info["not_built"][cuda] = str(error).splitlines()[0]
-            if "\n" in str(error):  # the compiler's output
-                library.say(str(error))
+        info["cpu"] = build_cpu(library, new / f"lib{library.name}_cpu.so", environ)
+        if library.cuda:
+            add_cuda(library, new, environ, info)
         (new / "build.json").write_text(json.dumps(info, indent=2) + "\n")
         built = sorted(path.name for path in new.glob("lib*.so"))
         for path in new.iterdir():

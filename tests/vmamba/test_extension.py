@@ -1,4 +1,4 @@
-"""csrc/selective_scan/build_tool.py and setup.py build the compiled scans, vmamba/extension.py finds and loads them."""
+"""csrc/selective_scan/build_tool.py and setup.py build the compiled scans, compiled.py finds and loads them."""
 
 import os
 import re
@@ -35,11 +35,10 @@ def use(monkeypatch):
     """use(folder, ...): the loader searches only there."""
 
     def search(*folders: Path) -> None:
-        monkeypatch.setattr(extension, "build_folders", lambda: list(folders))
-        extension._find.cache_clear()
+        monkeypatch.setattr(extension.SCAN, "build_folders", lambda: list(folders))
+        monkeypatch.setattr(extension.SCAN, "found", {})
 
-    yield search
-    extension._find.cache_clear()
+    return search
 
 
 # ---- the interface ----
@@ -284,7 +283,7 @@ def test_what_was_not_built_says_why(use, built):
 
 def test_another_interface_is_refused(use, built, monkeypatch):
     use(built)
-    monkeypatch.setattr(extension, "ABI_VERSION", 999)
+    monkeypatch.setattr(extension.SCAN, "abi_version", 999)
     reason = extension.unavailable_reason("scan_cpu")
     assert f"has interface version {SELECTIVE_SCAN.abi_version()}, this code needs 999; pip install" in reason
 
@@ -315,11 +314,11 @@ def test_a_library_of_something_else_is_refused(use, built, tmp_path):
 
 
 def test_the_build_in_place_comes_before_the_installed_package(monkeypatch, built, tmp_path):
-    package = tmp_path / extension.PACKAGE
+    package = tmp_path / SELECTIVE_SCAN.package
     shutil.copytree(built, package)
-    shutil.copy(SOURCES / extension.PACKAGE / "__init__.py", package)
+    shutil.copy(SOURCES / SELECTIVE_SCAN.package / "__init__.py", package)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(extension, "IN_PLACE", built)
+    monkeypatch.setattr(extension.SCAN, "in_place", built)
     assert extension.build_folders() == [built, package]
 
 
@@ -336,7 +335,7 @@ import sys
 from pathlib import Path
 import torch
 from vmamba import extension, scan_cpp, scan_reference
-extension.build_folders = lambda: [Path(sys.argv[1])]
+extension.SCAN.build_folders = lambda: [Path(sys.argv[1])]
 torch.manual_seed(0)
 x, proj, weight = torch.randn(2, 5, 7, 19), torch.randn(2, 5, 7, 4, 3 + 2 * 2), torch.randn(4, 19, 3)
 A, D, bias = -torch.rand(76, 2), torch.randn(76), torch.randn(76)

@@ -1,1 +1,1 @@
-"""The compiled selective scans, as shared libraries beside this file. vmamba/extension.py loads them."""
+"""The compiled selective scans, as shared libraries beside this file. compiled.py loads them."""
