@@ -1,6 +1,7 @@
-"""The registry of backbones, architecture name -> module with `.embed_dim`, and the loading of their weights."""
+"""The registry of backbones, and the loading of their weights."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
@@ -18,23 +19,23 @@ from distributed import is_distributed
 from utils import InputError, error_prefix
 from vmamba import build_vssm, config_names, is_config_name, load_config
 
-VITS: dict[str, Callable[..., nn.Module]] = {
+# Builders of our backbones, by the name that --arch takes; every file vmamba/configs/<folder>/<config>.yaml is one more,
+# called <folder>-<config>. A builder takes those of `build_backbone`'s options (patch_size, img_size, drop_path_rate,
+# checkpointing) that its network has, as keyword arguments, and returns a module with `.embed_dim` = D that maps images
+# [B, 3, H, W] to features [B, D].
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "vit_micro": vit.vit_micro,
     "vit_tiny": vit.vit_tiny,
     "vit_small": vit.vit_small,
     "vit_base": vit.vit_base,
     "deit_tiny": vit.vit_tiny,
     "deit_small": vit.vit_small,
-}
-RESNETS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": resnet.resnet8,
     "resnet18_small": resnet.resnet18_small,
     "resnet50_small": resnet.resnet50_small,
     "resnet18": resnet.resnet18,
     "resnet50": resnet.resnet50,
 }
-VSSMS: dict[str, Callable[..., nn.Module]] = {name: partial(build_vssm, name) for name in config_names()}
-BACKBONES: dict[str, Callable[..., nn.Module]] = {**VITS, **RESNETS, **VSSMS}
 
 PREFIXES = re.compile(r"^((module|backbone)\.)+")
 # Projection heads and classifiers. timm names the last layers of some backbones `head`, too: those are kept.
@@ -51,33 +52,48 @@ def build_backbone(
     """A randomly initialised backbone with `.embed_dim` = D: forward maps [B, 3, H, W] to [B, D].
 
     Args:
-        arch: a name in `BACKBONES`, a VMamba `<folder>-<config>` with a file vmamba/configs/<folder>/<config>.yaml, or a timm
-            model. Weights are never downloaded.
+        arch: one of `backbone_names`, or a timm model. Weights are never downloaded.
         patch_size: patch size of our ViTs in pixels (timm's names imply theirs).
         img_size: side in pixels of the images that position embeddings are stored for, if there are any.
-        drop_path_rate: stochastic depth rate; our ResNets have none. None: `default_drop_path_rate(arch)`.
+        drop_path_rate: stochastic depth rate, if the backbone has it. None: `default_drop_path_rate(arch)`.
         checkpointing: recompute activations in the backward pass, which takes less memory and more time.
 
     Raises:
         InputError: `arch` is unknown, the rate is outside [0, 1), the image size is not a multiple of the patch size, or the
-            timm model has no activation checkpointing.
+            backbone has no activation checkpointing.
     """
     if drop_path_rate is None:
         drop_path_rate = default_drop_path_rate(arch)
     if not 0 <= drop_path_rate < 1:
         raise InputError(f"drop path rate {drop_path_rate}: choose a value in [0, 1)")
-    if arch in VITS:
-        return VITS[arch](patch_size, img_size, drop_path_rate, checkpointing)
-    if arch in RESNETS:
-        return RESNETS[arch](checkpointing)
-    if is_config_name(arch):
-        return build_vssm(arch, drop_path_rate, checkpointing)
-    return _build_timm(arch, img_size, drop_path_rate, checkpointing)
+    builder = _find_builder(arch)
+    if builder is None:
+        return _build_timm(arch, img_size, drop_path_rate, checkpointing)
+    options = dict(patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, checkpointing=checkpointing)
+    known = inspect.signature(builder).parameters
+    if checkpointing and "checkpointing" not in known:
+        raise InputError(f"{arch} has no activation checkpointing")
+    return builder(**{name: value for name, value in options.items() if name in known})
+
+
+def _find_builder(arch: str) -> Callable[..., nn.Module] | None:
+    """The builder of one of our backbones; None for other names."""
+    return partial(build_vssm, arch) if is_config_name(arch) else BACKBONES.get(arch)
 
 
 def is_ours(arch: str) -> bool:
     """True if `arch` is a backbone of this repository, False if it can only be a timm model."""
-    return arch in BACKBONES or is_config_name(arch)
+    return _find_builder(arch) is not None
+
+
+def backbone_names() -> list[str]:
+    """Names of all backbones of this repository."""
+    return [*BACKBONES, *config_names()]
+
+
+def vit_names() -> list[str]:
+    """Names of our ViTs, the backbones whose patch tokens and attention can be evaluated."""
+    return [name for name, builder in BACKBONES.items() if getattr(builder, "func", None) is vit.VisionTransformer]
 
 
 def default_drop_path_rate(arch: str) -> float:
@@ -87,7 +103,7 @@ def default_drop_path_rate(arch: str) -> float:
 
 def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: bool) -> nn.Module:
     """A timm model without its classifier: pooled features. timm's activation checkpointing updates batch norms twice."""
-    unknown = f"unknown arch {arch!r}: choose one of {', '.join(BACKBONES)}, or a timm model"
+    unknown = f"unknown arch {arch!r}: choose one of {', '.join(backbone_names())}, or a timm model"
     try:
         import timm
     except ImportError:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import VITS, backbone_state, build_backbone, image_size_of, load_backbone_weights
+from backbones import backbone_state, build_backbone, image_size_of, load_backbone_weights, vit_names
 from checkpoint import load_checkpoint
 from evaluation.names import part_flag
 from heads import check_hp1, split_sizes
@@ -41,6 +41,11 @@ class Pretrained:
     aug: str | None
     fingerprint: str
 
+    @property
+    def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels."""
+        return self.mean, self.std
+
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
         return {
@@ -49,8 +54,9 @@ class Pretrained:
 
     def check_patches(self, reason: str) -> None:
         """Raise InputError, which gives the `reason`, unless the backbone is one of our ViTs: others pool their features."""
-        if self.arch not in VITS:
-            raise InputError(f"--arch {self.arch}: its features are pooled, and {reason}; choose one of {', '.join(VITS)}")
+        if self.arch not in vit_names():
+            vits = ", ".join(vit_names())
+            raise InputError(f"--arch {self.arch}: its features are pooled, and {reason}; choose one of {vits}")
 
     def check_part(self, part: str) -> None:
         """Raise InputError unless the representation has this part; `part` is ALL, IR or EF."""
@@ -117,7 +123,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
     with error_prefix(f"--pretrained_weights {args.pretrained_weights}"):
         state = backbone_state(checkpoint, args.checkpoint_key)
         # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
-        vit_size = image_size_of(state, patch_size) if arch in VITS else None
+        vit_size = image_size_of(state, patch_size) if arch in vit_names() else None
         trained_size = vit_size or stored.get("global_crops_size") or 224
         backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
         load_backbone_weights(backbone, state)

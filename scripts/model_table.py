@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from backbones import BACKBONES, build_backbone
+from backbones import backbone_names, build_backbone
 from distributed import run_entry_point
 from utils import ArgumentParser, InputError, check_positive, write_text_atomically
 from vmamba.selective_scan import scan_flops
@@ -85,7 +85,7 @@ def main() -> None:
     check_positive(args, "img_size")
 
     rows = []
-    for arch in args.names or BACKBONES:
+    for arch in args.names or backbone_names():
         try:
             rows.append(table_row(arch, args.img_size))
         except InputError as error:

@@ -1,19 +1,25 @@
 """The registry of backbones: names, options, timm models, loading of weights, synchronised batch norm."""
 
+import sys
+
 import pytest
+import timm
 import torch
 import torchvision
 from support.golden import CORE, fill_, tensor
 
 from backbones import (
     BACKBONES,
+    backbone_names,
     backbone_state,
     build_backbone,
     check_timm_size,
     image_size_of,
+    is_ours,
     load_backbone_file,
     load_backbone_weights,
     synchronize_batch_norm,
+    vit_names,
 )
 from utils import InputError
 from vision_transformer import vit_micro
@@ -24,7 +30,7 @@ TIMM = ["vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0", "resnet34"]
 
 @pytest.mark.parametrize(
     "arch, checkpointing",
-    [(arch, False) for arch in BACKBONES] + [("vit_tiny", True), ("resnet8", True), ("resnet18", True)],
+    [(arch, False) for arch in backbone_names()] + [("vit_tiny", True), ("resnet8", True), ("resnet18", True)],
 )
 def test_every_backbone_runs_forward_and_backward(arch, checkpointing):
     torch.manual_seed(0)
@@ -42,6 +48,23 @@ def test_arguments_reach_the_vit():
     assert network.blocks[-1].drop_path.p == pytest.approx(0.3) and network.checkpointing
 
 
+class Pooled(torch.nn.Module):
+    """A backbone that has none of the options."""
+
+    embed_dim = 3
+
+    def forward(self, images):
+        return images.mean((-2, -1))
+
+
+def test_a_backbone_is_added_with_one_entry(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "pooled", Pooled)
+    assert isinstance(build_backbone("pooled", drop_path_rate=0.3), Pooled)
+    assert is_ours("pooled") and "pooled" in backbone_names() and "pooled" not in vit_names()
+    with pytest.raises(InputError, match="pooled has no activation checkpointing"):
+        build_backbone("pooled", checkpointing=True)
+
+
 @pytest.mark.parametrize("name, same", [("deit_tiny", "vit_tiny"), ("deit_small", "vit_small")])
 def test_deit_means_our_vit(name, same):
     shapes = [{k: v.shape for k, v in build_backbone(arch).state_dict().items()} for arch in (name, same)]
@@ -56,7 +79,6 @@ def test_impossible_drop_path_rate(rate):
 
 @pytest.mark.parametrize("arch", TIMM)
 def test_timm_models(arch):
-    pytest.importorskip("timm")
     torch.manual_seed(0)
     network = build_backbone(arch, img_size=96, drop_path_rate=0.1, checkpointing=True).train()
     features = torch.cat([network(torch.randn(2, 3, size, size)) for size in (96, 64)])
@@ -67,36 +89,32 @@ def test_timm_models(arch):
 
 
 def test_timm_gets_the_options_that_it_knows():
-    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     network = build_backbone("vit_tiny_patch16_224", img_size=96, drop_path_rate=0.2)
-    assert isinstance(network, timm_vit.VisionTransformer) and network.pos_embed.shape[1] == 37
+    assert isinstance(network, timm.models.vision_transformer.VisionTransformer) and network.pos_embed.shape[1] == 37
     assert network.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
     assert build_backbone("vit_tiny_patch16_224").pos_embed.shape[1] == 197
 
 
 def test_timm_model_without_checkpointing():
-    pytest.importorskip("timm")
     with pytest.raises(InputError, match="vgg11 has no activation checkpointing"), torch.device("meta"):
         build_backbone("vgg11", checkpointing=True)
 
 
 def test_unknown_name_lists_ours_and_close_timm_names():
-    pytest.importorskip("timm")
     with pytest.raises(InputError) as error:
         build_backbone("resnet_18")
-    assert all(arch in str(error.value) for arch in BACKBONES)
+    assert all(arch in str(error.value) for arch in backbone_names())
     assert "resnet18d" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("arch", ["", "no-such-thing", "hf-hub:someone/something", "vit_tiny_patch16_224.no_such_tag"])
 def test_unknown_names_are_refused_without_network(arch):
-    pytest.importorskip("timm")
     with pytest.raises(InputError):
         build_backbone(arch)
 
 
 def test_without_timm_unknown_names_still_list_ours(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="vit_tiny.*timm is not installed"):
         build_backbone("resnet34")
 

@@ -52,7 +52,7 @@ def world(tmp_path_factory):
 def evaluate(weights, data, output, *flags):
     """eval_video_segmentation.py with a ViT-tiny of one block."""
     common = ("--pretrained_weights", weights, "--data_path", data, "--output_dir", output, "--num_workers", 0)
-    with mock.patch.dict(backbones.VITS, vit_tiny=shallow_vit_tiny):
+    with mock.patch.dict(backbones.BACKBONES, vit_tiny=shallow_vit_tiny):
         return call(evaluation.main, "--arch", "vit_tiny", *common, *flags)
 
 

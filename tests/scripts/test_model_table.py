@@ -9,8 +9,6 @@ from support.processes import ROOT
 from scripts import model_table
 from utils import InputError
 
-pytest.importorskip("fvcore")
-
 
 @pytest.mark.parametrize(
     "arch, dim, params, gflops, with_scan",
@@ -47,7 +45,7 @@ def test_runs_as_a_module_and_writes_markdown(tmp_path):
 
 
 def test_without_names_what_does_not_run_at_the_size_is_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(model_table, "BACKBONES", ["vit_tiny", "resnet8"])
+    monkeypatch.setattr(model_table, "backbone_names", lambda: ["vit_tiny", "resnet8"])
     monkeypatch.setattr(sys, "argv", ["model_table.py", "--img_size", "40"])
     model_table.main()
     printed = capsys.readouterr()

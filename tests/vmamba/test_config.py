@@ -12,7 +12,7 @@ from support.processes import write_images
 
 import main_dino
 import vmamba.config
-from backbones import BACKBONES, build_backbone, is_ours
+from backbones import backbone_names, build_backbone, is_ours
 from utils import InputError
 from vmamba import build_vssm, config_names, load_config, parse_config, read_config
 
@@ -161,7 +161,7 @@ def test_unknown_names_list_the_known_ones():
         build_backbone("vssm7-tiny")
     with pytest.raises(InputError, match="unknown VMamba '../vssm2"):
         build_vssm("../vssm2-vmambav2_tiny_224")
-    assert SHIPPED == set(config_names()) <= set(BACKBONES)
+    assert SHIPPED == set(config_names()) <= set(backbone_names())
     assert not is_ours("vssm7-tiny") and not is_ours("resnet34")
 
 
