@@ -1,11 +1,11 @@
 """Collects all linear-probe results into one table and one plot: a row per network and part, a column per perturbation.
 
-    python -m scripts.results_table results/digits_ep20 --out results/digits_ep20
+    python -m scripts.results_table results/IN100_ep200 --out results/IN100_ep200
 
 Reads the JSON files that eval_linear.py wrote below the given folders, prints the table in Markdown, and writes results.json
 (table, Markdown, records) and results.png to --out. Accuracies are those of the last epoch, in percent. A network that was
-not pretrained is the row `random`. If several files hold a result for the same cell, the newest one counts, and a note on
-stderr says so.
+not pretrained is the row `random`. Results for different data sets, architectures, recipes, numbers of epochs, hp1 or seeds
+have rows of their own. If several files hold a result for the same cell, the newest one counts, and a note on stderr says so.
 """
 
 import argparse
@@ -21,14 +21,19 @@ import numpy as np
 
 from evaluation.names import PARTS
 
-# Rows and columns appear in this order; unknown names follow in alphabetical order.
+# Rows and columns appear in this order; unknown names follow in alphabetical order. A test compares PERTURBATIONS with those
+# of augmentations.py, whose import would cost this script the seconds that torch takes.
 RANDOM = "random"
 NETS = (RANDOM, "dino", "CLeVER")
 PART_ORDER = ("ALL", "IR", "EF")
 PERTURBATIONS = ("ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3")
 
 # Where networks of the same kind differ in one of these fields, its value is a piece of the row's name.
-VARIANT_FORMATS = {"arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}"}
+VARIANT_FORMATS = {
+    "dataset": "{}", "arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}", "seed": "seed{}"
+}  # fmt: skip
+NAMED_IN_ALL_ROWS = ("dataset", "arch")  # or in none
+PRETRAINING_FIELDS = ("aug", "pretrained_epochs", "hp1")  # the row `random` has none of them
 REQUIRED_FIELDS = ("net", "arch", "part", "test_aug_type", "accuracy")
 COLORS = {RANDOM: "Greys", "dino": "Blues", "CLeVER": "Oranges"}
 SHADES = {"ALL": 0.85, "IR": 0.6, "EF": 0.35}
@@ -62,7 +67,7 @@ def read_records(folders: list[Path]) -> list[dict]:
 
 
 def read_record(path: Path) -> dict | None:
-    """The linear-probe result in a file, without its `args`; None if the file holds something else."""
+    """The linear-probe result in a file, with its `dataset` and without its `args`; None if the file holds something else."""
     try:
         record = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -73,7 +78,8 @@ def read_record(path: Path) -> dict | None:
     missing = [name for name in REQUIRED_FIELDS if name not in record]
     if missing:
         raise ResultError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
-    record.pop("args", None)
+    args = record.pop("args", {})
+    record.setdefault("dataset", Path(args.get("data_path", "")).name or None)
     return {**record, "file": str(path)}
 
 
@@ -87,19 +93,24 @@ def network_name(record: dict) -> str:
 def differing_fields(records: list[dict]) -> dict[str, list[str]]:
     """{network: the fields of VARIANT_FORMATS that its rows must name}.
 
-    The architecture is named in all rows or in none; the other fields where records of the same network differ in them.
-    `random` has no recipe, epochs or hp1.
+    Data set and architecture are named in all rows or in none; the other fields where records of the same network differ in
+    them.
     """
     networks: dict[str, list[dict]] = {}
     for record in records:
         networks.setdefault(network_name(record), []).append(record)
 
     def differ(name: str, net: str) -> bool:
-        if name != "arch" and net == RANDOM:
+        if name in PRETRAINING_FIELDS and net == RANDOM:
             return False
-        return len({record.get(name) for record in (records if name == "arch" else networks[net])}) > 1
+        return len({record.get(name) for record in (records if name in NAMED_IN_ALL_ROWS else networks[net])}) > 1
 
     return {net: [name for name in VARIANT_FORMATS if differ(name, net)] for net in networks}
+
+
+def variant_of(record: dict, fields: list[str]) -> str:
+    """The values of these fields, as they stand in the row's name; values that are not known are left out."""
+    return " ".join(VARIANT_FORMATS[name].format(record[name]) for name in fields if record.get(name) is not None)
 
 
 def rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
@@ -116,7 +127,7 @@ def choose_records(records: list[dict]) -> list[dict]:
     cells: dict[tuple, list[dict]] = {}
     for record in records:
         net, part = network_name(record), PARTS.get(record["part"], record["part"])
-        variant = " ".join(VARIANT_FORMATS[name].format(record.get(name)) for name in fields[net])
+        variant = variant_of(record, fields[net])
         key = (variant, rank(NETS, net), rank(PART_ORDER, part), rank(PERTURBATIONS, record["test_aug_type"]))
         cells.setdefault(key, []).append({**record, "row": " ".join(filter(None, (net, variant, part)))})
     for *older, newest in cells.values():

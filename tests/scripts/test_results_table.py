@@ -22,7 +22,7 @@ def write(tmp_path):
         record = {
             "kind": "linear_probe", "net": net, "arch": arch, "part": part, "hp1": 0.8, "pretrained_epochs": epochs,
             "test_aug_type": aug, "aug": recipe, "accuracy": accuracy, "num_test_images": 360, "num_labels": 10, "seed": 0,
-            "args": {"lr": 0.1}, **more,
+            "args": {"lr": 0.1, "data_path": "data/digits"}, **more,
         }  # fmt: skip
         path.write_text(json.dumps(record))
         os.utime(path, (when := next(clock), when))
@@ -116,6 +116,26 @@ def test_rows_name_the_architecture_if_there_are_several(tmp_path, write, capsys
     write("b.json", 20.0, arch="resnet18")
     lines, _, _ = table_of(tmp_path, capsys)
     assert lines[2:] == [["CLeVER resnet18 ALL", "20.0"], ["CLeVER vit_tiny ALL", "10.0"]]
+
+
+def test_data_sets_and_seeds_are_not_merged(tmp_path, write, capsys):
+    """An older file names its data set in its arguments only; `random` has a seed, too."""
+    write("a.json", 10.0)
+    write("b.json", 20.0, seed=1)
+    write("c.json", 30.0, args={"data_path": "data/IN100/"})
+    write("d.json", 40.0, dataset="IN100", args={"data_path": "/elsewhere"}, net="dino")
+    write("e.json", 50.0, epochs=0)
+    write("f.json", 60.0, epochs=0, seed=1)
+    lines, _, err = table_of(tmp_path, capsys)
+    assert err == ""
+    assert lines[2:] == [
+        ["dino IN100 ALL", "40.0"],
+        ["CLeVER IN100 seed0 ALL", "30.0"],
+        ["random digits seed0 ALL", "50.0"],
+        ["CLeVER digits seed0 ALL", "10.0"],
+        ["random digits seed1 ALL", "60.0"],
+        ["CLeVER digits seed1 ALL", "20.0"],
+    ]
 
 
 def test_other_files_are_ignored(tmp_path, write, capsys):
