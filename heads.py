@@ -34,9 +34,11 @@ def split_sizes(dim: int, hp1: float) -> tuple[int, int]:
 
 
 def split_ir_ef(z: torch.Tensor, hp1: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split representations z [B, D] into IR [B, int(D * hp1)] and EF (the remaining columns); CLeVER, section 3."""
-    ir = int(z.shape[-1] * hp1)
-    return z[:, :ir], z[:, ir:]
+    """Split representations z [B, D] into IR [B, int(D * hp1)] and EF (the remaining columns); CLeVER, section 3.
+
+    Raises InputError as `split_sizes` does.
+    """
+    return z.split(split_sizes(z.shape[-1], hp1), dim=-1)
 
 
 class _NormalizedLinear(torch.autograd.Function):
@@ -125,8 +127,8 @@ class MultiCropWrapper(nn.Module):
 
     Args:
         backbone: images [B, 3, H, W] -> representations z [B, D].
-        head: of the whole representation (DINO), or of its IR if there is a head2 (CLeVER).
-        head2: of the EF, or None.
+        head: projection head of the whole representation (DINO), or of its IR if there is a head2 (CLeVER).
+        head2: projection head of the EF, or None.
         hp1: share of the IR in the representation.
     """
 
@@ -135,13 +137,16 @@ class MultiCropWrapper(nn.Module):
         self.backbone, self.head, self.head2, self.hp1 = backbone, head, head2, hp1
 
     def forward(self, crops: torch.Tensor | Sequence[torch.Tensor], return_features: bool = False):
-        """V crops [B, 3, H, W], those of equal size adjacent -> logits [V*B, K], or with a head2 the pair [V*B, K], [V*B, K2].
+        """Crops [V'*B, 3, H, W], those of equal size adjacent -> logits [V*B, K], or with a head2 [V*B, K] and [V*B, K2].
+
+        V' views of equal size may be concatenated already; V counts all of them.
 
         With `return_features`, the representation z [V*B, D] is also returned.
         """
         crops = [crops] if isinstance(crops, torch.Tensor) else crops
         groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
-        z = torch.cat([self.backbone(torch.cat(group)) for group in groups])  # V*B, D
+        batches = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+        z = torch.cat([self.backbone(batch) for batch in batches])  # V*B, D
         if self.head2 is None:
             out = self.head(z)  # V*B, K
         else:
@@ -155,5 +160,8 @@ class MultiCropWrapper(nn.Module):
         return [head for head in (self.head, self.head2) if head is not None]
 
     def split(self, z: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"_IR": IR, "_EF": EF} of representations z [B, D], or {"": z} without a head2: the keys end names in the log."""
+        """Split representations z [B, D] into {"_IR": IR, "_EF": EF}; without a head2, return {"": z}.
+
+        The keys are suffixes: the log has `feature_std_IR` and `feature_std_EF`, or `feature_std`.
+        """
         return {"": z} if self.head2 is None else dict(zip(("_IR", "_EF"), split_ir_ef(z, self.hp1), strict=True))

@@ -23,7 +23,7 @@ from utils import InputError
 TEACHER_VIEWS = 2
 
 
-class _SumOverViews(torch.autograd.Function):
+class _MeanOverPairs(torch.autograd.Function):
     """Mean over pairs of different views of a loss that is linear in the teacher's target.
 
     Because of the linearity, all pairs (q, v) with the same v need only the sum of their targets and one call of
@@ -42,12 +42,12 @@ class _SumOverViews(torch.autograd.Function):
         grad = torch.empty_like(student)  # V, B, K
         # In half precision the gradient's entries, divided by n_terms, would underflow before the gradient scaler of the
         # backward pass can help: a power of two keeps them in range until then.
-        ctx.shift = 2.0 ** (round(math.log2(n_terms * temperature)) + 10) if student.dtype == torch.float16 else 1.0
+        ctx.grad_scale = 2.0 ** (round(math.log2(n_terms * temperature)) + 10) if student.dtype == torch.float16 else 1.0
         for v in range(views):
             targets, n = (all_targets - teacher[v], n_teacher - 1) if v < n_teacher else (all_targets, n_teacher)
             value, view_grad = view_loss(student[v].float() / temperature, targets, n)
             total += value
-            grad[v] = view_grad.mul_(ctx.shift / (n_terms * temperature))
+            grad[v] = view_grad.mul_(ctx.grad_scale / (n_terms * temperature))
         ctx.save_for_backward(grad)
         return total / n_terms
 
@@ -55,7 +55,7 @@ class _SumOverViews(torch.autograd.Function):
     def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
         # In place, to save the memory of a second [V, B, K]. A second backward pass raises autograd's own error.
-        return grad.mul_((grad_output / ctx.shift).to(grad.dtype)), None, None, None
+        return grad.mul_((grad_output / ctx.grad_scale).to(grad.dtype)), None, None, None
 
 
 def _cross_entropy(logits, targets, n):
@@ -66,11 +66,10 @@ def _cross_entropy(logits, targets, n):
 
 
 def _cosine(logits, directions, n):
-    """<R, p> / |p| with p = softmax(x) and R the sum of n unit vectors; gradient p * (R / |p| - <R, p> p / |p|^3)."""
-    p = F.softmax(logits, dim=-1)  # B, K
-    p = F.normalize(p, dim=-1)  # from here on of unit length: the cosine does not depend on the scale
-    cosine = torch.einsum("bk,bk->b", directions, p)[:, None]  # B, 1
-    return cosine.sum(), torch.addcmul(directions, cosine, p, value=-1).mul_(p)
+    """<R, p_hat> with p_hat = p / |p|, p = softmax(x), R the sum of n unit vectors; gradient p_hat * (R - <R, p_hat> p_hat)."""
+    p_hat = F.normalize(F.softmax(logits, dim=-1), dim=-1)  # B, K
+    cosine = torch.einsum("bk,bk->b", directions, p_hat)[:, None]  # B, 1
+    return cosine.sum(), torch.addcmul(directions, cosine, p_hat, value=-1).mul_(p_hat)
 
 
 class DINOLoss(nn.Module):
@@ -83,10 +82,10 @@ class DINOLoss(nn.Module):
         loss = mean of -sum_k t[q] * s[v]   over q, v != q, and the batch
         center = m * center + (1 - m) * mean(teacher)                # after the loss
 
-    In closed form, with P_v the sum of t[q] over the n_v views q != v and x_v = student[v] / student_temp:
+    In closed form, with P[v] the sum of t[q] over the n[v] views q != v and x[v] = student[v] / student_temp:
 
-        loss = 1/T * sum_v ( n_v * logsumexp(x_v) - <P_v, x_v> ),    T the number of pairs times the batch size
-        d loss / d student[v] = (n_v * softmax(x_v) - P_v) / (T * student_temp)
+        loss = 1/T * sum_v ( n[v] * logsumexp(x[v]) - <P[v], x[v]> ),    T the number of pairs times the batch size
+        d loss / d student[v] = (n[v] * softmax(x[v]) - P[v]) / (T * student_temp)
 
     Works with and without a process group; the centre is averaged over processes.
 
@@ -120,7 +119,7 @@ class DINOLoss(nn.Module):
         warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.teacher_temps = np.concatenate([warmup, np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)])
         self.teacher_entropy = torch.zeros(())  # of the last call, in nats, mean over views and batch
-        self._pending: dict[str, list[torch.Tensor]] = {}  # teacher means since the last update of a centre
+        self._pending: dict[str, list[torch.Tensor]] = {}  # per centre, the teacher's means since its last update
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(
@@ -128,20 +127,24 @@ class DINOLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Student logits [V*B, K] and teacher logits [Q*B, K] -> {"loss": 0-dim tensor}.
 
-        With gradient accumulation, `update_center` is False for all micro-batches but the last: the centre then moves once
-        per optimizer step, by the mean over all micro-batches.
+        With gradient accumulation, `update_center` is False for all micro-batches but the last: the centre is then
+        updated once per optimizer step, with the mean over all micro-batches.
         """
         loss = self._cross_entropy_of_views(student, teacher, epoch)
-        self._move_center("center", teacher, update_center)
+        self._update_center("center", teacher, update_center)
         return {"loss": loss}
 
     def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Figures about the last call, which returned `terms`, that do not depend on K; 1 means a uniform output.
+        """Figures to log about the last call, which returned `terms`; the first two can be compared between different K.
 
-        normalized_loss is the cross-entropy divided by ln K, teacher_entropy the entropy of t divided by ln K.
+        normalized_loss: the cross-entropy divided by ln K. It is about 1 for a uniform output, and can exceed 1.
+        teacher_entropy: the entropy of t divided by ln K; 1 for a uniform output.
+        center_norm: the norm of the centre.
         """
+        return self._telemetry_of_head(terms["loss"])
+
+    def _telemetry_of_head(self, cross_entropy: torch.Tensor) -> dict[str, torch.Tensor]:
         log_k = math.log(self.center.shape[1])
-        cross_entropy = terms.get("loss_DIR", terms["loss"])
         return {
             "normalized_loss": cross_entropy / log_k,
             "teacher_entropy": self.teacher_entropy / log_k,
@@ -157,10 +160,10 @@ class DINOLoss(nn.Module):
     def _mean_over_pairs(self, student, targets, view_loss):
         student = student.unflatten(0, (self.ncrops, -1))  # V, B, K
         targets = targets.unflatten(0, (TEACHER_VIEWS, -1))  # Q, B, K
-        return _SumOverViews.apply(student, targets, self.student_temp, view_loss)
+        return _MeanOverPairs.apply(student, targets, self.student_temp, view_loss)
 
     @torch.no_grad()
-    def _move_center(self, name: str, teacher: torch.Tensor, update: bool) -> None:
+    def _update_center(self, name: str, teacher: torch.Tensor, update: bool) -> None:
         pending = self._pending.setdefault(name, [])
         pending.append(teacher.float().mean(0, keepdim=True))  # 1, K
         if update:
@@ -181,10 +184,10 @@ class CLeVERLoss(DINOLoss):
         reg  = | sum of head's parameters squared - sum of head2's parameters squared |
         loss = DIR + sep_lambd * DVR + reg_lambd * reg
 
-    DVR in closed form, with p_v the student's softmax divided by its length and R_v the sum of t2[q] / |t2[q]| over q != v:
+    DVR in closed form, with p_hat[v] = s2[v] / |s2[v]| and R[v] the sum of t2[q] / |t2[q]| over q != v:
 
-        DVR = 1/T * sum_v <R_v, p_v>
-        d DVR / d student_ef[v] = p_v * (R_v - <R_v, p_v> p_v) / (T * student_temp)
+        DVR = 1/T * sum_v <R[v], p_hat[v]>
+        d DVR / d student_ef[v] = p_hat[v] * (R[v] - <R[v], p_hat[v]> p_hat[v]) / (T * student_temp)
 
     Args:
         out_dim, DVR_out_dim: K and K2; each head has a centre of its own.
@@ -224,8 +227,8 @@ class CLeVERLoss(DINOLoss):
         loss_dir = self._cross_entropy_of_views(student_ir, teacher_ir, epoch)
         t2 = F.softmax((teacher_ef.float() - self.center2) / self.teacher_temps[epoch], dim=-1)  # Q*B, K2
         loss_dvr = self._mean_over_pairs(student_ef, F.normalize(t2, dim=-1), _cosine)
-        self._move_center("center", teacher_ir, update_center)
-        self._move_center("center2", teacher_ef, update_center)
+        self._update_center("center", teacher_ir, update_center)
+        self._update_center("center2", teacher_ef, update_center)
         terms = {"loss": loss_dir + self.sep_lambd * loss_dvr, "loss_DIR": loss_dir, "loss_DVR": loss_dvr}
         if self.heads is not None:
             terms["loss_student_reg"] = self.reg_lambd * head_regularizer(*self.heads)
@@ -234,7 +237,7 @@ class CLeVERLoss(DINOLoss):
 
     def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As DINO's, for the IR head, and the norm of the EF head's centre."""
-        return super().telemetry(terms) | {"center2_norm": self.center2.norm()}
+        return self._telemetry_of_head(terms["loss_DIR"]) | {"center2_norm": self.center2.norm()}
 
 
 class _SquaredNorm(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Heads, the cut into IR and EF, and the multi-crop network."""
+"""Heads, the split into IR and EF, and the multi-crop network."""
 
 import pytest
 import torch

@@ -104,7 +104,7 @@ def test_uniform_outputs_cost_ln_k_and_entropy_is_measured():
     assert criterion.teacher_entropy.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_center_moves_once_per_step_by_the_mean_of_its_micro_batches():
+def test_center_is_updated_once_per_step_with_the_mean_of_its_micro_batches():
     whole, parts = (DINOLoss(16, 2, 0.04, 0.04, 0, 1) for _ in range(2))
     teacher = torch.randn(2, 6, 16)  # views, B, K
     student = torch.randn(2, 6, 16)
@@ -139,7 +139,6 @@ def test_head_regularizer_is_the_difference_of_squared_norms_with_its_gradient()
     reg = head_regularizer(head, head2)
     sums = [sum((p.detach().double() ** 2).sum() for p in h.parameters()) for h in (head, head2)]
     assert reg.item() == pytest.approx((sums[0] - sums[1]).abs().item(), rel=1e-6)
-    assert reg.item() > 260 - 100, "the frozen weight_g alone make up 300 - 40"
     reg.backward()
     for h, sign in ((head, 1), (head2, -1)):
         for name, p in h.named_parameters():
