@@ -1,4 +1,4 @@
-"""Checkpoint files: safe reading, atomic writing, strict loading."""
+"""Checkpoint files: safe reading, atomic writing, and loading into networks and optimizers."""
 
 import argparse
 import os
@@ -62,7 +62,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def save_atomically(obj: Any, path: str | Path) -> None:
-    """torch.save, flushed to the disk; whatever happens, `path` holds a whole file."""
+    """Write atomically with torch.save, flushed to the disk."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         torch.save(obj, file)
         file.flush()
@@ -107,7 +107,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str) 
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's moments, but not the options of its groups, which the script sets.
+    """Load an optimizer's state per parameter (momentum, Adam's moments), but not its groups' options, which the script sets.
 
     Raises InputError unless the groups have the same sizes.
     """

@@ -13,6 +13,8 @@ import torch.nn as nn
 
 from utils import InputError
 
+GRACE_SECONDS = 10.0  # the time that other processes leave the first one to print an error
+
 
 def run_entry_point(main: Callable[[], None]) -> None:
     """Run a script's main. An InputError becomes one line on stderr and exit status 2, a FloatingPointError exit status 1."""
@@ -26,9 +28,6 @@ def run_entry_point(main: Callable[[], None]) -> None:
     # Not after an error: nccl would wait here for the other processes, which may be waiting in a collective.
     if is_distributed():
         dist.destroy_process_group()
-
-
-GRACE_SECONDS = 10.0
 
 
 def _give_up(message: str, status: int) -> NoReturn:
@@ -46,7 +45,9 @@ def _give_up(message: str, status: int) -> NoReturn:
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     """--dist_url, --local_rank (or --local-rank) and --num_workers, the same in every script."""
     parser.add_argument("--dist_url", default="env://", help="how processes find each other; see torch.distributed")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by older launchers; LOCAL_RANK wins")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help="set by older launchers; ignored if LOCAL_RANK is set"
+    )
     parser.add_argument(
         "--num_workers", type=int, default=10, help="data loading workers per process, at most one per core; 0: none"
     )
@@ -60,11 +61,12 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
-        # Of the whole machine, so that every process raises the error if one of them has no GPU.
+        # Counts the processes of the whole machine: every process raises the error if one of them has no GPU.
         processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if processes > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        if processes > gpus:
             raise InputError(
-                f"{processes} processes on this machine: only {torch.cuda.device_count()} GPUs are visible "
+                f"{processes} processes on this machine: only {gpus} GPU{'s' * (gpus > 1)} visible "
                 "(DEVICES of the launch scripts, or CUDA_VISIBLE_DEVICES)"
             )
         torch.cuda.set_device(local_rank)
@@ -78,22 +80,27 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
 
 
 def is_distributed() -> bool:
+    """True if a launcher has started this process in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
+    """Number of this process; 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
+    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main_process() -> bool:
+    """True in the process that prints and writes files: the first one."""
     return get_rank() == 0
 
 
 def barrier() -> None:
+    """Wait until all processes have come here."""
     if is_distributed():
         dist.barrier()
 

@@ -45,6 +45,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update all parameters that have a gradient; `closure` is ignored."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -63,9 +64,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """adamw, sgd or lars, the last two with momentum 0.9. `set_schedules` sets rate and weight decay before every step.
+    """AdamW, or SGD or LARS with momentum 0.9; `name` is adamw, sgd or lars. Raises InputError for another name.
 
-    Raises InputError for another name.
+    The learning rate is 0 until `set_schedules` sets it, and the weight decay, before every step.
     """
     builders = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
@@ -96,12 +97,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, for parameters; each network keeps its own buffers."""
+    """teacher = momentum * teacher + (1 - momentum) * student, for parameters; each network keeps its own buffers (DINO)."""
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1 - momentum)
 
 
 def check_weights(student: nn.Module, when: str) -> None:
-    """Raise FloatingPointError, which names them, if weights are not finite: a finite loss can have an infinite gradient."""
+    """Raise FloatingPointError if weights are not finite (a finite loss can have an infinite gradient).
+
+    The message is "<when>, after its last step: weights <names>".
+    """
     norms = torch.stack(torch._foreach_norm([p.detach() for p in student.parameters()]))
     if not norms.isfinite().all():
         bad = [name for (name, _), norm in zip(student.named_parameters(), norms, strict=True) if not norm.isfinite()]

@@ -1,4 +1,4 @@
-"""Progress lines, log.txt, and warnings about collapse."""
+"""Progress lines, log.txt, and warnings of collapse."""
 
 import datetime
 import json
@@ -17,14 +17,14 @@ from utils import write_text_atomically
 
 
 class Progress:
-    """A line about work under way every few seconds and at the end: what is done, the rate, and the time left.
+    """Prints a line every few seconds and at the end: what is done, the rate, and the time left.
 
-    With several processes each counts its own share without waiting for the others, and the first one prints.
+    With several processes, each counts its own work without waiting for the others, and the first one prints.
 
     Args:
-        header: printed first; it may be changed while the work goes on.
-        total: images (or `unit`) to do in this process.
-        unit: what is counted, as the rate names it.
+        header: start of the line; may be changed later.
+        total: number of images (or whatever `unit` says) to process in this process.
+        unit: what is counted, as printed in the rate.
         seconds: least time between two lines.
         silent_if_quick: print nothing if all is done before the first line is due.
     """
@@ -38,14 +38,14 @@ class Progress:
         self.start = self._last = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
-        """Count what has just been done."""
+        """Add to the count, and print a line if one is due."""
         self.done += count
         at_end = self.done >= self.total and not (self.silent_if_quick and self._printed == 0)
         if self.done and (at_end or time.monotonic() - self._last >= self.seconds):
             self.print_line()
 
     def print_line(self) -> None:
-        """Print the line now, unless it would repeat the last one."""
+        """Print a line now, unless nothing has been added since the last one."""
         if self.done == self._printed:
             return
         self._printed, self._last = self.done, time.monotonic()
@@ -59,8 +59,8 @@ class Progress:
         )
 
 
-def progress(batches: Iterable[tuple], header: str, total: int, seconds: float = 5.0) -> Iterator[tuple]:
-    """Pass `batches` on and print the progress in `total` images; the length of a batch's first item is its images."""
+def with_progress(batches: Iterable[tuple], header: str, total: int, seconds: float = 5.0) -> Iterator[tuple]:
+    """Yield the batches and print the progress in images, `total` of them; the first item of a batch holds its images."""
     meter = Progress(header, total, seconds=seconds)
     for batch in batches:
         yield batch
@@ -68,7 +68,7 @@ def progress(batches: Iterable[tuple], header: str, total: int, seconds: float =
 
 
 def time_left(todo: float, rate: float) -> datetime.timedelta:
-    """Time that `todo` things will take at `rate` things a second, in whole seconds."""
+    """Time that `todo` items will take at `rate` items per second, in whole seconds."""
     return datetime.timedelta(seconds=round(todo / max(rate, 1e-9)))
 
 
@@ -88,7 +88,7 @@ class TrainingProgress:
         self._unread: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
 
     def update(self, **values: torch.Tensor) -> None:
-        """Take the 0-dim tensors of one step."""
+        """Record the values of one step, 0-dim tensors."""
         stacked = torch.stack([v.detach().float() for v in values.values()])
         mean = all_reduce_sum(stacked) / get_world_size()
         copied = None
@@ -156,7 +156,7 @@ def append_log(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def truncate_log(path: str | Path, epoch: int) -> None:
-    """Drop lines of `epoch` and later, and incomplete ones, before an interrupted run continues from `epoch`."""
+    """Remove the lines of `epoch` and later, and incomplete ones, before an interrupted run continues from `epoch`."""
     path = Path(path)
     if not path.exists():
         return
@@ -190,7 +190,7 @@ class CollapseWatch:
         found = {}
         if abs(means["normalized_loss"] - 1) < 0.005:
             found["uniform"] = (
-                "the loss sits at ln(out_dim): the outputs are uniform. Try a longer --warmup_epochs, a lower --lr, "
+                "the loss stays at ln(out_dim): the outputs are uniform. Try a longer --warmup_epochs, a lower --lr, "
                 "a lower --teacher_temp, a smaller --out_dim, or --norm_last_layer true"
             )
         for name, value in means.items():

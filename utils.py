@@ -1,4 +1,4 @@
-"""Errors, command-line parsing, seeds, and writers whose files are whole at any moment."""
+"""Errors, command-line parsing, seeds, and atomic writers."""
 
 import argparse
 import contextlib
@@ -115,37 +115,42 @@ def seed_everything(*key: int) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file name beside `path`, which becomes `path` if no error occurs: `path` holds a whole file at any moment.
+    """Write atomically: `path` holds the whole old file or the whole new one at any moment, whatever happens.
 
-    The folder is made if it does not exist.
+    Yields the name of a temporary file beside `path`, which replaces `path` at the end, or is removed if an error occurs. The
+    folder is made if it does not exist.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text_atomically(text: str, path: str | Path) -> None:
-    """Write a text file; whatever happens, `path` holds a whole file."""
+    """Write a text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text)
 
 
 def save_json(record: Any, path: str | Path) -> None:
-    """Write a JSON file; whatever happens, `path` holds a whole file."""
+    """Write a JSON file atomically."""
     write_text_atomically(json.dumps(record, indent=1) + "\n", path)
 
 
 def save_csv(rows: Iterable[Sequence[Any]], path: str | Path) -> None:
-    """Write a CSV file; whatever happens, `path` holds a whole file."""
+    """Write a CSV file atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text_atomically(text.getvalue(), path)
 
 
 def save_png(pixels: np.ndarray, path: str | Path) -> None:
-    """Write a picture, uint8 [H, W] or [H, W, channels]; whatever happens, `path` holds a whole file."""
+    """Write a picture, uint8 [H, W] or [H, W, channels], as PNG, atomically."""
     with atomic_file(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
@@ -166,7 +171,10 @@ def check_writable(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder, which replaces `folder` if no error occurs: `folder` is whole or absent, whatever happens."""
+    """Write a folder atomically: yields a new, empty folder, which replaces `folder` at the end unless an error occurs.
+
+    `folder` is whole, old or new, or absent for a moment; it is never incomplete.
+    """
     scratch, former = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "former"))
     try:
         for leftover in (scratch, former):

@@ -33,7 +33,7 @@ from datasets import ImageDataset, keep_readable, list_images, shard
 from evaluation.attention import ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
 from evaluation.pretrained import add_backbone_arguments, load_pretrained
 from evaluation.video.files import DEFAULT_FPS, FORMATS, SUFFIXES, extract_frames, write_video
-from telemetry import progress
+from telemetry import with_progress
 from utils import InputError, bool_flag
 
 OUTPUT_NAMES = re.compile(r"(overview|img|overlay|attn-.*|mask_th.*)\.png|video\..*")
@@ -160,7 +160,7 @@ def attention_maps(
     paths: list[str], backbone: nn.Module, loader: DataLoader, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(path, image [3, H, W], attention [heads, rows, columns]) of each image of the loader."""
-    for images, numbers in progress(loader, "attention", len(loader)):
+    for images, numbers in with_progress(loader, "attention", len(loader)):
         yield paths[numbers], images[0], cls_attention(backbone, images.to(device))[0]
 
 

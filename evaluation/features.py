@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from distributed import all_gather_rows, get_world_size
 from evaluation.names import PARTS
 from heads import split_sizes
-from telemetry import progress
+from telemetry import with_progress
 from utils import InputError
 
 
@@ -98,7 +98,7 @@ def extract_features(
     With a `header`, progress is printed.
     """
     features, labels = [torch.empty(0, model.dim, device=device)], [torch.empty(0, dtype=torch.long)]
-    for images, batch_labels in progress(loader, header, len(loader.dataset)) if header else loader:
+    for images, batch_labels in with_progress(loader, header, len(loader.dataset)) if header else loader:
         features.append(model(images.to(device, non_blocking=True)).float())
         labels.append(batch_labels)
     return torch.cat(features), torch.cat(labels).to(device)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from datasets import ImageDataset, shard
 from distributed import all_gather_rows, all_reduce_sum, broadcast_buffers, get_rank, get_world_size
 from evaluation.features import FeatureExtractor, extract_features
-from telemetry import progress
+from telemetry import with_progress
 
 MIN_TEMPERATURE = 0.002  # exp(1 / 0.002) is 1e217
 
@@ -83,7 +83,7 @@ def knn_accuracies(
     hits = torch.zeros(len(neighbors), len(temperatures), 2, dtype=torch.double, device=device)  # top-1, top-5
     chunk = max(1, min(1024, 2**28 // len(train)))  # at most 1 GiB of similarities at a time
     batches = zip(test.split(chunk), labels.split(chunk), strict=True)
-    for queries, query_labels in progress(batches, "nearest neighbours", len(test)):
+    for queries, query_labels in with_progress(batches, "nearest neighbours", len(test)):
         similarity, nearest = nearest_neighbors(train, queries, max(neighbors))  # B, k
         classes = train_labels[nearest]  # B, k
         for i, k in enumerate(neighbors):

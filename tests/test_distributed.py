@@ -118,7 +118,7 @@ def one_process_is_refused(rank, output):
         distributed.run_entry_point(main)
 
 
-def test_an_error_of_one_process_only_is_told(tmp_path):
+def test_an_error_of_one_process_only_is_printed(tmp_path):
     outputs = [tmp_path / "0", tmp_path / "1"]
     assert wait([fork(one_process_is_refused, rank, output) for rank, output in enumerate(outputs)]) == [0, 2]
     assert [output.read_text() for output in outputs] == ["", "error: no such thing\n"]

@@ -18,7 +18,7 @@ from evaluation.feature_files import TENSORS
 from evaluation.features import select_part
 from evaluation.knn import MIN_TEMPERATURE, knn_predict
 from evaluation.names import PARTS
-from telemetry import progress
+from telemetry import with_progress
 
 
 def knn(*flags):
@@ -222,12 +222,12 @@ def test_more_neighbours_than_training_images(world, tmp_path):
 
 def test_progress_of_many_batches(capsys):
     batches = [(torch.empty(3),), (torch.empty(3),), (torch.empty(1),)]
-    assert list(progress(batches, "features", 7, seconds=0)) == batches
+    assert list(with_progress(batches, "features", 7, seconds=0)) == batches
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["features 3/7", "features 6/7", "features 7/7"]
-    list(progress(batches, "features", 7))
+    list(with_progress(batches, "features", 7))
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert list(progress([(torch.empty(0),)], "features", 0)) and capsys.readouterr().out == ""
+    assert list(with_progress([(torch.empty(0),)], "features", 0)) and capsys.readouterr().out == ""
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

@@ -143,6 +143,15 @@ def test_the_old_text_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     assert seen == ["old"] and path.read_text() == "new"
 
 
+def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), utils.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_check_writable_leaves_nothing(tmp_path):
     utils.check_writable(tmp_path)
     utils.check_writable(tmp_path / "a" / "b")
