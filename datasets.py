@@ -1,20 +1,30 @@
 """Image datasets from folders: for pretraining (labels unused) and for classification (one sub-folder per class)."""
 
+import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from augmentations import Views
+from distributed import all_gather_objects, get_rank, get_world_size, is_main_process, worker_count
+from rendering import render_batch
 from telemetry import Progress
-from utils import InputError, describe_error
+from utils import InputError, atomic_file, describe_error
+
+try:
+    import simplejpeg
+except ImportError:  # optional
+    simplejpeg = None
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 UNLABELLED = -1
@@ -107,15 +117,82 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-class ImageDataset(Dataset):
-    """(transform(RGB image), label) for each (path, label) of `samples`.
+def read_pixels(path: str | os.PathLike) -> np.ndarray:
+    """The pixels of `read_image`, uint8 [H, W, 3].
 
-    The transform's random draws are a function of (seed, epoch, index). They do not depend on the number of workers or
-    processes, a resumed run repeats them, and torch's global generator is left unchanged.
+    JPEG files are decoded by simplejpeg where it is installed: the same pixels in half the time, since it calls the same
+    library (libjpeg-turbo) more directly. Raises InputError naming the file and the reason if decoding fails.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        if simplejpeg is not None and content.startswith(b"\xff\xd8"):
+            colorspace = simplejpeg.decode_jpeg_header(content)[2]
+            if colorspace in ("YCbCr", "RGB", "Gray"):
+                return simplejpeg.decode_jpeg(content, "RGB")
+    except OSError as error:
+        raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
+    except ValueError:
+        pass  # damaged, or unusual: Pillow reads it after all, or gives the reason
+    return np.array(read_image(path))  # writable, as torch.from_numpy wants it
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+class SampleList(Sequence):
+    """(path, label) of every image, in a few arrays instead of a million Python objects.
+
+    Processes that are forked share the arrays; counting references to Python objects would copy their pages.
     """
 
-    def __init__(self, samples: Sequence[Sample], transform: Callable, seed: int = 0, classes: Sequence[str] = ()) -> None:
-        self.samples, self.transform, self.seed, self.classes = list(samples), transform, seed, list(classes)
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        paths, labels = zip(*samples, strict=True) if samples else ((), ())
+        encoded = [os.fsencode(path) for path in paths]
+        self.text = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
+        self.ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.text[start : int(self.ends[index])].numpy().tobytes()), int(self.labels[index])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+class ImageDataset(Dataset):
+    """Views of images, drawn and rendered for whole batches.
+
+    The views of an image are a function of (seed, epoch, index). They do not depend on the number of workers or processes,
+    and a resumed run repeats them.
+
+    Args:
+        samples: (path, label) of every image.
+        views: what is drawn of every image.
+        seed: of the draws.
+        classes: names of the classes.
+        renderer: torchvision or cpp, see rendering.py.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        views: Views,
+        seed: int = 0,
+        classes: Sequence[str] = (),
+        renderer: str = "torchvision",
+    ) -> None:
+        self.samples = SampleList(samples)
+        self.views, self.seed, self.classes, self.renderer = views, seed, list(classes), renderer
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # in shared memory, where persistent workers see it
 
     def set_epoch(self, epoch: int) -> None:
@@ -124,14 +201,31 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | list[torch.Tensor], int]:
-        """Raises InputError if the file cannot be decoded."""
-        path, label = self.samples[index]
-        image = read_image(path)
-        image_seed = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(image_seed))  # torch.manual_seed would seed GPUs as well
-            return self.transform(image), label
+    def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
+        """The batch of one image, without its dimension B."""
+        tensors, labels = self.__getitems__([index])
+        if isinstance(tensors, Tensor):
+            return tensors[0], int(labels)
+        return [tensor[:, 0] for tensor in tensors], int(labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Views of B images and their labels [B]: one tensor uint8 [V', B, 3, S, S] per resolution, or [B, 3, S, S] if V is 1.
+
+        Raises InputError if a file cannot be decoded.
+        """
+        samples = [self.samples[index] for index in indices]
+        images = [read_pixels(path) for path, _ in samples]
+        heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
+        seeds = [image_seed(self.seed, int(self._epoch), index) for index in indices]
+        parameters = self.views.draw_seeded(seeds, heights, widths)  # B, V
+        tensors = render_batch(images, parameters, self.renderer)
+        labels = torch.tensor([label for _, label in samples])
+        return (tensors[0][0] if len(self.views) == 1 else tensors), labels
+
+
+def image_seed(seed: int, epoch: int, index: int) -> int:
+    """Seed of the views of one image in one epoch."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
 
 
 def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
@@ -139,7 +233,85 @@ def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
     return Subset(dataset, range(rank, len(dataset), world_size))
 
 
+def make_loader(
+    dataset: Dataset, batch_size: int, sampler: Sampler | None = None, num_workers: int = 0, drop_last: bool = False
+) -> DataLoader:
+    """Batches that an ImageDataset has rendered, in the order of the sampler or else of the dataset.
+
+    Workers stay alive from epoch to epoch. The loader has a random generator of its own, since workers that start would
+    otherwise change the global one, and a resumed run starts them in another epoch.
+    """
+    workers = worker_count(num_workers)
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=unchanged,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=drop_last,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+    )
+
+
+def unchanged(batch: Any) -> Any:
+    """collate_fn for batches that are already made."""
+    return batch
+
+
 # --- checking images -------------------------------------------------------------------------------------------------
+
+
+class CheckRecord:
+    """Which files were found readable before, by path, size and time of change, so that a second start need not decode them.
+
+    Args:
+        path: the file of the record, which need not exist; None: no record.
+    """
+
+    def __init__(self, path: str | os.PathLike | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.known = self._read()
+        self.readable: list[np.ndarray] = []  # keys of this start
+
+    def _read(self) -> np.ndarray:
+        try:
+            return np.load(self.path, allow_pickle=False) if self.path else np.empty(0, np.uint64)
+        except (OSError, ValueError, EOFError):  # none yet, or damaged: the images are decoded again
+            return np.empty(0, np.uint64)
+
+    @staticmethod
+    def keys(paths: Sequence[str]) -> np.ndarray:
+        """64 bits for each file, which change when the file does; 0 for a file that cannot be seen."""
+
+        def key(path: str) -> int:
+            try:
+                stat = os.stat(path)
+            except OSError:
+                return 0
+            text = os.fsencode(path) + f"|{stat.st_size}|{stat.st_mtime_ns}".encode()
+            return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+        return np.fromiter(map(key, paths), np.uint64, len(paths))
+
+    def unknown(self, paths: Sequence[str]) -> list[str]:
+        """The paths that have to be decoded; the others are noted as readable."""
+        keys = self.keys(paths)
+        known = np.isin(keys, self.known) & (keys != 0)
+        self.readable.append(keys[known])
+        return [paths[i] for i in np.flatnonzero(~known)]
+
+    def add(self, paths: Sequence[str]) -> None:
+        """Note files that were decoded."""
+        self.readable.append(self.keys(paths))
+
+    def save(self) -> None:
+        """Write the record, if a check has changed it."""
+        readable = np.unique(np.concatenate([*self.readable, np.empty(0, np.uint64)]))
+        if self.path is not None and len(readable) and not np.array_equal(readable, self.known):
+            with atomic_file(self.path) as temporary, open(temporary, "wb") as file:
+                np.save(file, readable)
 
 
 def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
@@ -170,12 +342,18 @@ def _read_error(path):
     return None
 
 
-def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, threads: int = 8) -> list[Sample]:
+def keep_readable(
+    samples: Sequence[Sample], skip_bad_images: bool = False, threads: int = 8, record: CheckRecord | None = None
+) -> list[Sample]:
     """Decode all images once, and return the samples if all can be read; with `skip_bad_images` only the readable ones.
 
-    Raises InputError naming the first unreadable images, or if no image can be read.
+    Files that the `record` knows are not decoded again. Raises InputError naming the first unreadable images, or if no image
+    can be read.
     """
-    bad = check_images([path for path, _ in samples], threads)
+    record = record or CheckRecord(None)
+    paths = record.unknown([path for path, _ in samples])
+    bad = check_images(paths, threads)
+    record.add([path for path in paths if path not in bad])
     if not bad:
         return list(samples)
     first = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:3])
@@ -189,17 +367,19 @@ def keep_readable(samples: Sequence[Sample], skip_bad_images: bool = False, thre
     return [(path, label) for path, label in samples if path not in bad]
 
 
-# --- datasets --------------------------------------------------------------------------------------------------------
+# --- building datasets -----------------------------------------------------------------------------------------------
 
 
 def dataset_of(
     classes: Sequence[str],
     samples: Sequence[Sample],
-    transform: Callable,
+    views: Views,
     seed: int = 0,
+    renderer: str = "torchvision",
     skip_bad_images: bool = False,
     threads: int = 8,
     check: bool = True,
+    record: CheckRecord | None = None,
 ) -> ImageDataset:
     """A dataset of these samples, after every image was decoded once with `threads` threads (unless `check` is false).
 
@@ -207,24 +387,24 @@ def dataset_of(
     """
     if skip_bad_images and not check:
         raise InputError("--skip_bad_images true with --check_images false: unreadable images are found by the check")
-    samples = keep_readable(samples, skip_bad_images, threads) if check else samples
-    return ImageDataset(samples, transform, seed, classes)
+    samples = keep_readable(samples, skip_bad_images, threads, record) if check else samples
+    return ImageDataset(samples, views, seed, classes, renderer)
 
 
-def pretraining_dataset(root: str | os.PathLike, transform: Callable, seed: int = 0, **checks) -> ImageDataset:
-    """All images below `root`, flat or nested, with label -1. `checks`: skip_bad_images, threads, check of dataset_of.
+def pretraining_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:
+    """All images below `root`, flat or nested, with label -1. `options`: further arguments of dataset_of.
 
     Raises InputError as list_images and dataset_of do.
     """
-    return dataset_of((), [(path, UNLABELLED) for path in list_images(root)], transform, seed, **checks)
+    return dataset_of((), [(path, UNLABELLED) for path in list_images(root)], views, seed, **options)
 
 
-def labelled_dataset(root: str | os.PathLike, transform: Callable, seed: int = 0, **checks) -> ImageDataset:
-    """Images of <root>/<class>/ with their classes. `checks`: skip_bad_images, threads, check of dataset_of.
+def labelled_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:
+    """Images of <root>/<class>/ with their classes. `options`: further arguments of dataset_of.
 
     Raises InputError as labelled_samples and dataset_of do.
     """
-    return dataset_of(*labelled_samples(root), transform, seed, **checks)
+    return dataset_of(*labelled_samples(root), views, seed, **options)
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:

@@ -17,6 +17,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +37,12 @@ from backbones import (
     synchronize_batch_norm,
 )
 from checkpoint import load_resumable, save_atomically
-from datasets import ImageDataset, check_same_classes, labelled_dataset, pretraining_dataset
+from datasets import CheckRecord, ImageDataset, check_same_classes, labelled_dataset, make_loader, pretraining_dataset
 from evaluation.knn import knn_accuracy
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
 from losses import CLeVERLoss, DINOLoss
 from pretraining import Pretraining
+from rendering import add_renderer_argument, renderer_line, resolve_renderer
 from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
 from utils import InputError, bool_flag
 
@@ -134,6 +136,7 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     add("--check_images", type=bool_flag, default=True, help="decode every image once before training. false for a quicker "
         "start, if all are known to be readable")
     add("--skip_bad_images", type=bool_flag, default=False, help="leave unreadable images out instead of stopping")
+    add_renderer_argument(group)
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
@@ -189,10 +192,10 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Checked arguments with --drop_path_rate filled in, so that checkpoints record the rate that was used."""
+    """Checked arguments, with the defaults of --drop_path_rate and --views filled in: checkpoints record what was used."""
     check_args(args)
     rate = default_drop_path_rate(args.arch) if args.drop_path_rate is None else args.drop_path_rate
-    return argparse.Namespace(**vars(args) | {"drop_path_rate": rate})
+    return resolve_renderer(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
 
 
 # --- networks ----------------------------------------------------------------------------------------------------------
@@ -310,6 +313,8 @@ def build_pretraining(
         clip_grad=args.clip_grad,
         freeze_last_layer=args.freeze_last_layer,
         print_freq=args.print_freq,
+        mean=args.mean,
+        std=args.std,
         arguments=utils.plain_args(args),
     )
 
@@ -317,7 +322,15 @@ def build_pretraining(
 # --- data --------------------------------------------------------------------------------------------------------------
 
 
-def build_dataset(args: argparse.Namespace) -> ImageDataset:
+def check_options(args: argparse.Namespace, record: CheckRecord) -> dict[str, Any]:
+    """How images are rendered and checked."""
+    return {
+        "renderer": args.views, "skip_bad_images": args.skip_bad_images, "check": args.check_images,
+        "threads": args.num_workers, "record": record,
+    }  # fmt: skip
+
+
+def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset:
     """Training images with the views of --aug. Raises InputError if they do not fill one optimizer step."""
     views = MultiCropAugmentation(
         args.aug,
@@ -326,13 +339,8 @@ def build_dataset(args: argparse.Namespace) -> ImageDataset:
         local_crops_number=args.local_crops_number,
         global_crops_size=args.global_crops_size,
         local_crops_size=args.local_crops_size,
-        mean=args.mean,
-        std=args.std,
     )
-    dataset = pretraining_dataset(
-        args.data_path, views, args.seed, skip_bad_images=args.skip_bad_images, check=args.check_images,
-        threads=args.num_workers,
-    )  # fmt: skip
+    dataset = pretraining_dataset(args.data_path, views, args.seed, **check_options(args, record))
     if len(dataset) < images_per_step(args):
         raise InputError(
             f"batch of {images_per_step(args)} images ({args.batch_size_per_gpu} x {distributed.get_world_size()} processes x "
@@ -346,28 +354,16 @@ def build_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
     sampler = DistributedSampler(
         dataset, distributed.get_world_size(), distributed.get_rank(), shuffle=True, seed=args.seed, drop_last=True
     )
-    return DataLoader(
-        dataset,
-        args.batch_size_per_gpu,
-        sampler=sampler,
-        num_workers=distributed.worker_count(args.num_workers),
-        pin_memory=torch.cuda.is_available(),
-        drop_last=True,
-    )
+    return make_loader(dataset, args.batch_size_per_gpu, sampler, args.num_workers, drop_last=True)
 
 
-def build_knn_data(args: argparse.Namespace) -> list[ImageDataset]:
-    """Labelled train and val images of --knn_data, with the evaluation transform."""
-    transform = eval_transform("ori", args.global_crops_size, args.mean, args.std)
-    datasets = [
-        labelled_dataset(
-            os.path.join(args.knn_data, split), transform, args.seed, skip_bad_images=args.skip_bad_images,
-            check=args.check_images, threads=args.num_workers,
-        )
-        for split in ("train", "val")
-    ]  # fmt: skip
-    check_same_classes(*datasets)
-    return datasets
+def build_knn_data(args: argparse.Namespace, record: CheckRecord) -> list[ImageDataset]:
+    """Labelled train and val images of --knn_data, clean."""
+    view, options = eval_transform("ori", args.global_crops_size), check_options(args, record)
+    folders = [os.path.join(args.knn_data, split) for split in ("train", "val")]
+    train, val = (labelled_dataset(folder, view, args.seed, **options) for folder in folders)
+    check_same_classes(train, val)
+    return [train, val]
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------
@@ -383,6 +379,7 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
         f"{steps_per_epoch} steps of {run.images_per_step} images per epoch; "
         f"peak lr {peak_lr(args):.3g}; {str(run.amp_dtype).removeprefix('torch.')} on {run.device}"
     )
+    print(renderer_line(args.views))
 
 
 def train_one_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
@@ -409,9 +406,10 @@ def main() -> None:
     fixed = CLEVER_TENSOR_ARGUMENTS if args.net == "CLeVER" else TENSOR_ARGUMENTS
     state = load_resumable(Path(args.output_dir) / "checkpoint.pth", args, fixed)
     student, teacher = build_networks(args, device, resuming=state is not None)
-    dataset = build_dataset(args)
+    readable = CheckRecord(Path(args.output_dir) / "checked_images.npy")
+    dataset = build_dataset(args, readable)
     loader = build_loader(dataset, args)
-    knn_data = build_knn_data(args) if args.knn_data else None
+    knn_data = build_knn_data(args, readable) if args.knn_data else None
     steps_per_epoch = len(loader) // args.accumulation
     run = build_pretraining(args, student, teacher, device, steps_per_epoch)
 
@@ -420,6 +418,7 @@ def main() -> None:
     if distributed.is_main_process():
         os.makedirs(args.output_dir, exist_ok=True)
         truncate_log(log, start_epoch)
+        readable.save()
     print_summary(args, run, len(dataset), steps_per_epoch)
     if state:
         print(f"continuing {args.output_dir} from epoch {start_epoch}")
@@ -435,7 +434,8 @@ def main() -> None:
         record = {f"train_{name}": value for name, value in means.items()}
         if knn_data and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             workers = distributed.worker_count(args.num_workers)
-            record["knn_top1"] = knn_accuracy(teacher.backbone, *knn_data, device, args.batch_size_per_gpu, workers)
+            sizes = args.batch_size_per_gpu, workers
+            record["knn_top1"] = knn_accuracy(teacher.backbone, *knn_data, device, *sizes, stats=(args.mean, args.std))
         record |= {"epoch": epoch, "seconds": time.perf_counter() - start, "memory_gib": peak_memory_gib(device)}
         for warning in watch.update(means):
             print(f"warning: {warning}")

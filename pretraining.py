@@ -1,9 +1,10 @@
 """A pretraining run: the student, its teacher and all that changes from step to step.
 
-One step: views -> both networks -> loss -> gradients, clipped -> optimizer -> teacher = moving average of the student.
+One step: normalised views -> both networks -> loss -> clipped gradients -> optimizer -> teacher = moving average of student.
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from checkpoint import load_moments, load_strictly, save_atomically
 from distributed import is_distributed, is_main_process
 from heads import MultiCropWrapper
@@ -41,6 +43,7 @@ class Pretraining:
         clip_grad: largest norm of each parameter's gradient; 0: no clipping.
         freeze_last_layer: number of epochs during which the heads' last layers do not move.
         print_freq: micro-batches between progress lines.
+        mean, std: of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device.
         arguments: of the command line, recorded in checkpoints.
     """
 
@@ -58,6 +61,8 @@ class Pretraining:
     clip_grad: float = 3.0
     freeze_last_layer: int = 1
     print_freq: int = 20
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,7 +86,7 @@ class Pretraining:
         progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq)
         for micro_step, (views, _) in enumerate(islice(loader, micro_steps)):
             last = (micro_step + 1) % self.accumulation == 0  # micro-batch of this step
-            views = [view.to(self.device, non_blocking=True) for view in views]
+            views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
             with contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync():
                 terms = self.compute_loss(views, epoch, update_center=last)
                 progress.update(**terms)
@@ -92,12 +97,20 @@ class Pretraining:
         rates = {name: float(values[of_epoch].mean()) for name, values in self.schedules.items()}
         return progress.finish() | rates | {"images_per_second": progress.rate}
 
+    def normalized(self, views: torch.Tensor) -> torch.Tensor:
+        """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
+        return normalize(views, self.mean, self.std) if views.dtype == torch.uint8 else views
+
     def compute_loss(self, views: list[torch.Tensor], epoch: int, update_center: bool = True) -> dict[str, torch.Tensor]:
-        """Forward pass of both networks on V views [B, 3, S, S]: terms of the loss, "loss" first, then telemetry."""
+        """Forward pass of both networks: terms of the loss, "loss" first, then telemetry.
+
+        `views` holds one tensor [V', B, 3, S, S] per resolution, the two global views first.
+        """
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             with torch.no_grad():
-                teacher_output, z = self.teacher(views[:TEACHER_VIEWS], return_features=True)  # 2*B, K; 2*B, D
-            student_output = self.model(views)  # V*B, K
+                global_views = views[0][:TEACHER_VIEWS].flatten(0, 1)  # 2*B, 3, S, S
+                teacher_output, z = self.teacher(global_views, return_features=True)  # 2*B, K; 2*B, D
+            student_output = self.model([view.flatten(0, 1) for view in views])  # V*B, K
         terms = self.criterion(student_output, teacher_output, epoch, update_center)
         spread = {f"feature_std{part}": feature_std(features) for part, features in self.teacher.split(z).items()}
         return terms | self.criterion.telemetry(terms) | spread

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 import distributed
 import utils
-from datasets import ImageDataset, keep_readable, list_images, shard
-from evaluation.attention import ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
+from datasets import keep_readable, list_images, shard
+from evaluation.attention import PictureDataset, ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
 from evaluation.pretrained import add_backbone_arguments, load_pretrained
 from evaluation.video.files import DEFAULT_FPS, FORMATS, SUFFIXES, extract_frames, write_video
 from telemetry import with_progress
@@ -148,8 +148,7 @@ def build_network(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
 
 def build_loader(paths: list[str], transform: ResizeAndCrop, num_workers: int) -> DataLoader:
     """This process's share of the images, one by one: their sizes may differ."""
-    dataset = ImageDataset([(path, number) for number, path in enumerate(paths)], transform)
-    own = shard(dataset, distributed.get_rank(), distributed.get_world_size())
+    own = shard(PictureDataset(paths, transform), distributed.get_rank(), distributed.get_world_size())
     return DataLoader(own, batch_size=1, num_workers=min(distributed.worker_count(num_workers), max(len(own) - 1, 0)))
 
 

@@ -11,9 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from augmentations import ToNormalizedTensor
+from datasets import read_image
 from utils import InputError
 
 RED = np.array([255, 0, 0])
@@ -36,6 +38,19 @@ class ResizeAndCrop:
         if min(W, H) < p:
             raise InputError(f"image of {W}x{H} pixels: smaller than a patch of {p}; give a larger --image_size")
         return self.to_tensor(image.crop((0, 0, W - W % p, H - H % p)))
+
+
+class PictureDataset(Dataset):
+    """(transformed image, its number) of each of `paths`; sizes may differ. Raises InputError for an unreadable image."""
+
+    def __init__(self, paths: list[str], transform: ResizeAndCrop) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self.transform(read_image(self.paths[number])), number
 
 
 # --- attention ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Image folders, reproducible random draws, unreadable files."""
 
 import itertools
+import os
+import pickle
 import warnings
 from pathlib import Path
 
@@ -10,21 +12,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import pil_to_tensor
+from support.pictures import photo
 
 import datasets
 import telemetry
-from augmentations import RECIPES, MultiCropAugmentation, eval_transform
+from augmentations import MultiCropAugmentation, eval_transform
 from datasets import (
+    CheckRecord,
     ImageDataset,
+    SampleList,
     check_images,
     keep_readable,
     labelled_dataset,
     labelled_samples,
     list_images,
+    make_loader,
     pretraining_dataset,
     read_image,
+    read_pixels,
     shard,
 )
 from utils import InputError
@@ -130,36 +135,81 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 def test_undecodable_files_are_named(tmp_path):
     for path in [*make_bad_images(tmp_path).values(), str(tmp_path / "absent.png")]:
-        with pytest.raises(InputError, match=f"{path}: cannot be read") as caught:
-            ImageDataset([(path, 0)], pil_to_tensor)[0]
-        assert "\n" not in str(caught.value)
+        for read in (read_image, read_pixels, lambda path: ImageDataset([(path, 0)], CLEAN)[0]):
+            with pytest.raises(InputError, match=f"{path}: cannot be read") as caught:
+                read(path)
+            assert "\n" not in str(caught.value)
 
 
-def test_dataset_items(samples):
-    dataset = ImageDataset(samples, pil_to_tensor, classes=("a", "b", "c"))
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_files_are_decoded_as_pillow_does(tmp_path, monkeypatch, mode, installed):
+    """With simplejpeg and without it, and under another suffix."""
+    if not installed:
+        monkeypatch.setattr(datasets, "simplejpeg", None)
+    path = tmp_path / "picture.png"
+    photo(60, 45).convert(mode).save(path, format="JPEG", quality=90)
+    pixels = read_pixels(path)
+    assert pixels.dtype == np.uint8 and pixels.flags["C_CONTIGUOUS"] and pixels.flags["WRITEABLE"]
+    np.testing.assert_array_equal(pixels, np.asarray(read_image(path)))
+
+
+def test_a_cut_jpeg_is_refused_by_both_readers(tmp_path):
+    photo(60, 45).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1000])
+    for read in (read_image, read_pixels):
+        with pytest.raises(InputError, match="cut.jpg: cannot be read"):
+            read(tmp_path / "cut.jpg")
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+CLEAN = eval_transform("ori", 16)
+
+
+def test_sample_lists_hold_odd_names():
+    samples = [("a/b.png", 0), ("gr\u00fcn.png", 2), ("caf\udce9.png", -1), ("", 5)]
+    found = SampleList(samples)
+    assert len(found) == 4 and list(found) == samples and found[-2] == samples[2] and found[1:3] == samples[1:3]
+    assert list(pickle.loads(pickle.dumps(found))) == samples and list(SampleList([])) == []
+    with pytest.raises(IndexError):
+        found[4]
+
+
+def test_items_are_views_of_the_images(samples):
+    dataset = ImageDataset(samples, CLEAN, classes=("a", "b", "c"))
     assert len(dataset) == 8 and dataset.classes == ["a", "b", "c"]
     for i, (path, label) in enumerate(samples):
         image, found = dataset[i]
-        assert found == label and torch.equal(image, pil_to_tensor(Image.open(path)))
+        assert found == label and torch.equal(image, CLEAN(read_image(path))[0])
+
+
+def test_batches_are_the_items(samples):
+    """One tensor [V', B, 3, S, S] per resolution, or [B, 3, S, S] for a single view."""
+    dataset = ImageDataset(samples, TRAINING)
+    tensors, labels = dataset.__getitems__([5, 2, 7])
+    assert [tuple(tensor.shape) for tensor in tensors] == [(2, 3, 3, 48, 48), (2, 3, 3, 24, 24)]
+    assert labels.tolist() == [samples[i][1] for i in (5, 2, 7)]
+    for b, i in enumerate((5, 2, 7)):
+        assert all(torch.equal(tensor[:, b], own) for tensor, own in zip(tensors, dataset[i][0], strict=True))
+    images, _ = ImageDataset(samples, CLEAN).__getitems__([5, 2, 7])
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
 
 
 # --- random draws ----------------------------------------------------------------------------------------------------
 
-
-def draw(image):
-    return torch.rand(4)
+TRAINING = MultiCropAugmentation("aug1_4_2", local_crops_number=2, global_crops_size=48, local_crops_size=24)
 
 
-def views(dataset, **options):
-    loader = DataLoader(dataset, batch_size=2, collate_fn=list, **options)
-    return [view for batch in loader for view, _ in batch]
+def batches(dataset, **options):
+    return [tensor for tensors, _ in make_loader(dataset, 3, **options) for tensor in tensors]
 
 
 def test_draws_depend_on_seed_epoch_and_index_only(samples):
     def draws(seed, epoch):
-        dataset = ImageDataset(samples, draw, seed=seed)
+        dataset = ImageDataset(samples[:1] * 4, TRAINING, seed=seed)  # one image four times: only the index differs
         dataset.set_epoch(epoch)
-        return torch.stack([dataset[i][0] for i in range(len(dataset))])
+        return torch.stack([dataset[i][0][0] for i in range(len(dataset))]).flatten(1)
 
     first = draws(0, 0)
     torch.rand(10)
@@ -168,38 +218,33 @@ def test_draws_depend_on_seed_epoch_and_index_only(samples):
     assert len(everything.unique(dim=0)) == len(everything)  # also: (seed 0, epoch 1) is not (seed 1, epoch 0)
 
 
-def test_the_global_generator_is_left_unchanged(samples):
-    dataset = ImageDataset(samples, draw)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_global_generator_is_left_unchanged(samples, num_workers):
+    """By items, and by loaders whose workers start in any epoch."""
+    dataset = ImageDataset(samples, TRAINING)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     dataset[0]
-    dataset[1]
-    assert torch.equal(torch.rand(3), expected)
-    torch.manual_seed(7)
-    with pytest.raises(ZeroDivisionError):
-        ImageDataset(samples, lambda image: torch.rand(5) / (1 // 0))[0]
+    batches(dataset, num_workers=num_workers)
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("aug", RECIPES)
-def test_views_do_not_depend_on_the_number_of_workers(samples, aug):
-    augment = MultiCropAugmentation(aug, local_crops_number=2, global_crops_size=48, local_crops_size=24)
-    dataset = ImageDataset(samples, augment)
-    here, there = views(dataset), views(dataset, num_workers=2)
-    assert len(here) == len(there) == 8
-    for a, b in zip(here, there, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def test_views_do_not_depend_on_the_number_of_workers(samples):
+    dataset = ImageDataset(samples, TRAINING)
+    here, there = batches(dataset), batches(dataset, num_workers=2)
+    assert len(here) == len(there) == 6
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-def test_persistent_workers_see_the_epoch(samples):
-    dataset = ImageDataset(samples, draw)
-    loader = DataLoader(dataset, batch_size=8, num_workers=2, persistent_workers=True)
+def test_workers_stay_and_see_the_epoch(samples):
+    dataset = ImageDataset(samples, TRAINING)
+    loader = make_loader(dataset, 8, num_workers=1)
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
-        here = torch.stack([dataset[i][0] for i in range(8)])
-        (there,) = [batch for batch, _ in loader]
-        assert torch.equal(here, there)
+        ((tensors, _),) = loader
+        assert torch.equal(tensors[0], dataset.__getitems__(list(range(8)))[0][0])
+    assert loader.persistent_workers
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 11])
@@ -292,13 +337,13 @@ def test_keep_readable_refuses_or_drops(tmp_path, capsys):
 
 def test_pretraining_dataset(tmp_path):
     paths = [save_image(tmp_path / name) for name in ("1.png", "class/2.png", "class/deep/3.png")]
-    dataset = pretraining_dataset(tmp_path, pil_to_tensor, seed=3)
+    dataset = pretraining_dataset(tmp_path, CLEAN, seed=3)
     assert dataset.samples == [(path, -1) for path in paths] and dataset.seed == 3
     (tmp_path / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match="0.png"):
-        pretraining_dataset(tmp_path, pil_to_tensor)
-    assert pretraining_dataset(tmp_path, pil_to_tensor, skip_bad_images=True).samples == dataset.samples
-    assert len(pretraining_dataset(tmp_path, pil_to_tensor, check=False)) == 4
+        pretraining_dataset(tmp_path, CLEAN)
+    assert pretraining_dataset(tmp_path, CLEAN, skip_bad_images=True).samples == dataset.samples
+    assert len(pretraining_dataset(tmp_path, CLEAN, check=False)) == 4
 
 
 def test_labelled_dataset_accepts_tiny_images(tmp_path):
@@ -311,5 +356,34 @@ def test_labelled_dataset_accepts_tiny_images(tmp_path):
         assert image.shape == (3, 32, 32) and found == label
     (tmp_path / "a" / "2.png").write_bytes(b"")
     with pytest.raises(InputError, match="1 of 3 images"):
-        labelled_dataset(tmp_path, pil_to_tensor)
-    assert len(labelled_dataset(tmp_path, pil_to_tensor, skip_bad_images=True)) == 2
+        labelled_dataset(tmp_path, CLEAN)
+    assert len(labelled_dataset(tmp_path, CLEAN, skip_bad_images=True)) == 2
+
+
+# --- the record of the check -------------------------------------------------------------------------------------------
+
+
+def test_a_second_start_decodes_only_changed_files(tmp_path, monkeypatch):
+    paths = [save_image(tmp_path / "images" / f"{i}.png", seed=i) for i in range(4)]
+    record, decoded = tmp_path / "record.npy", []
+    real = datasets._read_error
+    monkeypatch.setattr(datasets, "_read_error", lambda path: decoded.append(os.path.basename(path)) or real(path))
+
+    def start():
+        decoded.clear()
+        check = CheckRecord(record)
+        pretraining_dataset(tmp_path / "images", CLEAN, record=check)
+        check.save()
+        return sorted(decoded)
+
+    assert start() == ["0.png", "1.png", "2.png", "3.png"] and start() == []
+    save_image(tmp_path / "images" / "1.png", size=(5, 5))
+    save_image(tmp_path / "images" / "4.png")
+    os.remove(paths[2])
+    assert start() == ["1.png", "4.png"] and start() == []
+    (tmp_path / "images" / "3.png").write_bytes(b"")
+    with pytest.raises(InputError, match="3.png"):
+        start()
+    save_image(tmp_path / "images" / "3.png", seed=3)
+    record.write_bytes(b"damaged")
+    assert len(start()) == 4 and start() == []

@@ -69,7 +69,8 @@ def uninterrupted(images, tmp_path_factory, request):
 
 def test_files_of_a_run(uninterrupted):
     folder, _ = uninterrupted
-    assert names(folder) == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth", "log.txt"}
+    checkpoints = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth"}
+    assert names(folder) == {*checkpoints, "log.txt", "checked_images.npy"}
     epochs = {name: load_checkpoint(folder / name)["epoch"] for name in names(folder) if name.endswith(".pth")}
     assert epochs == {"checkpoint.pth": 4, "checkpoint0000.pth": 1, "checkpoint0002.pth": 3}  # the next one to run
     log = read_log(folder)
@@ -120,7 +121,7 @@ def test_a_finished_run_started_again_changes_nothing(images, tmp_path):
 def test_zero_epochs_write_the_network_that_training_starts_from(images, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "output"
     pretrain(images, folder, "--epochs", 0, output=output)
-    assert names(folder) == {"checkpoint.pth"}
+    assert names(folder) == {"checkpoint.pth", "checked_images.npy"}
     state = load_checkpoint(folder / "checkpoint.pth")
     assert state["epoch"] == 0 and state["optimizer"]["state"] == {}
     assert_same(state["teacher"], state["student"])

@@ -1,6 +1,7 @@
 """The training step: the original's trajectory, and CLeVER's step against a plain reference."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -36,7 +37,12 @@ class FixedBatches:
         return len(self.batches)
 
     def __iter__(self):
-        return iter((views, None) for views in self.batches)
+        return iter((by_resolution(views), None) for views in self.batches)
+
+
+def by_resolution(views):
+    """Views [B, 3, S, S], those of equal size adjacent -> a tensor [V', B, 3, S, S] per resolution."""
+    return [torch.stack(list(group)) for _, group in itertools.groupby(views, key=lambda view: view.shape[-1])]
 
 
 def test_dino_trajectory_golden():
