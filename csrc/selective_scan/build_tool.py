@@ -80,9 +80,9 @@ class Library:
         return environ.get(f"{self.name.upper()}_CUDA", "")
 
 
-CSRC = Path(__file__).resolve().parent.parent
-SELECTIVE_SCAN = Library("scan", "selective scan", CSRC / "selective_scan", "clever_selective_scan")
-VIEWS = Library("views", "view renderer", CSRC / "views", "clever_views", cuda=False, openmp=False)
+HERE = Path(__file__).resolve().parent
+SELECTIVE_SCAN = Library("scan", "selective scan", HERE, "clever_selective_scan")
+VIEWS = Library("views", "view renderer", HERE.parent / "views", "clever_views", cuda=False, openmp=False)
 
 
 def run(command: list[str], folder: Path | None = None) -> str:

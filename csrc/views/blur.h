@@ -1,6 +1,7 @@
 // Gaussian blur as in Pillow: three box filters in a row, whose edge taps are fractions (Gwosdek et al., Theoretical Foundations
 // of Gaussian Convolution by Extended Box Filtering, 2011). Here the three are one filter, which is applied once per axis.
-// Differences: Pillow rounds to bytes after each of the six passes, and repeats the pixels at the border before each.
+// Differences: Pillow rounds to bytes after each of the six passes, and repeats the pixels at the border before each of them,
+// here before the first: this changes pixels that are nearer to the border than the filter's radius (6 for a blur of 2 pixels).
 #pragma once
 
 #include <math.h>
@@ -35,6 +36,7 @@ struct Blur {
   // source: one channel [size, size], readable for BLUR_COLUMNS bytes past its end; target: the same size.
   void run(const uint8_t* source, uint8_t* target) const {
     const int64_t padded = round_up(size, BLUR_COLUMNS);
+    memset(row + radius + padded, 0, radius * sizeof(int16_t));  // the horizontal pass reads it for columns after the last
     for (int64_t y = 0; y < size; ++y) {
       for (int64_t k = -radius; k <= radius; ++k) taps[k + radius] = source + clamp(y + k, 0, size - 1) * size;
       for (int64_t x = 0; x < padded; x += BLUR_COLUMNS) vertical_pass(x);

@@ -39,7 +39,7 @@ struct Pixels {
   int count;
   float r[CHUNK], g[CHUNK], b[CHUNK];
 
-  void read(const uint32_t* pixels) {
+  NOINLINE void read(const uint32_t* pixels) {
     for (int i = 0; i < count; ++i) {
       r[i] = (float)(int32_t)(pixels[i] & 255);
       g[i] = (float)(int32_t)(pixels[i] >> 8 & 255);
@@ -47,24 +47,25 @@ struct Pixels {
     }
   }
 
-  void write(uint32_t* pixels) const {
-    for (int i = 0; i < count; ++i) pixels[i] = (uint32_t)((int32_t)r[i] | (int32_t)g[i] << 8 | (int32_t)b[i] << 16);
+  NOINLINE void write(uint32_t* __restrict pixels) const {
+    const int n = count;  // a copy, because the compiler must assume that `pixels` overwrites `count`
+    for (int i = 0; i < n; ++i) pixels[i] = (uint32_t)((int32_t)r[i] | (int32_t)g[i] << 8 | (int32_t)b[i] << 16);
   }
 
-  int64_t sum_of_greys() const {
+  NOINLINE int64_t sum_of_greys() const {
     int32_t sum = 0;
     for (int i = 0; i < count; ++i) sum += (int32_t)grey_value(r[i], g[i], b[i]);
     return sum;
   }
 
   // Brightness: origin 0. Contrast: the mean grey value of the image.
-  void blend_with(float origin, float factor) {
+  NOINLINE void blend_with(float origin, float factor) {
     for (float* const channel : {r, g, b}) {
       for (int i = 0; i < count; ++i) channel[i] = blend(origin, channel[i], factor);
     }
   }
 
-  void saturation(float factor) {
+  NOINLINE void saturation(float factor) {
     for (int i = 0; i < count; ++i) {
       const float grey = grey_value(r[i], g[i], b[i]);
       r[i] = blend(grey, r[i], factor);
@@ -74,7 +75,7 @@ struct Pixels {
   }
 
   // shift: 0..255, a full turn is 256.
-  void hue(float shift) {
+  NOINLINE void hue(float shift) {
     for (int i = 0; i < count; ++i) {
       const float value = larger(r[i], larger(g[i], b[i])), range = value - smaller(r[i], smaller(g[i], b[i]));
       const float divisor = larger(range, 1);

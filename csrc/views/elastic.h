@@ -80,10 +80,12 @@ struct Elastic {
     memset(padded, 0, (stride + TAPS) * sizeof(float));
     for (int64_t y = 0; y < size; ++y) {
       const uint32_t begin = (uint32_t)((direction * size + y) * size);
-      for (uint32_t x = 0; x < (uint32_t)size; ++x) padded[RADIUS + x] = noise(key, begin + x);
+      float* const numbers = padded + RADIUS;
+      const int32_t count = (int32_t)size;
+      for (int32_t x = 0; x < count; ++x) numbers[x] = noise(key, begin + (uint32_t)x);
       for (int64_t k = 1; k <= RADIUS; ++k) {
-        padded[RADIUS - k] = padded[RADIUS + reflect(-k, size)];
-        padded[RADIUS + size - 1 + k] = padded[RADIUS + reflect(size - 1 + k, size)];
+        numbers[-k] = numbers[reflect(-k, size)];
+        numbers[size - 1 + k] = numbers[reflect(size - 1 + k, size)];
       }
       smooth(rows + y * stride, [&](int k) { return padded + k; });
     }

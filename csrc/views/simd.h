@@ -11,6 +11,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // compiled once instead of into each of its callers
 
 namespace {
 

@@ -80,8 +80,9 @@ struct Renderer {
     const float* const channels[3] = {chunk.r, view.grey ? chunk.r : chunk.g, view.grey ? chunk.r : chunk.b};
     for (int c = 0; c < 3; ++c) {
       const float* const channel = channels[c];
-      uint8_t* const plane = target + c * count;
-      for (int i = 0; i < chunk.count; ++i) plane[i] = (uint8_t)(int32_t)channel[i];
+      uint8_t* __restrict const plane = target + c * count;
+      const int n = chunk.count;  // a copy, because the compiler must assume that `plane` overwrites it
+      for (int i = 0; i < n; ++i) plane[i] = (uint8_t)(int32_t)channel[i];
     }
   }
 
