@@ -1,6 +1,7 @@
 """Image datasets from folders: for pretraining (labels unused) and for classification (one sub-folder per class)."""
 
 import hashlib
+import io
 import os
 import struct
 import zlib
@@ -99,10 +100,13 @@ def _should_enter(folder, name):
 # --- reading images --------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Decode an image of any mode to RGB. Raises InputError naming the file and the reason if that fails."""
+def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
+    """Decode an image of any mode to RGB; `content` is the file's, if it has been read already.
+
+    Raises InputError naming the file and the reason if decoding fails.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             return _to_rgb(image)
     except DECODE_ERRORS as error:
         raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
@@ -134,7 +138,7 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
         raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
     except ValueError:
         pass  # damaged, or unusual: Pillow reads it after all, or gives the reason
-    return np.array(read_image(path))  # writable, as torch.from_numpy wants it
+    return np.array(read_image(path, content))  # writable, as torch.from_numpy wants it
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ One process, on a GPU or a CPU:
     python main_dino.py --net CLeVER --arch vit_small --data_path data/IN100/train --output_dir results/clever
 Four GPUs (torch.distributed.launch works as well as torchrun):
     torchrun --nproc_per_node=4 main_dino.py --net CLeVER --data_path data/IN100/train --output_dir results/clever
-A run whose output_dir contains a checkpoint.pth resumes; on a CPU with as many processes, bit-identical.
+If output_dir contains checkpoint.pth, the run resumes from it; on a CPU with the same number of processes, bit-identical.
 
 The networks are in backbones.py and heads.py, the views in augmentations.py, the objective in losses.py, a training step in
 pretraining.py.
@@ -40,7 +40,7 @@ from checkpoint import load_resumable, save_atomically
 from datasets import CheckRecord, ImageDataset, check_same_classes, labelled_dataset, make_loader, pretraining_dataset
 from evaluation.knn import knn_accuracy
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
-from losses import CLeVERLoss, DINOLoss
+from losses import TEACHER_VIEWS, CLeVERLoss, DINOLoss
 from pretraining import Pretraining
 from rendering import add_renderer_argument, renderer_line, resolve_renderer
 from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
@@ -102,7 +102,7 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--optimizer", default="adamw", help="adamw, sgd or lars. adamw suits ViT and VMamba, lars ResNets and large batches")
     add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
     add("--accumulation", type=int, default=1, help="micro-batches per optimizer step, if memory is short; the centre and the "
-        "teacher move once per step")
+        "teacher are updated once per step")
     add("--epochs", type=int, default=100, help="epochs of the whole run; 0 only writes the untrained network, for baselines")
     add("--lr", type=float, default=0.0005, help="peak learning rate for 256 images per step; scaled linearly with their "
         "number. Lower it if the loss rises or becomes NaN")
@@ -110,8 +110,8 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end of the cosine schedule")
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start. A smaller value suits ResNets")
     add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine schedule")
-    add("--clip_grad", type=float, default=3.0, help="largest norm of each parameter's gradient; 0: no clipping. 0.3 to 1 can "
-        "help large ViTs")
+    add("--clip_grad", type=float, default=3.0, help="the gradient of each parameter is clipped to this norm; 0: no clipping. "
+        "0.3 to 1 can help large ViTs")
     add("--freeze_last_layer", type=int, default=1, help="epochs during which the heads' last layers are fixed. Raise it if "
         "the loss does not decrease")
     add("--use_fp16", type=bool_flag, default=True, help="mixed precision. false (fp32) if the loss becomes NaN")
@@ -124,10 +124,10 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data_path", required=True, help="folder of training images, flat or nested; labels are not used")
     add("--aug", default="aug1_2", help="aug1 (BAug: DINO's views), aug1_2 (CAug: + rotation), aug1_4_2 (CAug+: + elastic)")
-    add("--global_crops_scale", type=float, nargs="+", default=[0.4, 1.0], help="share of the image's area in a global view, "
-        "from and to. Without local views use a wider range, e.g. 0.14 1")
-    add("--local_crops_scale", type=float, nargs="+", default=[0.05, 0.4], help="share of the image's area in a local view, "
-        "from and to")
+    add("--global_crops_scale", type=float, nargs="+", default=[0.4, 1.0], help="minimum and maximum share of the image's area in "
+        "a global view. Without local views use a wider range, e.g. 0.14 1")
+    add("--local_crops_scale", type=float, nargs="+", default=[0.05, 0.4], help="minimum and maximum share of the image's area in "
+        "a local view")
     add("--local_crops_number", type=int, default=8, help="local views per image; 0: global views only")
     add("--global_crops_size", type=int, default=224, help="side of a global view, pixels")
     add("--local_crops_size", type=int, default=96, help="side of a local view, pixels")
@@ -141,7 +141,7 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--output_dir", default=".", help="folder for checkpoints and log.txt; a run that is in it resumes")
+    add("--output_dir", default=".", help="folder for checkpoints and log.txt; if it contains checkpoint.pth, the run resumes")
     add("--saveckp_freq", type=int, default=20, help="epochs between kept checkpoints, checkpoint<epoch>.pth; 0: none")
     add("--print_freq", type=int, default=20, help="micro-batches between progress lines")
     add("--knn_data", help="labelled folder (train/ and val/), for a k-NN accuracy during training")
@@ -175,6 +175,7 @@ def check_args(args: argparse.Namespace) -> None:
         args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
         "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "sep_lambd", "seed",
     )  # fmt: skip
+    optim.check_optimizer(args.optimizer)
     check_hp1(args.hp1, "--hp1")
     if not all(map(math.isfinite, args.mean)) or not all(0 < value < math.inf for value in args.std):
         raise InputError(f"--mean {args.mean}, --std {args.std}: must be finite numbers, those of --std greater than 0")
@@ -258,7 +259,7 @@ def build_networks(
 def build_criterion(args: argparse.Namespace, student: MultiCropWrapper) -> DINOLoss:
     """The objective of --net."""
     options = dict(
-        ncrops=2 + args.local_crops_number,
+        ncrops=TEACHER_VIEWS + args.local_crops_number,
         warmup_teacher_temp=args.warmup_teacher_temp,
         teacher_temp=args.teacher_temp,
         warmup_teacher_temp_epochs=min(args.warmup_teacher_temp_epochs, args.epochs),
@@ -276,6 +277,7 @@ def images_per_step(args: argparse.Namespace) -> int:
 
 
 def peak_lr(args: argparse.Namespace) -> float:
+    """The learning rate after the warm-up, scaled to the number of images per step."""
     return args.lr * images_per_step(args) / 256
 
 
@@ -360,7 +362,7 @@ def build_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
 def build_knn_data(args: argparse.Namespace, record: CheckRecord) -> list[ImageDataset]:
     """Labelled train and val images of --knn_data, clean."""
     view, options = eval_transform("ori", args.global_crops_size), check_options(args, record)
-    folders = [os.path.join(args.knn_data, split) for split in ("train", "val")]
+    folders = (os.path.join(args.knn_data, split) for split in ("train", "val"))
     train, val = (labelled_dataset(folder, view, args.seed, **options) for folder in folders)
     check_same_classes(train, val)
     return [train, val]
@@ -382,7 +384,7 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
     print(renderer_line(args.views))
 
 
-def train_one_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
+def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
     """One epoch from its own seed; means of its losses. If a value is not finite, the state is saved and an error raised."""
     utils.seed_everything(args.seed, epoch, distributed.get_rank())
     loader.sampler.set_epoch(epoch)
@@ -395,7 +397,7 @@ def train_one_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argp
             save_atomically(run.state_dict(epoch), Path(args.output_dir) / "nonfinite.pth")
         distributed.barrier()  # the launcher ends all processes with the first one, and writing the file may take long
         last_good = f"the last good state is {args.output_dir}/checkpoint.pth" if epoch else "no epoch had ended yet"
-        raise FloatingPointError(f"{error}; {last_good}, the state at the failure nonfinite.pth beside it") from error
+        raise FloatingPointError(f"{error}; {last_good}, the state at the failure is nonfinite.pth beside it") from error
     return means
 
 
@@ -430,7 +432,7 @@ def main() -> None:
     watch = CollapseWatch()
     for epoch in range(start_epoch, args.epochs):
         start = time.perf_counter()
-        means = train_one_epoch(run, loader, epoch, args)
+        means = run_epoch(run, loader, epoch, args)
         record = {f"train_{name}": value for name, value in means.items()}
         if knn_data and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             workers = distributed.worker_count(args.num_workers)

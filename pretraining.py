@@ -35,12 +35,12 @@ class Pretraining:
         optimizer: of the student's parameters.
         scaler: of the gradients, enabled for fp16 only.
         schedules: one value per optimizer step of "lr", "wd" (weight decay) and "momentum" (of the teacher).
-        device: of everything above.
+        device: of the networks and the criterion.
         amp_dtype: type that autocast computes in; float32 means no autocast.
-        epochs: of the whole run.
-        images_per_step: per optimizer step, over all processes and micro-batches.
+        epochs: number of epochs of the run.
+        images_per_step: images per optimizer step, summed over processes and micro-batches.
         accumulation: micro-batches per optimizer step.
-        clip_grad: largest norm of each parameter's gradient; 0: no clipping.
+        clip_grad: the gradient of each parameter is clipped to this norm; 0: no clipping.
         freeze_last_layer: number of epochs during which the heads' last layers do not move.
         print_freq: micro-batches between progress lines.
         mean, std: of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device.
@@ -67,7 +67,7 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         self.model: nn.Module = self.student  # called in training: the student, or DistributedDataParallel around it
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.trainable_parameters = [p for p in self.student.parameters() if p.requires_grad]
 
     def distribute(self) -> None:
         """Average the student's gradients over the processes of the group, if there is one."""
@@ -118,7 +118,7 @@ class Pretraining:
     def update_weights(self, epoch: int, step: int) -> None:
         """One step of the optimizer, with clipped gradients and the schedules' values at `step`, then of the teacher."""
         self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.parameters, self.clip_grad)
+        clip_gradients(self.trainable_parameters, self.clip_grad)
         if epoch < self.freeze_last_layer:
             for head in self.student.heads:
                 head.last_layer.zero_grad()

@@ -5,18 +5,18 @@ views_cpp.py) computes the same much faster. `render_batch` takes either.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby, permutations
 
 import numpy as np
 import torch
-import views_cpp
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+import views_cpp
 from utils import InputError
 
 JITTER_ORDERS = list(permutations(range(4)))  # of brightness, contrast, saturation and hue
@@ -116,13 +116,7 @@ def smoothing_matrix(size: int, sigma: float) -> Tensor:
 
 # --- batches and the choice of a renderer --------------------------------------------------------------------------------
 
-Renderer = Callable[[np.ndarray, np.ndarray, list[np.ndarray]], None]
 RENDERERS = ("torchvision", "cpp")
-
-
-def _render_by_torchvision(image: np.ndarray, views: np.ndarray, outputs: list[np.ndarray]) -> None:
-    for view, output in zip(views, outputs, strict=True):
-        output[...] = render_view(image, view)
 
 
 def add_renderer_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -160,14 +154,21 @@ def renderer_line(name: str) -> str:
 
 
 def render_batch(images: Sequence[np.ndarray], views: np.ndarray, renderer: str) -> list[Tensor]:
-    """Views VIEW [B, V] of B images, uint8 [H, W, 3] each -> one tensor uint8 [V', B, 3, S, S] per resolution.
+    """Views VIEW [B, V] of B images, uint8 [H, W, 3] each, contiguous -> one tensor uint8 [V', B, 3, S, S] per resolution.
 
     V' views of equal size are adjacent, as the crops of `MultiCropWrapper` are.
     """
-    render: Renderer = views_cpp.render if renderer == "cpp" else _render_by_torchvision
     sizes = [int(size) for size in views["size"][0]]  # V
     tensors = [torch.empty(len(list(group)), len(images), 3, size, size, dtype=torch.uint8) for size, group in groupby(sizes)]
-    outputs = [tensor[v].numpy() for tensor in tensors for v in range(len(tensor))]  # V times [B, 3, S, S]
+    if renderer == "cpp":
+        by_view = [tensor[v].data_ptr() for tensor in tensors for v in range(len(tensor))]  # V addresses of [B, 3, S, S]
+        steps = np.arange(len(images))[:, None] * (3 * np.square(sizes))  # B, V: bytes before each image
+        addresses = np.array(by_view, np.uint64) + steps.astype(np.uint64)  # B, V
+        for image, parameters, address in zip(images, np.ascontiguousarray(views), addresses, strict=True):
+            views_cpp.render_to(image, parameters, address)
+        return tensors
+    outputs = [tensor[v].numpy() for tensor in tensors for v in range(len(tensor))]  # V times B, 3, S, S
     for b, image in enumerate(images):
-        render(np.ascontiguousarray(image), np.ascontiguousarray(views[b]), [output[b] for output in outputs])
+        for view, output in zip(views[b], outputs, strict=True):
+            output[b] = render_view(image, view)
     return tensors

@@ -105,13 +105,15 @@ setup() {
   export PATH="$VENV/bin:$PATH"
 }
 
-# build_scan: builds the compiled scan unless an up-to-date build is there. A failure is only reported.
-build_scan() {
+# build_libraries: builds the compiled scan and renderer unless up-to-date builds are there. A failure is only reported.
+build_libraries() {
   local cuda=0 # no GPU: without the CUDA library
   [[ ! -e /dev/nvidiactl ]] || cuda="" # a GPU: with it, if it can be built
   SCAN_CUDA=${SCAN_CUDA-$cuda} python "$ROOT/csrc/selective_scan/setup.py" build_ext --inplace ||
     say "the selective scan is not compiled (see above): VMamba runs on plain PyTorch, more slowly"
+  python "$ROOT/csrc/views/setup.py" build_ext --inplace ||
+    say "the view renderer is not compiled (see above): views are rendered by torchvision and Pillow, more slowly"
 }
 
 setup
-build_scan
+build_libraries

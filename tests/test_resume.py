@@ -112,7 +112,7 @@ def test_a_finished_run_started_again_changes_nothing(images, tmp_path):
     flags = ("--epochs", 1, "--saveckp_freq", 0)
     pretrain(images, folder, *flags, output=output)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert before.keys() == {"checkpoint.pth", "log.txt"}
+    assert before.keys() == {"checkpoint.pth", "log.txt", "checked_images.npy"}
     text = pretrain(images, folder, *flags, output=output)
     assert text.count("epoch 0/1 done") == 1 and text.count(f"done: {folder}") == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
