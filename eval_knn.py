@@ -2,7 +2,8 @@
 
 Nothing is trained: the nearest training images vote for the class of a test image. Several k and temperatures:
     python eval_knn.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R --nb_knn 10 20 100 200
-Features are extracted from the whole representation, so that one extraction serves all parts:
+Features are extracted from the whole representation, so that one extraction serves all parts, now or later:
+    python eval_knn.py ... --else_part ALL main_part else_part
     python eval_knn.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R --dump_features R/features
     python eval_knn.py --load_features R/features --output_dir R --else_part main_part
 Several processes: torchrun --nproc_per_node=2 eval_knn.py ..., or torch.distributed.launch.
@@ -14,17 +15,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import distributed
 import utils
 from augmentations import eval_transform
-from datasets import ImageDataset, check_same_classes, labelled_dataset, shard
+from datasets import ImageDataset, check_same_classes, labelled_dataset, make_loader, shard
 from evaluation.feature_files import FeatureSet, load_features, save_features
 from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
 from evaluation.knn import MIN_TEMPERATURE, knn_accuracies
 from evaluation.names import PARTS, part_flag, part_suffix
 from evaluation.pretrained import add_backbone_arguments, check_part, load_pretrained, resolve_net_and_hp1, result_record
+from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError, bool_flag
 
 
@@ -32,7 +33,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, required=False)
     add = parser.add_argument
-    add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
+    add("--else_part", type=part_flag, nargs="+", default=["ALL"], help="parts of the representation: ALL, main_part (IR), "
+        "else_part (EF); each has its own result file")  # fmt: skip
     add("--data_path", help="folder with train/ and val/, a folder per class in each")
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is usually best")
     add("--temperature", type=float, nargs="+", default=[0.07], help="a neighbour with cosine s votes exp(s / temperature)")
@@ -43,14 +45,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default=".", help="folder for the results")
     add("--trial_name", default="", help="last part of the result file's name")
     add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, and leave unreadable ones out")
+    add_renderer_argument(parser)
     distributed.add_distributed_arguments(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
-    if args.else_part not in PARTS:
-        raise InputError(f"--else_part {args.else_part!r}: must be one of {', '.join(PARTS)}")
+    utils.check_choices("else_part", args.else_part, PARTS)
     if min(args.nb_knn) < 1:
         raise InputError(f"--nb_knn {min(args.nb_knn)}: must be 1 or more")
     for temperature in args.temperature:
@@ -79,17 +81,18 @@ def check_args(args: argparse.Namespace) -> None:
 def compute_features(args: argparse.Namespace, device: torch.device) -> FeatureSet:
     """Features of the images below --data_path from the network of --pretrained_weights; the processes share the images."""
     pretrained = load_pretrained(args, device)
-    pretrained.check_part(PARTS[args.else_part])
-    transform = eval_transform("ori", pretrained.img_size, pretrained.mean, pretrained.std)
+    for part in args.else_part:
+        pretrained.check_part(PARTS[part])
+    transform = eval_transform("ori", pretrained.img_size)
     train, val = (
         labelled_dataset(
-            os.path.join(args.data_path, split), transform, skip_bad_images=args.skip_bad_images,
+            os.path.join(args.data_path, split), transform, renderer=args.views, skip_bad_images=args.skip_bad_images,
             check=args.skip_bad_images, threads=args.num_workers,
         )
         for split in ("train", "val")
     )  # fmt: skip
     check_same_classes(train, val)
-    extractor = FeatureExtractor(pretrained.backbone)
+    extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
     print(f"{pretrained.net} {pretrained.arch}, {extractor.dim} dimensions, images of {pretrained.img_size} pixels", flush=True)
     description = pretrained.record() | {
         "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "classes": train.classes
@@ -105,12 +108,8 @@ def extract(
     extractor: FeatureExtractor, dataset: ImageDataset, args: argparse.Namespace, device: torch.device, header: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2-normalised features [M, D] and labels [M] of all images, in their order, on every process."""
-    loader = DataLoader(
-        shard(dataset, distributed.get_rank(), distributed.get_world_size()),
-        args.batch_size_per_gpu,
-        num_workers=distributed.worker_count(args.num_workers),
-        pin_memory=device.type == "cuda",
-    )
+    own = shard(dataset, distributed.get_rank(), distributed.get_world_size())
+    loader = make_loader(own, args.batch_size_per_gpu, num_workers=args.num_workers)
     features, labels = (gather_in_order(rows, len(dataset)) for rows in extract_features(extractor, loader, device, header))
     if not features.isfinite().all():
         raise FloatingPointError(f"{header} of the network in {args.pretrained_weights}")
@@ -122,7 +121,8 @@ def read_features(args: argparse.Namespace) -> FeatureSet:
     features = load_features(args.load_features, "--load_features")
     net, hp1 = resolve_net_and_hp1(args, features.description, "features were")
     features.description |= {"net": net, "hp1": float(hp1)}
-    check_part(PARTS[args.else_part], net, hp1, features.train.shape[1])
+    for part in args.else_part:
+        check_part(PARTS[part], net, hp1, features.train.shape[1])
     return features
 
 
@@ -137,8 +137,15 @@ def usable_neighbors(wanted: list[int], available: int) -> list[int]:
     return sorted({min(k, available) for k in wanted})
 
 
-def classify(args: argparse.Namespace, features: FeatureSet, device: torch.device) -> list[dict[str, float]]:
-    """Accuracies of --else_part for every k and temperature."""
+def single_run(args: argparse.Namespace, part: str) -> argparse.Namespace:
+    """The arguments of a run with only this part."""
+    return argparse.Namespace(**vars(args) | {"else_part": part})
+
+
+def classify(
+    args: argparse.Namespace, features: FeatureSet, neighbors: list[int], device: torch.device
+) -> list[dict[str, float]]:
+    """Accuracies of --else_part, a single one, for every k and temperature."""
     dim, hp1, part = features.train.shape[1], features.description["hp1"], PARTS[args.else_part]
     return knn_accuracies(
         select_part(features.train, dim, part, hp1),
@@ -146,7 +153,7 @@ def classify(args: argparse.Namespace, features: FeatureSet, device: torch.devic
         select_part(features.test, dim, part, hp1),
         features.test_labels,
         num_classes=len(features.description["classes"]),
-        neighbors=usable_neighbors(args.nb_knn, len(features.train)),
+        neighbors=neighbors,
         temperatures=sorted(set(args.temperature)),
         device=device,
         search_device=device if args.use_cuda else torch.device("cpu"),
@@ -173,21 +180,24 @@ def write_result(args: argparse.Namespace, features: FeatureSet, results: list[d
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
+    args = resolve_renderer(args)
     device = distributed.init_distributed(args)
     features = read_features(args) if args.load_features else compute_features(args, device)
     if args.dump_features and distributed.is_main_process():
         save_features(features, args.dump_features)
-    print(
-        f"{args.else_part}: {len(features.train)} training images, {len(features.test)} test images, "
-        f"{len(features.description['classes'])} classes"
-    )
-    results = classify(args, features, device)
-    for result in results:
+    neighbors = usable_neighbors(args.nb_knn, len(features.train))
+    for part in args.else_part:
         print(
-            f"{result['k']}-NN classifier result: Top1: {result['top1']:.2f}, Top5: {result['top5']:.2f} "
-            f"(temperature {result['temperature']})"
+            f"{part}: {len(features.train)} training images, {len(features.test)} test images, "
+            f"{len(features.description['classes'])} classes"
         )
-    write_result(args, features, results)
+        results = classify(single_run(args, part), features, neighbors, device)
+        for result in results:
+            print(
+                f"{result['k']}-NN classifier result: Top1: {result['top1']:.2f}, Top5: {result['top5']:.2f} "
+                f"(temperature {result['temperature']})"
+            )
+        write_result(single_run(args, part), features, results)
 
 
 if __name__ == "__main__":

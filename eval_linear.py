@@ -1,17 +1,21 @@
-"""Linear probe of a frozen backbone, of its IR or of its EF, and its accuracy on perturbed images.
+"""Linear probes of a frozen backbone, of its IR or of its EF, and their accuracy on perturbed images.
 
 Train the probe of the IR, then evaluate it on rotated and jittered images:
     python eval_linear.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R --else_part main_part
     python eval_linear.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R --else_part main_part \\
         --evaluate --test_aug_type aug1_2
+Several parts, and several perturbations: images are read, and pass through the backbone, once for all parts. Results and files
+are those of separate runs:
+    python eval_linear.py ... --else_part ALL main_part else_part
+    python eval_linear.py ... --else_part ALL main_part else_part --evaluate --test_aug_type ori basic aug1 aug1_2 aug1_4_2
 Several processes: torchrun --nproc_per_node=2 eval_linear.py ..., or torch.distributed.launch.
 
-The classifier, its training loop and its files are in evaluation/probe.py.
+The classifiers, their training loop and their files are in evaluation/probe.py.
 """
 
 import argparse
+import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,22 +23,24 @@ import torch.nn as nn
 
 import optim
 import utils
-from augmentations import eval_transform, probe_train_transform
+from augmentations import Views, eval_transform, probe_train_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
 from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, linear_probe_name
-from evaluation.pretrained import add_backbone_arguments, load_pretrained
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from evaluation.probe import (
     FIXED_ARGUMENTS,
-    Probe,
+    ProbeGroup,
     add_probe_arguments,
     build_probe,
     check_class_count,
     check_probe_args,
+    group_probes,
     lr_scale,
     write_result,
 )
+from rendering import resolve_renderer
 from utils import InputError
 
 CLASSES = {"Imagenet": 1000, "IN100": 100}
@@ -43,7 +49,7 @@ CLASSES = {"Imagenet": 1000, "IN100": 100}
 def get_args_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
-    add_probe_arguments(parser)
+    add_probe_arguments(parser, several=True)
     add = parser.add_argument
     add("--data_path", required=True, help="folder with train/ and val/, a folder per class in each")
     add("--dataset_type", help="Imagenet (1000 classes) or IN100 (100), to check the folder; default: any number of classes")
@@ -56,18 +62,23 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
     check_probe_args(args)
+    if len(args.test_aug_type) > 1 and not args.evaluate:
+        raise InputError(f"--test_aug_type {' '.join(args.test_aug_type)}: several perturbations only with --evaluate")
+    if len(args.else_part) > 1 and args.final_eval_weights is not None:
+        raise InputError(f"--final_eval_weights {args.final_eval_weights}: only with one part, not {' '.join(args.else_part)}")
     if args.dataset_type is not None and args.dataset_type not in CLASSES:
         raise InputError(f"--dataset_type {args.dataset_type!r}: must be one of {', '.join(CLASSES)}")
     utils.check_writable(args.output_dir)
 
 
-def build_dataset(args: argparse.Namespace, split: str, transform: Callable) -> ImageDataset:
+def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDataset:
     """The images of one split. Raises InputError if the number of classes differs from --dataset_type or --num_labels."""
     folder = os.path.join(args.data_path, split)
     check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation that fails loses nothing
     dataset = labelled_dataset(
-        folder, transform, args.seed, skip_bad_images=args.skip_bad_images, check=check, threads=args.num_workers
-    )
+        folder, views, args.seed, renderer=args.views, skip_bad_images=args.skip_bad_images, check=check,
+        threads=args.num_workers,
+    )  # fmt: skip
     check_class_count(args, folder, len(dataset.classes), CLASSES)
     return dataset
 
@@ -80,47 +91,92 @@ def build_optimizer(args: argparse.Namespace, classifier: nn.Module) -> torch.op
     return optim.LARS(classifier.parameters(), lr=lr, adapt_1d=True)
 
 
-def train(args: argparse.Namespace, probe: Probe, dataset: ImageDataset, test: ImageDataset) -> dict[str, float]:
-    """Train the probe, or resume its checkpoint; its accuracies and effective learning rate."""
-    optimizer = build_optimizer(args, probe.classifier)
-    lr = optimizer.param_groups[0]["lr"]
-    print(
-        f"{args.else_part}: {probe.extractor.dim} features, {len(test.classes)} classes, {len(dataset)} training images, "
-        f"lr {lr:.4g} for {args.batch_size_per_gpu * get_world_size()} images per step"
-    )
-    result = probe.fit(optimizer, dataset, test)
-    print(f"Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
-    return result | {"effective_lr": lr}
+def build_extractors(args: argparse.Namespace, pretrained: Pretrained) -> list[FeatureExtractor]:
+    """Features of each part. Raises InputError for a part that the network does not have."""
+    for part in args.else_part:
+        pretrained.check_part(PARTS[part])
+    shape = args.n_last_blocks, args.avgpool_patchtokens
+    return [
+        FeatureExtractor(pretrained.backbone, PARTS[part], pretrained.hp1, *shape, stats=pretrained.stats)
+        for part in args.else_part
+    ]
+
+
+def build_probes(
+    args: argparse.Namespace, pretrained: Pretrained, extractors: list[FeatureExtractor], num_labels: int, device: torch.device
+) -> ProbeGroup:
+    """The probe of each part, as a run with this part alone builds it."""
+    probes = []
+    for part, extractor in zip(args.else_part, extractors, strict=True):
+        path = Path(args.output_dir) / f"checkpoint_{file_name(args, pretrained, part)}.pth.tar"
+        probe = build_probe(single_run(args, part), pretrained, extractor, num_labels, path, device)
+        probe.fixed_arguments = (*FIXED_ARGUMENTS, "optimizer")
+        probe.optimizer = build_optimizer(args, probe.classifier)
+        probes.append(probe)
+    return group_probes(args, probes, device)
+
+
+def file_name(args: argparse.Namespace, pretrained: Pretrained, part: str) -> str:
+    """Name of the files of a part's probe."""
+    return linear_probe_name(PARTS[part], pretrained.hp1, args.lr, args.epochs, args.trial_name)
+
+
+def single_run(args: argparse.Namespace, part: str, perturbation: str | None = None) -> argparse.Namespace:
+    """The arguments of a run with only this part and this perturbation (default: the first one)."""
+    return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation or args.test_aug_type[0]})
+
+
+def train(
+    args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup, dataset: ImageDataset, test: ImageDataset
+) -> None:
+    """Train the probes, or resume their checkpoints; write their accuracies and effective learning rate."""
+    lr = args.lr * lr_scale(args)
+    for probe in group.probes:
+        print(
+            f"{probe.identity['part']}: {probe.extractor.dim} features, {len(test.classes)} classes, {len(dataset)} training "
+            f"images, lr {lr:.4g} for {args.batch_size_per_gpu * get_world_size()} images per step"
+        )
+    for probe, result in group.fit(dataset, test).items():
+        part = probe.identity["part"]
+        print(f"{group.prefix(probe)}Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
+        path = Path(args.output_dir) / f"{file_name(args, pretrained, part)}.json"
+        values = result | {"effective_lr": lr, "num_labels": len(test.classes)}
+        write_result(path, "linear_probe", single_run(args, part), pretrained, values)
+
+
+def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup, test: ImageDataset) -> None:
+    """Evaluate trained probes on each perturbation of the test images, and write their accuracies."""
+    for probe in group.probes:
+        probe.load(args.final_eval_weights or probe.path)
+    for perturbation in args.test_aug_type:
+        images = copy.copy(test)
+        images.views = eval_transform(perturbation, pretrained.img_size)
+        print(f"perturbation {perturbation}")
+        for probe, result in group.evaluate(images).items():
+            part, accuracy, count = probe.identity["part"], result["accuracy"], result["num_test_images"]
+            print(f"{group.prefix(probe)}Accuracy of the network on the {count} test images: {accuracy:.2f}%")
+            path = Path(args.output_dir) / f"only_eval_{perturbation}_{file_name(args, pretrained, part)}.json"
+            values = result | {"num_labels": len(test.classes)}
+            write_result(path, "linear_probe", single_run(args, part, perturbation), pretrained, values)
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
+    args = resolve_renderer(args)
     device = init_distributed(args)
-    part, output = PARTS[args.else_part], Path(args.output_dir)
     pretrained = load_pretrained(args, device)
-    pretrained.check_part(part)
-    extractor = FeatureExtractor(pretrained.backbone, part, pretrained.hp1, args.n_last_blocks, args.avgpool_patchtokens)
+    extractors = build_extractors(args, pretrained)
 
-    view = pretrained.img_size, pretrained.mean, pretrained.std
-    test = build_dataset(args, "val", eval_transform(args.test_aug_type, *view))
-    print(f"{pretrained.net} {pretrained.arch}, {len(test)} test images, perturbation {args.test_aug_type}")
-
-    name = linear_probe_name(part, pretrained.hp1, args.lr, args.epochs, args.trial_name)
-    path = output / f"checkpoint_{name}.pth.tar"
-    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device)
-    probe.fixed_arguments = (*FIXED_ARGUMENTS, "optimizer")
+    test = build_dataset(args, "val", eval_transform(args.test_aug_type[0], pretrained.img_size))
+    print(f"{pretrained.net} {pretrained.arch}, {len(test)} test images, perturbation {' '.join(args.test_aug_type)}")
+    group = build_probes(args, pretrained, extractors, len(test.classes), device)
     if args.evaluate:
-        probe.load(args.final_eval_weights or path)
-        result = probe.evaluate(test)
-        print(f"Accuracy of the network on the {result['num_test_images']} test images: {result['accuracy']:.2f}%")
-        name = f"only_eval_{args.test_aug_type}_{name}"
+        evaluate(args, pretrained, group, test)
     else:
-        dataset = build_dataset(args, "train", probe_train_transform(*view))
+        dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size))
         check_same_classes(dataset, test)
-        result = train(args, probe, dataset, test)
-    result["num_labels"] = len(test.classes)
-    write_result(output / f"{name}.json", "linear_probe", args, pretrained, result)
+        train(args, pretrained, group, dataset, test)
 
 
 if __name__ == "__main__":

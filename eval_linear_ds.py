@@ -15,14 +15,13 @@ and its files are in evaluation/probe.py, the data sets in evaluation/downstream
 import argparse
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 import utils
-from augmentations import eval_transform, probe_train_transform
+from augmentations import Views, eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
 from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples
 from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
@@ -32,14 +31,16 @@ from evaluation.names import PARTS, downstream_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from evaluation.probe import (
     FIXED_ARGUMENTS,
-    Probe,
+    ProbeGroup,
     add_probe_arguments,
     build_probe,
     check_class_count,
     check_probe_args,
+    group_probes,
     lr_scale,
     write_result,
 )
+from rendering import resolve_renderer
 from utils import InputError, TypedFloat, bool_flag
 from vmamba import is_config_name
 
@@ -77,7 +78,7 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.backbone_lr is None:
         args = argparse.Namespace(**vars(args) | {"backbone_lr": TypedFloat("0" if args.ds_mode == "linear" else "0.1")})
     check_args(args)
-    return args
+    return resolve_renderer(args)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -153,13 +154,16 @@ def find_images(args: argparse.Namespace, split: str) -> tuple[list[str], list[t
     return labelled_samples(root)
 
 
-def build_dataset(args: argparse.Namespace, split: str, transform: Callable) -> ImageDataset:
+def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDataset:
     """The images of `split`, train or test. Raises InputError if --dataset_type or --num_labels give another class count."""
     classes, samples = find_images(args, split)
     folder = args.data_path if args.dataset_type in TORCHVISION else os.path.join(args.data_path, FOLDERS[split])
     check_class_count(args, folder, len(classes), CLASSES)
     check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation that fails loses nothing
-    return dataset_of(classes, samples, transform, args.seed, args.skip_bad_images, args.num_workers, check)
+    return dataset_of(
+        classes, samples, views, args.seed, renderer=args.views, skip_bad_images=args.skip_bad_images,
+        threads=args.num_workers, check=check,
+    )  # fmt: skip
 
 
 def describe_images(dataset: ImageDataset) -> str:
@@ -177,7 +181,8 @@ def build_extractor(args: argparse.Namespace, pretrained: Pretrained, device: to
     train_backbone = args.ds_mode != "linear"
     backbone = build_trained_backbone(pretrained, device) if train_backbone else pretrained.backbone
     part = PARTS[args.else_part]
-    return FeatureExtractor(backbone, part, pretrained.hp1, args.n_last_blocks, args.avgpool_patchtokens, train_backbone)
+    shape = args.n_last_blocks, args.avgpool_patchtokens
+    return FeatureExtractor(backbone, part, pretrained.hp1, *shape, train_backbone, stats=pretrained.stats)
 
 
 def build_trained_backbone(pretrained: Pretrained, device: torch.device) -> nn.Module:
@@ -201,12 +206,13 @@ def build_optimizer(args: argparse.Namespace, classifier: nn.Module, backbone: n
 # --- training and evaluation -------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, probe: Probe, dataset: ImageDataset, test: ImageDataset) -> dict[str, float]:
+def train(args: argparse.Namespace, group: ProbeGroup, dataset: ImageDataset, test: ImageDataset) -> dict[str, float]:
     """Train, or resume the probe's checkpoint; its accuracies and effective learning rates."""
+    (probe,) = group.probes
     backbone = probe.extractor.backbone if probe.extractor.train_backbone else None
-    optimizer = build_optimizer(args, probe.classifier, backbone)
+    probe.optimizer = build_optimizer(args, probe.classifier, backbone)
     names = ("effective_lr", "effective_backbone_lr")
-    rates = dict(zip(names, (group["lr"] for group in optimizer.param_groups), strict=False))
+    rates = dict(zip(names, (params["lr"] for params in probe.optimizer.param_groups), strict=False))
     step = args.batch_size_per_gpu * get_world_size()
     probe.identity |= {"training_images": describe_images(dataset), "images_per_step": step}
     probe.fixed_arguments = (*FIXED_ARGUMENTS, "lr", "backbone_lr", "weight_decay", "epochs")
@@ -215,7 +221,7 @@ def train(args: argparse.Namespace, probe: Probe, dataset: ImageDataset, test: I
         f"{len(dataset)} training images, {step} per step, "
         + ", ".join(f"{name.removeprefix('effective_')} {rate:.4g}" for name, rate in rates.items())
     )
-    result = probe.fit(optimizer, dataset, test)
+    result = group.fit(dataset, test)[probe]
     print(f"Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
     mean, best = result["mean_class_accuracy"], result["best_mean_class_accuracy"]
     print(f"Mean accuracy per class: last {mean:.2f}%, best {best:.2f}%")
@@ -229,24 +235,24 @@ def main() -> None:
     pretrained.check_part(PARTS[args.else_part])
     extractor = build_extractor(args, pretrained, device)
 
-    view = pretrained.img_size, pretrained.mean, pretrained.std
-    test = build_dataset(args, "test", eval_transform(args.test_aug_type, *view))
+    test = build_dataset(args, "test", eval_transform(args.test_aug_type, pretrained.img_size))
     print(f"{pretrained.net} {pretrained.arch}, {data_name(args)}, {len(test)} test images, perturbation {args.test_aug_type}")
 
     path = checkpoint_path(args, pretrained.hp1)
-    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device, per_class=True)
+    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device)
     probe.identity["ds_mode"] = args.ds_mode
+    group = group_probes(args, [probe], device, per_class=True)
     name = path.name.removesuffix(CHECKPOINT)
     if args.evaluate:
         probe.load(args.final_eval_weights or path)
-        result = probe.evaluate(test)
+        result = group.evaluate(test)[probe]
         print(f"Accuracy of the network on the {result['num_test_images']} test images: {result['accuracy']:.2f}%")
         print(f"Mean accuracy per class: {result['mean_class_accuracy']:.2f}%")
         name = f"only_eval_{args.test_aug_type}_{name}"
     else:
-        dataset = build_dataset(args, "train", probe_train_transform(*view))
+        dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size))
         check_same_classes(dataset, test)
-        result = train(args, probe, dataset, test)
+        result = train(args, group, dataset, test)
     about = {"ds_mode": args.ds_mode, "dataset": data_name(args), "num_labels": len(test.classes)}
     write_result(path.with_name(f"{name}.json"), "downstream", args, pretrained, about | result)
 

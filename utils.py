@@ -95,6 +95,15 @@ def check_not_negative(args: argparse.Namespace, *names: str) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: must be 0 or greater, and finite")
 
 
+def check_choices(flag: str, values: Sequence[str], choices: Iterable[str]) -> None:
+    """Raise InputError if one of the values of a flag is unknown or given twice."""
+    for i, value in enumerate(values):
+        if value not in choices:
+            raise InputError(f"--{flag} {value!r}: must be one of {', '.join(choices)}")
+        if value in values[:i]:
+            raise InputError(f"--{flag} {value!r}: given twice")
+
+
 def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
     """Arguments as a dict of plain values, as checkpoints and JSON files store them; the originals store a Namespace."""
     values = args if isinstance(args, dict) else vars(args)

@@ -3,10 +3,13 @@
 Shapes: D width of the backbone, n number of last blocks, N patches, M images.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from distributed import all_gather_rows, get_world_size
 from evaluation.names import PARTS
 from heads import split_sizes
@@ -39,6 +42,7 @@ class FeatureExtractor(nn.Module):
         n_last_blocks: n, for a ViT.
         avgpool: for a ViT, append the mean patch token.
         train_backbone: compute gradients of the backbone.
+        stats: mean and standard deviation of the channels, with which uint8 images are normalised.
 
     Raises:
         InputError: an unknown or empty part, or blocks that the backbone does not have.
@@ -52,6 +56,7 @@ class FeatureExtractor(nn.Module):
         n_last_blocks: int = 1,
         avgpool: bool = False,
         train_backbone: bool = False,
+        stats: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
     ):
         super().__init__()
         if part not in PARTS.values():
@@ -62,7 +67,7 @@ class FeatureExtractor(nn.Module):
         if self.is_vit and not 1 <= n_last_blocks <= len(backbone.blocks):
             raise InputError(f"--n_last_blocks {n_last_blocks}: must lie in 1..{len(backbone.blocks)}")
         self.backbone, self.part, self.hp1, self.avgpool = backbone, part, hp1, avgpool
-        self.train_backbone = train_backbone
+        self.train_backbone, self.stats = train_backbone, stats
         self.n_last_blocks = n_last_blocks if self.is_vit else 1
         width = backbone.embed_dim
         self.dim = self._select(torch.empty(1, self.n_last_blocks * width)).shape[1]
@@ -73,35 +78,57 @@ class FeatureExtractor(nn.Module):
         return select_part(x, self.backbone.embed_dim, self.part, self.hp1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.set_grad_enabled(self.train_backbone and torch.is_grad_enabled()):
-            return self._features(images)
+        return self.select(self.tokens(images))  # B, dim
 
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
-        if not self.is_vit:
-            return self._select(self.backbone(images))  # B, dim
-        blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)  # n tensors B, 1+N, D
-        cls = torch.cat([tokens[:, 0] for tokens in blocks], dim=-1)  # B, n*D
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the features of all parts are selected from.
+
+        Returns the [CLS] tokens of the last n blocks [B, n*D], or the pooled features [B, D]; with `avgpool` also the mean
+        patch token [B, D].
+        """
+        if images.dtype == torch.uint8:
+            images = normalize(images, *self.stats)
+        with torch.set_grad_enabled(self.train_backbone and torch.is_grad_enabled()):
+            if not self.is_vit:
+                return (self.backbone(images),)  # B, D
+            blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)  # n tensors B, 1+N, D
+            cls = torch.cat([tokens[:, 0] for tokens in blocks], dim=-1)  # B, n*D
+            return (cls, blocks[-1][:, 1:].mean(1)) if self.avgpool else (cls,)
+
+    def select(self, tokens: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Features [B, dim] of this part. Extractors that differ only in the part have the same `tokens`."""
         if not self.avgpool:
-            return self._select(cls)  # B, dim
-        mean = blocks[-1][:, 1:].mean(1)  # B, D
+            return self._select(*tokens)  # B, dim
+        cls, mean = tokens
         if self.part == "ALL" and self.n_last_blocks == 1:
             return torch.stack([cls, mean], dim=-1).flatten(1)  # B, 2*D: c0, m0, c1, m1, ...
         return torch.cat([self._select(cls), self._select(mean)], dim=-1)  # B, dim
 
 
-@torch.no_grad()
 def extract_features(
-    model: FeatureExtractor, loader: DataLoader, device: torch.device, header: str = ""
+    extractor: FeatureExtractor, loader: DataLoader, device: torch.device, header: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [M, dim] and labels [M] of this process's share of the data, which may be empty, on `device`.
 
     With a `header`, progress is printed.
     """
-    features, labels = [torch.empty(0, model.dim, device=device)], [torch.empty(0, dtype=torch.long)]
+    (features,), labels = extract_parts([extractor], loader, device, header)
+    return features, labels
+
+
+@torch.no_grad()
+def extract_parts(
+    extractors: Sequence[FeatureExtractor], loader: DataLoader, device: torch.device, header: str = ""
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """As extract_features, for extractors that differ only in the part: the features of each, by one pass of the backbone."""
+    features = [[torch.empty(0, extractor.dim, device=device)] for extractor in extractors]
+    labels = [torch.empty(0, dtype=torch.long)]
     for images, batch_labels in with_progress(loader, header, len(loader.dataset)) if header else loader:
-        features.append(model(images.to(device, non_blocking=True)).float())
+        tokens = extractors[0].tokens(images.to(device, non_blocking=True))
+        for rows, extractor in zip(features, extractors, strict=True):
+            rows.append(extractor.select(tokens).float())  # B, dim
         labels.append(batch_labels)
-    return torch.cat(features), torch.cat(labels).to(device)
+    return [torch.cat(rows) for rows in features], torch.cat(labels).to(device)
 
 
 def gather_in_order(rows: torch.Tensor, total: int) -> torch.Tensor:

@@ -3,12 +3,13 @@
 Shapes: D width of the features, M training images, N test images, C classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
-from datasets import ImageDataset, shard
+from datasets import ImageDataset, make_loader, shard
 from distributed import all_gather_rows, all_reduce_sum, broadcast_buffers, get_rank, get_world_size
 from evaluation.features import FeatureExtractor, extract_features
 from telemetry import with_progress
@@ -107,16 +108,17 @@ def knn_accuracy(
     device: torch.device,
     batch_size: int,
     num_workers: int,
+    stats: tuple[Sequence[float], Sequence[float]],
     k: int = 20,
 ) -> float:
     """Top-1 accuracy, in percent, of a k-NN classifier on a backbone's features. The processes share the images."""
     was_training = backbone.training
     broadcast_buffers(backbone)
-    extractor = FeatureExtractor(backbone.eval())
+    extractor = FeatureExtractor(backbone.eval(), stats=stats)
 
     def extract(dataset):
         own = shard(dataset, get_rank(), get_world_size())
-        return extract_features(extractor, DataLoader(own, batch_size, num_workers=num_workers), device)
+        return extract_features(extractor, make_loader(own, batch_size, num_workers=num_workers), device)
 
     train_features, train_labels = map(all_gather_rows, extract(train))
     features, labels = extract(val)

@@ -1,6 +1,8 @@
-"""A linear classifier on a backbone's features: its training, its files, its accuracy.
+"""Linear classifiers on a backbone's features: their training, their files, their accuracies.
 
-Serves the linear probe (eval_linear.py) and downstream classification (eval_linear_ds.py), which supply data and optimizer.
+A Probe is one classifier with its optimizer and its checkpoint. A ProbeGroup trains and evaluates the probes of several parts
+of the representation with one pass of the backbone. They serve the linear probe (eval_linear.py) and downstream classification
+(eval_linear_ds.py, a group of one), which supply data and optimizers.
 
 Shapes: D width of the features, C classes, M images.
 """
@@ -23,7 +25,7 @@ import utils
 from augmentations import PERTURBATIONS
 from backbones import backbone_state, load_backbone_weights
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
-from datasets import ImageDataset, shard
+from datasets import ImageDataset, make_loader, shard
 from distributed import (
     all_reduce_sum,
     broadcast_buffers,
@@ -31,11 +33,11 @@ from distributed import (
     get_world_size,
     is_distributed,
     is_main_process,
-    worker_count,
 )
-from evaluation.features import FeatureExtractor, extract_features
+from evaluation.features import FeatureExtractor, extract_parts
 from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, result_record
+from rendering import add_renderer_argument
 from telemetry import TrainingProgress
 from utils import InputError, TypedFloat, bool_flag
 
@@ -48,10 +50,15 @@ BEST = {"accuracy": "best_acc", "mean_class_accuracy": "best_mean_class_acc"}
 # --- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every training of a classifier."""
+def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Flags of every training of a classifier. With `several`, --else_part and --test_aug_type are lists."""
     add = parser.add_argument
-    add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
+    part, perturbation = "part of the representation: ALL, main_part (IR), else_part (EF)", "perturbation of the test images"
+    count = {"nargs": "+"} if several else {}
+    if several:
+        part += "; several parts share the passes of the backbone, each has its own files"
+        perturbation += ", several only with --evaluate"
+    add("--else_part", type=part_flag, default=["ALL"] if several else "ALL", help=part, **count)
     add("--n_last_blocks", type=int, default=4, help="ViT: concatenates the [CLS] tokens of the last n blocks. 4 suits small "
         "ViTs, 1 with --avgpool_patchtokens true ViT-B")  # fmt: skip
     add("--avgpool_patchtokens", type=bool_flag, default=False, help="ViT: also use the mean patch token")
@@ -62,20 +69,20 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
     add("--val_freq", type=int, default=1, help="epochs between validations")
     add("--evaluate", action="store_true", help="only evaluate a trained classifier")
-    add("--test_aug_type", default="ori", help=f"perturbation of the test images: {', '.join(PERTURBATIONS)}")
+    add("--test_aug_type", default=["ori"] if several else "ori", help=f"{perturbation}: {', '.join(PERTURBATIONS)}", **count)
     add("--final_eval_weights", help="classifier for --evaluate; default: the one in --output_dir")
     add("--trial_name", default="", help="last part of the file names")
     add("--check_images", type=bool_flag, default=True, help="decode every image once before training")
     add("--skip_bad_images", type=bool_flag, default=False, help="leave unreadable images out instead of stopping")
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images, and their augmentation")
+    add_renderer_argument(parser)
 
 
 def check_probe_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values of these flags."""
-    if args.else_part not in PARTS:
-        raise InputError(f"--else_part {args.else_part!r}: must be one of {', '.join(PARTS)}")
-    if args.test_aug_type not in PERTURBATIONS:
-        raise InputError(f"--test_aug_type {args.test_aug_type!r}: must be one of {', '.join(PERTURBATIONS)}")
+    for flag, choices in (("else_part", PARTS), ("test_aug_type", PERTURBATIONS)):
+        value = getattr(args, flag)
+        utils.check_choices(flag, value if isinstance(value, list) else [value], choices)
     if os.sep in args.trial_name:
         raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of a file name")
     utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
@@ -105,138 +112,82 @@ class LinearClassifier(nn.Module):
         return self.linear(x)  # B, C
 
 
-@dataclass
+@dataclass(eq=False)
 class Probe:
-    """A linear classifier on the features of `extractor`, and the checkpoint file that its training writes.
+    """A linear classifier on the features of `extractor`, its optimizer, and the checkpoint file that its training writes.
 
     The backbone is trained as well if the extractor says so.
 
     Args:
         extractor: images -> features [B, D].
         classifier: features -> logits [B, C], on the device.
-        device: of both.
         path: the checkpoint, rewritten after every epoch.
         identity: what the probe was trained on; a checkpoint with other values is refused. The keys num_labels and dim are
             read off the weights of a file that does not have them.
         arguments: of the command line, recorded in the checkpoint.
         fixed_arguments: names of those that must be the same when training is resumed.
-        epochs, batch_size, val_freq, seed: of the training; batch_size counts images per process.
-        num_workers: data loading workers.
-        per_class: also measure the mean accuracy over classes.
+        optimizer: of the classifier, and of the backbone if that is trained; only training needs it.
+
+    Attributes:
+        epoch: the next one to run.
+        best: best value of each metric so far.
+        result: accuracies of the last evaluation.
     """
 
     extractor: FeatureExtractor
     classifier: LinearClassifier
-    device: torch.device
     path: Path
     identity: dict[str, Any]
     arguments: dict[str, Any]
     fixed_arguments: tuple[str, ...] = FIXED_ARGUMENTS
-    epochs: int = 100
-    batch_size: int = 128
-    val_freq: int = 1
-    seed: int = 0
-    num_workers: int = 0
-    per_class: bool = False
-    _frozen_features: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
-
-    def loader(self, dataset, sampler=None) -> DataLoader:
-        """Batches in the order of the sampler, or else of the data set."""
-        workers, pin_memory = worker_count(self.num_workers), torch.cuda.is_available()
-        return DataLoader(dataset, self.batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
-
-    # --- accuracy ---
-
-    def evaluate(self, test: ImageDataset) -> dict[str, float]:
-        """Accuracies on the test images, see `accuracies`. The features of a frozen backbone are computed only once."""
-        features = self._frozen_features
-        if features is None:
-            own = shard(test, get_rank(), get_world_size())
-            features = extract_features(self.extractor, self.loader(own), self.device, "test images")
-            if not self.extractor.train_backbone:
-                self._frozen_features = features
-        return accuracies(self.classifier, *features, self.per_class)
+    optimizer: torch.optim.Optimizer | None = None
+    epoch: int = field(default=0, init=False)
+    best: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.0}, init=False)
+    result: dict[str, float] = field(default_factory=dict, init=False)
 
     # --- training ---
 
-    def fit(self, optimizer: torch.optim.Optimizer, train: ImageDataset, test: ImageDataset) -> dict[str, float]:
-        """Train with a cosine schedule to 0, or resume the checkpoint; metrics of the last epoch and, `best_*`, of the best.
-
-        The checkpoint is rewritten after every epoch. A finished training is only evaluated.
-        """
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs, eta_min=0)
-        start_epoch, best, result = 0, {"accuracy": 0.0}, {}
+    def start(self, epochs: int) -> None:
+        """Prepare for training with a cosine schedule to 0 over `epochs`, from the checkpoint if there is one."""
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs, eta_min=0)
         if self.path.exists():
-            state = self._resume(optimizer, scheduler)
-            start_epoch, best = state["epoch"], {name: state[key] for name, key in BEST.items() if key in state}
-            result = self.evaluate(test)
-            print(f"continuing {self.path} from epoch {start_epoch}")
-        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
-        loader = self.loader(train, sampler)
-        model = self._trained_model()
-        for epoch in range(start_epoch, self.epochs):
-            start = time.perf_counter()
-            self._start_epoch(loader, epoch)
-            train_loss = self.train_one_epoch(model, optimizer, loader, epoch)
-            scheduler.step()
-            if (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs:
-                result = self.evaluate(test)
-                best |= {name: max(best.get(name, 0.0), result[name]) for name in BEST if name in result}
-                self._print_epoch(epoch, result, best, train_loss, time.perf_counter() - start)
-            if is_main_process():
-                self._save(epoch + 1, optimizer, scheduler, best)
-        return result | {f"best_{name}": value for name, value in best.items()}
-
-    def _trained_model(self) -> nn.Module:
-        """What is trained: features -> logits, or images -> logits with the backbone; in a process group distributed."""
-        model = nn.Sequential(self.extractor, self.classifier) if self.extractor.train_backbone else self.classifier
-        return DistributedDataParallel(model) if is_distributed() else model
-
-    def _start_epoch(self, loader: DataLoader, epoch: int) -> None:
-        """Random numbers, the order of the images and their views depend on the seed and the epoch alone."""
-        utils.seed_everything(self.seed, epoch, get_rank())
-        loader.sampler.set_epoch(epoch)
-        loader.dataset.set_epoch(epoch)
-        self.extractor.backbone.train(self.extractor.train_backbone)
-
-    def train_one_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader, epoch: int) -> float:
-        """One pass over the training images; mean loss."""
+            self._resume()
+        # What is trained: features -> logits, or images -> logits with the backbone; in a process group distributed.
         trained = self.extractor.train_backbone
-        images_per_step = self.batch_size * get_world_size()
-        progress = TrainingProgress(f"epoch {epoch}/{self.epochs}", len(loader), images_per_step, self.device, print_freq=50)
-        for images, labels in loader:
-            images = images.to(self.device, non_blocking=True)  # B, 3, S, S
-            logits = model(images if trained else self.extractor(images))  # B, C
-            loss = F.cross_entropy(logits, labels.to(self.device))
-            progress.update(loss=loss)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        self.extractor.backbone.eval()
-        if trained:
-            broadcast_buffers(self.extractor.backbone)
-        return progress.finish()["loss"]
+        model = nn.Sequential(self.extractor, self.classifier) if trained else self.classifier
+        self.model = DistributedDataParallel(model) if is_distributed() else model
 
-    def _print_epoch(self, epoch: int, result: dict, best: dict, train_loss: float, seconds: float) -> None:
-        left = datetime.timedelta(seconds=round(seconds * (self.epochs - epoch - 1)))
-        accuracy, count = result["accuracy"], result["num_test_images"]
-        print(f"Accuracy at epoch {epoch} of the network on the {count} test images: {accuracy:.2f}%")
-        print(f"Max accuracy so far: {best['accuracy']:.2f}%, training loss {train_loss:.4f}, left {left}", flush=True)
+    def step(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def record(self, result: dict[str, float]) -> None:
+        """Keep the accuracies of an evaluation during training."""
+        self.result = result
+        self.best |= {name: max(self.best.get(name, 0.0), result[name]) for name in BEST if name in result}
+
+    def end_epoch(self, epoch: int) -> None:
+        """Advance the schedule and write the checkpoint, in the first process."""
+        self.scheduler.step()
+        self.epoch = epoch + 1
+        if is_main_process():
+            self._save()
 
     # --- files ---
 
-    def _save(self, epoch: int, optimizer, scheduler, best: dict[str, float]) -> None:
-        """Write the checkpoint; `epoch` is the next one to run."""
+    def _save(self) -> None:
         state = {
-            "epoch": epoch, "state_dict": self.classifier.state_dict(), "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(), "args": self.arguments, **self.identity,
+            "epoch": self.epoch, "state_dict": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(), "args": self.arguments, **self.identity,
         }  # fmt: skip
-        state |= {BEST[name]: value for name, value in best.items()}
+        state |= {BEST[name]: value for name, value in self.best.items()}
         if self.extractor.train_backbone:
             state["state_dict_model"] = self.extractor.backbone.state_dict()
         save_atomically(state, self.path)
 
-    def _resume(self, optimizer, scheduler) -> dict[str, Any]:
+    def _resume(self) -> None:
         """Load the checkpoint to continue its training. Raises InputError if it was made differently."""
         state = self.load(self.path)
         missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
@@ -249,9 +200,10 @@ class Probe:
                     f"--{name} {self.arguments[name]}: the probe {self.path} was trained with {stored[name]}; continue it with "
                     "that, or give another --output_dir or --trial_name"
                 )
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        return state
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.best = state["epoch"], {name: state[key] for name, key in BEST.items() if key in state}
+        print(f"continuing {self.path} from epoch {self.epoch}")
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Load a trained probe, ours or an original's, and its backbone if that is trained; returns the checkpoint.
@@ -277,6 +229,134 @@ class Probe:
         return checkpoint
 
 
+@dataclass
+class ProbeGroup:
+    """Probes of different parts of one backbone's representation, trained and evaluated together.
+
+    Every image is read, and passes through the backbone, once for all probes. The result is that of training each of them in
+    a group of its own: the order of the images and their views depend on the seed and the epoch alone, and each probe has its
+    own optimizer and files. A probe that was interrupted, or is already finished, takes part only from its next epoch on.
+
+    Args:
+        probes: their extractors differ only in the part; a trained backbone belongs to a single one.
+        device: of the backbone and the classifiers.
+        epochs, batch_size, val_freq, seed: of the training; batch_size counts images per process.
+        num_workers: data loading workers.
+        per_class: also measure the mean accuracy over classes.
+    """
+
+    probes: list[Probe]
+    device: torch.device
+    epochs: int = 100
+    batch_size: int = 128
+    val_freq: int = 1
+    seed: int = 0
+    num_workers: int = 0
+    per_class: bool = False
+
+    def __post_init__(self):
+        self.extractors = [probe.extractor for probe in self.probes]
+        self.backbone, self.train_backbone = self.extractors[0].backbone, self.extractors[0].train_backbone
+        self._kept: tuple[ImageDataset, tuple[list[torch.Tensor], torch.Tensor]] | None = None
+
+    def loader(self, dataset, sampler=None) -> DataLoader:
+        """Batches in the order of the sampler, or else of the data set."""
+        return make_loader(dataset, self.batch_size, sampler, self.num_workers)
+
+    # --- accuracy ---
+
+    def evaluate(self, test: ImageDataset) -> dict[Probe, dict[str, float]]:
+        """Accuracies of every probe on the test images, see `accuracies`."""
+        features, labels = self._test_features(test)
+        return {
+            probe: accuracies(probe.classifier, x, labels, self.per_class)
+            for probe, x in zip(self.probes, features, strict=True)
+        }
+
+    def _test_features(self, test: ImageDataset) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Features of each part, and labels. Those of a frozen backbone are kept until another data set is given."""
+        if self._kept is not None and self._kept[0] is test:
+            return self._kept[1]
+        own = shard(test, get_rank(), get_world_size())
+        found = extract_parts(self.extractors, self.loader(own), self.device, "test images")
+        self._kept = None if self.train_backbone else (test, found)
+        return found
+
+    # --- training ---
+
+    def fit(self, train: ImageDataset, test: ImageDataset) -> dict[Probe, dict[str, float]]:
+        """Train all probes with a cosine schedule to 0, or resume their checkpoints.
+
+        Returns the metrics of each, of the last epoch and, `best_*`, of the best. The checkpoints are rewritten after every
+        epoch. A finished training is only evaluated.
+        """
+        for probe in self.probes:
+            probe.start(self.epochs)
+        if any(probe.epoch > 0 for probe in self.probes):
+            for probe, result in self.evaluate(test).items():
+                probe.result = result
+        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
+        loader = self.loader(train, sampler)
+        for epoch in range(min(probe.epoch for probe in self.probes), self.epochs):
+            self._run_epoch([probe for probe in self.probes if probe.epoch <= epoch], loader, test, epoch)
+        return {probe: probe.result | {f"best_{name}": value for name, value in probe.best.items()} for probe in self.probes}
+
+    def _run_epoch(self, active: list[Probe], loader: DataLoader, test: ImageDataset, epoch: int) -> None:
+        """Train the active probes for one epoch, validate them if it is time, and write their checkpoints."""
+        start = time.perf_counter()
+        self._start_epoch(loader, epoch)
+        losses = self.train_one_epoch(active, loader, epoch)
+        validated = (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs
+        results = self.evaluate(test) if validated else {}
+        left = round((time.perf_counter() - start) * (self.epochs - epoch - 1))
+        for probe, loss in zip(active, losses, strict=True):
+            if validated:
+                probe.record(results[probe])
+                self._print_epoch(probe, epoch, loss, left)
+            probe.end_epoch(epoch)
+
+    def _start_epoch(self, loader: DataLoader, epoch: int) -> None:
+        """Random numbers, the order of the images and their views depend on the seed and the epoch alone."""
+        utils.seed_everything(self.seed, epoch, get_rank())
+        loader.sampler.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
+        self.backbone.train(self.train_backbone)
+
+    def train_one_epoch(self, active: list[Probe], loader: DataLoader, epoch: int) -> list[float]:
+        """One pass over the training images for the active probes; the mean loss of each."""
+        images_per_step = self.batch_size * get_world_size()
+        progress = TrainingProgress(f"epoch {epoch}/{self.epochs}", len(loader), images_per_step, self.device, print_freq=50)
+        names = [f"{self.prefix(probe)}loss" for probe in active]
+        for images, labels in loader:
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)  # B, 3, S, S and B
+            losses = [F.cross_entropy(logits, labels) for logits in self._logits(active, images)]
+            progress.update(**dict(zip(names, losses, strict=True)))
+            for probe, loss in zip(active, losses, strict=True):
+                probe.step(loss)
+        self.backbone.eval()
+        if self.train_backbone:
+            broadcast_buffers(self.backbone)
+        means = progress.finish()
+        return [means[name] for name in names]
+
+    def _logits(self, active: list[Probe], images: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [B, C] of each active probe, with gradients of what it trains."""
+        if self.train_backbone:
+            return [probe.model(images) for probe in active]
+        tokens = self.extractors[0].tokens(images)
+        return [probe.model(probe.extractor.select(tokens)) for probe in active]
+
+    def prefix(self, probe: Probe) -> str:
+        """Names the probe's part in printed lines, if there are several probes."""
+        return f"{probe.identity['part']}: " if len(self.probes) > 1 else ""
+
+    def _print_epoch(self, probe: Probe, epoch: int, train_loss: float, seconds_left: int) -> None:
+        prefix, left = self.prefix(probe), datetime.timedelta(seconds=seconds_left)
+        accuracy, count, best = probe.result["accuracy"], probe.result["num_test_images"], probe.best["accuracy"]
+        print(f"{prefix}Accuracy at epoch {epoch} of the network on the {count} test images: {accuracy:.2f}%")
+        print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {train_loss:.4f}, left {left}", flush=True)
+
+
 def build_probe(
     args: argparse.Namespace,
     pretrained: Pretrained,
@@ -284,27 +364,26 @@ def build_probe(
     num_labels: int,
     path: Path,
     device: torch.device,
-    per_class: bool = False,
 ) -> Probe:
-    """The probe of --else_part, whose weights depend on --seed alone."""
+    """The probe of --else_part, a single one, whose weights depend on --seed alone."""
     utils.seed_everything(args.seed)
     return Probe(
         extractor=extractor,
         classifier=LinearClassifier(extractor.dim, num_labels).to(device),
-        device=device,
         path=path,
         identity={
             "part": args.else_part, "net": pretrained.net, "num_labels": num_labels, "dim": extractor.dim,
             "backbone": pretrained.fingerprint,
         },
         arguments=utils.plain_args(args),
-        epochs=args.epochs,
-        batch_size=args.batch_size_per_gpu,
-        val_freq=args.val_freq,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        per_class=per_class,
     )  # fmt: skip
+
+
+def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> ProbeGroup:
+    """The probes as one group, with the settings of the command line."""
+    return ProbeGroup(
+        probes, device, args.epochs, args.batch_size_per_gpu, args.val_freq, args.seed, args.num_workers, per_class
+    )
 
 
 def lr_scale(args: argparse.Namespace) -> float:

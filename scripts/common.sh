@@ -37,11 +37,12 @@ reg=${reg-_reg0.001}    # empty: no regulariser
 TRIAL_name=${net_name}_${backbone_name}_${BATCH}_${HP1}_${DVR_out_dim}_${SEP_LAMBD}${reg}
 RUN_DIR=$Result_dir/${DATASET}_ep$EPOCH/${net_name}_$backbone_name/$AUG_TYPE/$BATCH/$HP1/$TRIAL_name
 
-# launch N LOG script.py args...: run the script in N processes. The output is shown and appended to the file LOG.
-# DRY_RUN=1 only prints the command and the name of the log.
+# launch N LOGS script.py args...: run the script in N processes. The output is shown and appended to each file of LOGS,
+# one name per line. DRY_RUN=1 only prints the command and the names of the logs.
 launch() {
-  local processes=$1 log=$2 script=$3 cores settings options=()
+  local processes=$1 names=$2 script=$3 log logs=() cores settings options=()
   shift 3
+  while IFS= read -r log; do logs+=("$log"); done <<< "$names"
   if [[ $LAUNCHER != python ]]; then
     options=(--nproc_per_node="$processes" --master_port="$PORT_NUM")
   elif [[ $processes != 1 ]]; then
@@ -55,10 +56,11 @@ launch() {
   set -- env "${settings[@]}" $LAUNCHER ${options[@]+"${options[@]}"} "$ROOT/$script" "$@"
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "$@"
-    printf '\nlog: %s\n' "$log"
+    echo
+    printf 'log: %s\n' "${logs[@]}"
   else
-    mkdir -p "$(dirname "$log")"
-    "$@" 2>&1 | tee -a "$log"
+    for log in "${logs[@]}"; do mkdir -p "$(dirname "$log")"; done
+    "$@" 2>&1 | tee -a "${logs[@]}"
   fi
 }
 
@@ -70,26 +72,28 @@ linear_name() {
   name_of linear --part="$1" --hp1="$HP1" --lr="$lr" --epochs="$EPOCH_LN" --trial_name="$TRIAL_name"
 }
 
-# check_probe: exit unless all PARTS are valid and this run has been pretrained.
+# check_probe: exit unless all PARTS are valid and different, and this run has been pretrained.
 check_probe() {
-  local part error
+  local part error seen=" "
   for part in $PARTS; do
+    [[ $seen != *" $part "* ]] || die "PARTS: $part is given twice"
+    seen+="$part "
     error=$(linear_name "$part" 2>&1 > /dev/null) || die "PARTS: $error"
   done
   [[ ${DRY_RUN:-0} == 1 || -f $RUN_DIR/checkpoint.pth ]] ||
     die "no $RUN_DIR/checkpoint.pth: run scripts/pretrain.sh first, with the same variables (they make up that folder)"
 }
 
-# eval_linear N LOG PART flags...: run eval_linear.py on one part of this run's network, in N processes.
+# eval_linear N LOGS flags...: run eval_linear.py on all PARTS of this run's network, in N processes.
 eval_linear() {
-  local processes=$1 log=$2 part=$3 dataset_type=""
-  shift 3
+  local processes=$1 logs=$2 dataset_type=""
+  shift 2
   [[ $DATASET != Imagenet && $DATASET != IN100 ]] || dataset_type="--dataset_type $DATASET"
-  # shellcheck disable=SC2086  # dataset_type and PROBE_FLAGS are several words
-  launch "$processes" "$log" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
+  # shellcheck disable=SC2086  # dataset_type, PARTS and PROBE_FLAGS are several words
+  launch "$processes" "$logs" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
     --data_path "$DATASET_PATH" $dataset_type --output_dir "$RUN_DIR" --trial_name "$TRIAL_name" --net "$net_name" \
     --hp1 "$HP1" --arch "$backbone_name" --patch_size "$PATCH" --lr "$lr" --epochs "$EPOCH_LN" \
-    --batch_size_per_gpu "$BATCH_LN" --n_last_blocks "$n_last_blocks" --else_part "$part" "$@" $PROBE_FLAGS
+    --batch_size_per_gpu "$BATCH_LN" --n_last_blocks "$n_last_blocks" --else_part $PARTS "$@" $PROBE_FLAGS
 }
 
 # If the active python has no torch, use the environment that setup.sh made.

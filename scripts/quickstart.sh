@@ -57,22 +57,18 @@ export PRETRAIN_FLAGS="--out_dim 256 --use_bn_in_head true --head_hidden_dim 256
 export GPU_num_LN=1 GPU_num_EVAL=1 EPOCH_LN=20 BATCH_LN=64 lr=0.3 n_last_blocks=4
 export PROBE_FLAGS="--val_freq 10 --num_workers 0 --seed $SEED"
 
-# measure NET EPOCHS PART: train the probe of one part of a network and evaluate it on perturbed images, in one process.
+# measure NET EPOCHS PARTS: train the probes of a network and evaluate them on perturbed images, in one process.
 measure() {
   local row=$1
   [[ $2 != 0 ]] || row=random
   export net_name=$1 EPOCH=$2 PARTS=$3 LAUNCHER=python
-  { bash scripts/linear_probe.sh && bash scripts/perturbation.sh; } 2>&1 | sed "s/^/[$row $3] /"
+  { bash scripts/linear_probe.sh && bash scripts/perturbation.sh; } 2>&1 | sed "s/^/[$row] /"
 }
 
-# both COMMAND -- COMMAND: run two commands at the same time; fails if either fails.
-both() {
-  local first=() second status=0
-  while [[ $1 != -- ]]; do first+=("$1"); shift; done
-  shift
-  "${first[@]}" & second=$!
-  ("$@") || status=$?
-  wait "$second" || status=$?
+# wait_for PID...: wait for background jobs; fails if one of them fails.
+wait_for() {
+  local job status=0
+  for job in "$@"; do wait "$job" || status=$?; done
   return "$status"
 }
 
@@ -87,9 +83,10 @@ for net in dino CLeVER; do
 done
 
 step "linear probes and perturbations"
-both measure CLeVER 0 ALL -- measure dino "$epochs" ALL
-both measure CLeVER "$epochs" ALL -- measure CLeVER "$epochs" main_part
-measure CLeVER "$epochs" else_part
+measure CLeVER 0 ALL & random=$!
+measure dino "$epochs" ALL & dino=$!
+measure CLeVER "$epochs" "ALL main_part else_part" & clever=$!
+wait_for "$random" "$dino" "$clever" # three jobs of about the same length: at once, two cores are never idle
 
 step "results: top-1 accuracy in percent; columns are perturbations of the test images, ori is the clean images"
 python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"

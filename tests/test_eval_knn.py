@@ -187,6 +187,21 @@ def test_saved_features_serve_every_part(world, part, name, tmp_path):
         assert records[0][field] == records[1][field], field
 
 
+def test_several_parts_equal_separate_runs(world, tmp_path):
+    parts = ("else_part", "ALL", "main_part")
+    together = knn("--load_features", world.features, "--output_dir", tmp_path / "together", "--else_part", *parts)
+    for part in parts:
+        knn("--load_features", world.features, "--output_dir", tmp_path / "separate", "--else_part", part)
+    records = [
+        {path.name: json.loads(path.read_text()) for path in (tmp_path / kind).iterdir()} for kind in ("together", "separate")
+    ]
+    for record in [*records[0].values(), *records[1].values()]:
+        del record["args"]["output_dir"]
+    assert records[0] == records[1] and len(records[0]) == 3
+    lines = [line.split(":")[0] for line in together.stdout.splitlines() if "27 training images, 16" in line]
+    assert lines == list(parts)
+
+
 def test_new_features_replace_old_ones(world, tmp_path):
     folder = write_features(tmp_path / "features", torch.ones(2, 3), [0, 1], torch.ones(2, 3), [0, 1])
     assert knn(*world.flags, "--output_dir", tmp_path, "--dump_features", folder).status == 0
@@ -235,7 +250,8 @@ def test_progress_of_many_batches(capsys):
 CLEVER = "--pretrained_weights {root}/clever.pth --data_path {data} "
 # Flags, and what the message must hold.
 BAD = [
-    (CLEVER + "--else_part IR", "'IR'", "ALL, main_part, else_part"),
+    (CLEVER + "--else_part DIR", "'DIR'", "ALL, main_part, else_part"),
+    (CLEVER + "--else_part ALL IR main_part", "--else_part 'main_part'", "given twice"),
     (CLEVER + "--hp1 0.5 --else_part main_part", "--hp1 0.5", "hp1 0.8"),
     (CLEVER + "--net dino", "--net dino", "net CLeVER"),
     (CLEVER + "--arch vit_tiny", "--arch vit_tiny", "arch vit_micro"),

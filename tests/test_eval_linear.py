@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from support.in_process import pretrain, probe, snapshot
+from support.in_process import assert_refused, pretrain, probe, snapshot
+from support.processes import run
+from test_resume import assert_same
 
 import eval_linear
 import optim
+from checkpoint import load_checkpoint
+from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, linear_probe_name
-from evaluation.probe import LinearClassifier, Probe, accuracies
+from evaluation.probe import LinearClassifier, ProbeGroup, accuracies
 
 
 def write_colours(folder, classes, train, val, mixed=False):
@@ -105,15 +109,16 @@ def trained(weights, colours, tmp_path_factory):
         seen["before"] = {name: value.clone() for name, value in seen["pretrained"].backbone.state_dict().items()}
         return seen["pretrained"]
 
-    def train_one_epoch(self, model, optimizer, *rest):
-        seen["rates"].append(optimizer.param_groups[0]["lr"])
-        seen["optimizer"] = optimizer
-        return real_train(self, model, optimizer, *rest)
+    def train_one_epoch(self, active, *rest):
+        (probe,) = active
+        seen["rates"].append(probe.optimizer.param_groups[0]["lr"])
+        seen["optimizer"] = probe.optimizer
+        return real_train(self, active, *rest)
 
-    real_load, real_train = eval_linear.load_pretrained, Probe.train_one_epoch
+    real_load, real_train = eval_linear.load_pretrained, ProbeGroup.train_one_epoch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_linear, "load_pretrained", load_pretrained)
-        patch.setattr(Probe, "train_one_epoch", train_one_epoch)
+        patch.setattr(ProbeGroup, "train_one_epoch", train_one_epoch)
         outcome = probe(weights, colours, folder, *RECIPE, "--epochs", 8)
     assert outcome.status == 0, outcome
     return folder, outcome.stdout, seen
@@ -133,8 +138,8 @@ def test_a_probe_separates_colours(trained):
 
 def test_the_best_epoch_is_reported_beside_the_last(weights, colours, tmp_path, monkeypatch):
     """With a validation that worsens from epoch to epoch."""
-    accuracies = iter([70.0, 90.0, 80.0])
-    monkeypatch.setattr(Probe, "evaluate", lambda *_: {"accuracy": next(accuracies), "num_test_images": 30})
+    values = iter([70.0, 90.0, 80.0])
+    monkeypatch.setattr("evaluation.probe.accuracies", lambda *_: {"accuracy": next(values), "num_test_images": 30})
     assert probe(weights, colours, tmp_path, *RECIPE, "--epochs", 3).status == 0
     result = read_result(tmp_path, "linear_5_3_")
     assert result["accuracy"] == 80 and result["best_accuracy"] == 90
@@ -210,18 +215,23 @@ def test_same_seed_same_probe_and_another_seed_another(weights, colours, tmp_pat
     assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
 
 
+def interrupt_at(monkeypatch, epoch):
+    """Stop the next training at the beginning of an epoch."""
+    real = ProbeGroup.train_one_epoch
+
+    def train_one_epoch(self, active, loader, number):
+        if number == epoch:
+            raise KeyboardInterrupt
+        return real(self, active, loader, number)
+
+    monkeypatch.setattr(ProbeGroup, "train_one_epoch", train_one_epoch)
+
+
 def test_an_interrupted_probe_ends_as_an_uninterrupted_one(weights, colours, tmp_path, monkeypatch):
     flags = (*RECIPE, "--epochs", 3)
     assert probe(weights, colours, tmp_path / "whole", *flags).status == 0
-    real = Probe.train_one_epoch
-
-    def interrupted(self, model, optimizer, loader, epoch):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return real(self, model, optimizer, loader, epoch)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Probe, "train_one_epoch", interrupted)
+        interrupt_at(patch, 2)
         probe(weights, colours, tmp_path / "parts", *flags)
     outcome = probe(weights, colours, tmp_path / "parts", *flags)
     assert outcome.status == 0 and "from epoch 2" in outcome.stdout
@@ -237,6 +247,127 @@ def test_a_finished_probe_is_not_passed_off_as_one_of_other_settings(trained, we
     shutil.copytree(trained[0], tmp_path / "out")
     outcome = probe(weights, colours, tmp_path / "out", *RECIPE, "--epochs", 8, flag, value)
     assert outcome.status == 2 and f"{flag} {value}" in outcome.stderr and "--trial_name" in outcome.stderr
+
+
+# --- several parts and perturbations -----------------------------------------------------------------------------------
+
+THREE_PARTS = ("main_part", "ALL", "else_part")
+MORE_EPOCHS = (*RECIPE, "--epochs", 5, "--val_freq", 2)
+
+
+@pytest.fixture(scope="module", params=["resnet8", "vit_micro"])
+def network(request, weights, colours, tmp_path_factory):
+    """Weights and flags of a pooled backbone, and of a ViT whose ALL features are interleaved."""
+    if request.param == "resnet8":
+        return weights, MORE_EPOCHS
+    folder = tmp_path_factory.mktemp("vit")
+    flags = ("--arch", "vit_micro", "--patch_size", 8, "--global_crops_size", 16, "--epochs", 0)
+    assert pretrain(colours / "train", folder, *flags).status == 0
+    return folder / "checkpoint.pth", (*MORE_EPOCHS, "--n_last_blocks", 1, "--avgpool_patchtokens", "true")
+
+
+@pytest.fixture(scope="module")
+def separate(network, colours, tmp_path_factory):
+    """The folder of three trainings and six evaluations, each a run of its own."""
+    weights, flags = network
+    folder = tmp_path_factory.mktemp("separate")
+    for part in THREE_PARTS:
+        assert probe(weights, colours, folder, *flags, "--else_part", part).status == 0
+        for perturbation in ("aug1_2", "basic"):
+            evaluation = ("--evaluate", "--test_aug_type", perturbation)
+            assert probe(weights, colours, folder, *flags, "--else_part", part, *evaluation).status == 0
+    return folder
+
+
+def content(folder):
+    """{file name: checkpoint or result} without the output folder, which the arguments contain."""
+    files = {path.name: path for path in folder.iterdir()}
+    records = {
+        name: load_checkpoint(path) if name.endswith(".pth.tar") else json.loads(path.read_text())
+        for name, path in files.items()
+    }
+    for record in records.values():
+        del record["args"]["output_dir"]
+    return records
+
+
+def test_several_parts_equal_separate_runs(network, separate, colours, tmp_path, monkeypatch):
+    """To the last bit and with the same recorded arguments, by one pass of the backbone per batch."""
+    weights, flags = network
+    passes, real = [], FeatureExtractor.tokens
+    monkeypatch.setattr(FeatureExtractor, "tokens", lambda *inputs: passes.append(1) or real(*inputs))
+    trained = probe(weights, colours, tmp_path, *flags, "--else_part", *THREE_PARTS)
+    assert trained.status == 0 and len(passes) == 5 * 3 + 2  # 72 training images, 30 test images once
+    passes.clear()
+    evaluation = ("--evaluate", "--test_aug_type", "aug1_2", "basic")
+    evaluated = probe(weights, colours, tmp_path, *flags, "--else_part", *THREE_PARTS, *evaluation)
+    assert evaluated.status == 0 and len(passes) == 2 * 2
+    assert_same(content(tmp_path), content(separate))
+    written = re.findall(r"wrote .*/only_eval_(\w+)_linear(\S*?)_5_5_.json", evaluated.stdout)
+    assert written == [(aug, part) for aug in ("aug1_2", "basic") for part in ("_hp0.8", "", "_hp0.8_else")]
+    accuracy = json.loads((separate / "linear_hp0.8_5_5_.json").read_text())["accuracy"]
+    assert f"main_part: Accuracy at epoch 4 of the network on the 30 test images: {accuracy:.2f}%" in trained.stdout
+
+
+def test_parts_are_resumed_from_unequal_epochs(network, separate, colours, tmp_path, monkeypatch):
+    """One is finished, one was interrupted between two validations, one has not begun."""
+    weights, flags = network
+    assert probe(weights, colours, tmp_path, *flags, "--else_part", "ALL").status == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        probe(weights, colours, tmp_path, *flags, "--else_part", "main_part")
+    outcome = probe(weights, colours, tmp_path, *flags, "--else_part", *THREE_PARTS)
+    assert outcome.status == 0 and outcome.stdout.count("continuing ") == 2
+    expected = content(separate)
+    assert_same(content(tmp_path), {name: value for name, value in expected.items() if "only_eval" not in name})
+
+
+def test_an_interrupted_group_is_continued_by_separate_runs(network, separate, colours, tmp_path, monkeypatch):
+    weights, flags = network
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 2)
+        probe(weights, colours, tmp_path, *flags, "--else_part", *THREE_PARTS)
+    assert [load_checkpoint(path)["epoch"] for path in tmp_path.glob("*.pth.tar")] == [2, 2, 2]
+    for part in THREE_PARTS:
+        assert probe(weights, colours, tmp_path, *flags, "--else_part", part).status == 0
+    expected = content(separate)
+    assert_same(content(tmp_path), {name: value for name, value in expected.items() if "only_eval" not in name})
+
+
+def test_two_processes_train_several_parts_as_separately(weights, colours, tmp_path):
+    def start(folder, *more):
+        flags = ("--pretrained_weights", weights, "--data_path", colours, "--output_dir", folder, "--num_workers", 0)
+        recipe = ("--lr", 5, "--batch_size_per_gpu", 12, "--epochs", 2)
+        run("eval_linear.py", *flags, *recipe, *more, processes=2, output=tmp_path / "output")
+
+    start(tmp_path / "group", "--else_part", "ALL", "else_part")
+    start(tmp_path / "group", "--else_part", "ALL", "else_part", "--evaluate", "--test_aug_type", "ori", "aug1")
+    for part in ("ALL", "else_part"):
+        start(tmp_path / "separate", "--else_part", part)
+        for perturbation in ("ori", "aug1"):
+            start(tmp_path / "separate", "--else_part", part, "--evaluate", "--test_aug_type", perturbation)
+    assert_same(content(tmp_path / "group"), content(tmp_path / "separate"))
+
+
+@pytest.mark.parametrize(
+    "flags, mentioned",
+    [
+        ("--else_part ALL DIR", "--else_part 'DIR': must be one of ALL, main_part, else_part"),
+        ("--else_part main_part ALL IR", "--else_part 'main_part': given twice"),
+        ("--else_part", "--else_part: expected at least one argument"),
+        ("--evaluate --test_aug_type ori aug9", "--test_aug_type 'aug9': must be one of ori, basic, "),
+        ("--evaluate --test_aug_type ori basic ori", "--test_aug_type 'ori': given twice"),
+        ("--test_aug_type ori basic", "--test_aug_type ori basic: several perturbations only with --evaluate"),
+        ("--evaluate --else_part ALL IR --final_eval_weights x", "x: only with one part, not ALL main_part"),
+        ("--evaluate --else_part ALL EF --lr 5 --epochs 8", "checkpoint_linear_hp0.8_else_5_8_.pth.tar: no such file"),
+        ("--else_part main_part ALL --lr 5 --epochs 8 --seed 7", "--seed 7: the probe "),
+    ],
+)
+def test_refused_lists(trained, weights, colours, tmp_path, flags, mentioned):
+    shutil.copytree(trained[0], tmp_path / "out")  # the probe of ALL only
+    before = snapshot(tmp_path / "out")
+    assert_refused(probe(weights, colours, tmp_path / "out", *RECIPE, *flags.split()), mentioned)
+    assert snapshot(tmp_path / "out") == before
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from backbones import build_backbone
 from checkpoint import load_checkpoint
 from evaluation.features import FeatureExtractor
 from evaluation.pretrained import Pretrained
-from evaluation.probe import LinearClassifier, Probe, accuracies
+from evaluation.probe import LinearClassifier, ProbeGroup, accuracies
 from vmamba import load_config
 
 CPU = torch.device("cpu")
@@ -41,15 +41,16 @@ def watch(monkeypatch):
         seen.before = {name: value.clone() for name, value in seen.extractor.backbone.state_dict().items()}
         return seen.extractor
 
-    def train_one_epoch(self, model, optimizer, loader, *rest):
-        seen.rates.append([group["lr"] for group in optimizer.param_groups])
-        seen.optimizer, seen.model = optimizer, model
+    def train_one_epoch(self, active, loader, *rest):
+        (probe,) = active
+        seen.rates.append([group["lr"] for group in probe.optimizer.param_groups])
+        seen.optimizer, seen.model = probe.optimizer, probe.model
         seen.loaders.append(loader)
-        return real_train(self, model, optimizer, loader, *rest)
+        return real_train(self, active, loader, *rest)
 
-    real_build, real_train = ds.build_extractor, Probe.train_one_epoch
+    real_build, real_train = ds.build_extractor, ProbeGroup.train_one_epoch
     monkeypatch.setattr(ds, "build_extractor", build_extractor)
-    monkeypatch.setattr(Probe, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(ProbeGroup, "train_one_epoch", train_one_epoch)
     return seen
 
 
@@ -187,16 +188,17 @@ def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
     """All images are one batch, so that the run is two steps of SGD, the second with momentum."""
     words = ("--ds_mode", "ds_ft", "--backbone_lr", 2, "--lr", 4, "--weight_decay", 0.01, "--batch_size_per_gpu", 12)
     batches, start = [], {}
-    real = Probe.train_one_epoch
+    real = ProbeGroup.train_one_epoch
 
-    def train_one_epoch(self, model, optimizer, loader, epoch):
+    def train_one_epoch(self, active, loader, epoch):
+        (model,) = (probe.model for probe in active)
         batches.extend(loader)
         start.setdefault("model", {name: value.clone() for name, value in model.named_parameters()})
         assert model[0].backbone.training
-        return real(self, model, optimizer, batches[-1:], epoch)
+        return real(self, active, batches[-1:], epoch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Probe, "train_one_epoch", train_one_epoch)
+        patch.setattr(ProbeGroup, "train_one_epoch", train_one_epoch)
         assert downstream(world, world.resnet, tmp_path, *words).status == 0
     assert [len(images) for images, _ in batches] == [12, 12]
     sums = [set(images.sum((1, 2, 3)).tolist()) for images, _ in batches]
@@ -224,7 +226,7 @@ def test_both_metrics_last_and_best(world, tmp_path, monkeypatch):
         accuracy, mean = next(values)
         return {"accuracy": accuracy, "mean_class_accuracy": mean, "num_test_images": 13}
 
-    monkeypatch.setattr(Probe, "evaluate", worsening)
+    monkeypatch.setattr("evaluation.probe.accuracies", worsening)
     outcome = downstream(world, world.resnet, tmp_path, "--epochs", 3)
     result = result_of(tmp_path)
     assert (result["accuracy"], result["best_accuracy"]) == (80, 90)

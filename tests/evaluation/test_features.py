@@ -7,7 +7,7 @@ from torch import nn
 
 import eval_linear
 from backbones import build_backbone
-from evaluation.features import FeatureExtractor, extract_features, select_part
+from evaluation.features import FeatureExtractor, extract_features, extract_parts, select_part
 from evaluation.knn import knn_predict
 from evaluation.pretrained import Pretrained, check_part, load_pretrained
 from evaluation.probe import LinearClassifier
@@ -90,6 +90,18 @@ def test_mean_patch_token_is_interleaved_or_behind(part, n, expected):
     extractor = FeatureExtractor(CountingViT(), part, hp1=0.8, n_last_blocks=n, avgpool=True)
     features = extractor(torch.empty(3, 3, 8, 8))
     assert extractor.dim == len(expected) and features.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("n, avgpool", [(1, True), (2, True), (2, False)])
+def test_parts_extracted_together_equal_those_extracted_alone(n, avgpool):
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_micro", patch_size=8, img_size=16).eval()
+    extractors = [FeatureExtractor(backbone, part, 0.8, n, avgpool) for part in ("IR", "ALL", "EF")]
+    batches = [(torch.randn(3, 3, 16, 16), torch.tensor([2, 0, 1])), (torch.randn(2, 3, 16, 16), torch.tensor([1, 2]))]
+    together, labels = extract_parts(extractors, batches, CPU)
+    for extractor, features in zip(extractors, together, strict=True):
+        alone, expected_labels = extract_features(extractor, batches, CPU)
+        assert torch.equal(features, alone) and features.is_contiguous() and torch.equal(labels, expected_labels)
 
 
 @pytest.mark.parametrize("part, width", [("ALL", 128), ("IR", 102), ("EF", 26)])

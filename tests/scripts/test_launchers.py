@@ -26,14 +26,24 @@ class Launch(NamedTuple):
     start: list[str]  # words of the command before the script
     script: str
     arguments: list[str]
-    log: str
+    logs: list[str]
+
+    @property
+    def log(self) -> str:
+        (log,) = self.logs
+        return log
 
     @property
     def flags(self) -> dict[str, str | None]:
-        """{flag: its value, or None if it has none}."""
-        following = [*self.arguments[1:], "--"]
-        pairs = zip(self.arguments, following, strict=True)
-        return {word: None if value.startswith("--") else value for word, value in pairs if word.startswith("--")}
+        """{flag: its values, or None if it has none}."""
+        values: dict[str, list[str]] = {}
+        for word in self.arguments:
+            if word.startswith("--"):
+                flag = word
+                values[flag] = []
+            else:
+                values[flag].append(word)
+        return {flag: " ".join(words) if words else None for flag, words in values.items()}
 
     def parse(self):
         """The arguments as the entry point parses them."""
@@ -45,11 +55,14 @@ def dry_run(name, cwd=ROOT, path=(), **variables) -> list[Launch]:
     assert result.returncode == 0, result.stderr
     title, *lines = result.stdout.splitlines()
     assert title.startswith(("pretrain: ", "linear probe: ", "perturbation: ", "downstream: "))
-    launches = []
-    for command, log in zip(lines[::2], lines[1::2], strict=True):
-        words = shlex.split(command)
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        launches.append(Launch(words[:script], words[script], words[script + 1 :], log.removeprefix("log: ")))
+    launches: list[Launch] = []
+    for line in lines:
+        if line.startswith("log: "):
+            launches[-1].logs.append(line.removeprefix("log: "))
+        else:
+            words = shlex.split(line)
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            launches.append(Launch(words[:script], words[script], words[script + 1 :], []))
     return launches
 
 
@@ -163,16 +176,15 @@ PROBE_NAMES = {"ALL": "linear", "main_part": "linear_hp0.8", "else_part": "linea
 
 
 def test_linear_probe_defaults():
-    launches = dry_run("linear_probe.sh")
+    [launch] = dry_run("linear_probe.sh")
     folder = f"{ROOT}/results/{RUN}"
-    logs = {part: f"{folder}/result_{name}_0.001_100_{TRIAL}.txt" for part, name in PROBE_NAMES.items()}
-    assert {launch.flags["--else_part"]: launch.log for launch in launches} == logs
-    assert "--nproc_per_node=2" in launches[0].start
-    assert launches[0].flags == {
+    assert launch.logs == [f"{folder}/result_{name}_0.001_100_{TRIAL}.txt" for name in PROBE_NAMES.values()]
+    assert "--nproc_per_node=2" in launch.start
+    assert launch.flags == {
         "--pretrained_weights": f"{folder}/checkpoint.pth", "--data_path": f"{ROOT}/data/IN100",
         "--dataset_type": "IN100", "--output_dir": folder, "--trial_name": TRIAL, "--net": "CLeVER", "--hp1": "0.8",
         "--arch": "vit_small", "--patch_size": "16", "--lr": "0.001", "--epochs": "100",
-        "--batch_size_per_gpu": "128", "--n_last_blocks": "4", "--else_part": "ALL",
+        "--batch_size_per_gpu": "128", "--n_last_blocks": "4", "--else_part": "ALL main_part else_part",
     }  # fmt: skip
 
 
@@ -192,27 +204,37 @@ def test_linear_probe_overrides():
 
 
 def test_perturbation_evaluates_every_part_on_every_perturbation():
-    launches = dry_run("perturbation.sh")
-    assert [(launch.flags["--test_aug_type"], launch.flags["--else_part"], Path(launch.log).name) for launch in launches] == [
-        (aug, part, f"only_eval_{aug}_{name}_0.001_100_{TRIAL}.txt")
-        for aug in ("basic", "aug1", "aug1_2", "aug1_4_2")
-        for part, name in PROBE_NAMES.items()
+    augs = ("basic", "aug1", "aug1_2", "aug1_4_2")
+    [launch] = dry_run("perturbation.sh")
+    assert launch.parse().test_aug_type == list(augs) and launch.parse().else_part == list(PROBE_NAMES)
+    assert "--evaluate" in launch.flags and "--nproc_per_node=1" in launch.start
+    assert [Path(log).name for log in launch.logs] == [
+        f"only_eval_{aug}_{name}_0.001_100_{TRIAL}.txt" for aug in augs for name in PROBE_NAMES.values()
     ]
-    assert all("--evaluate" in launch.flags and "--nproc_per_node=1" in launch.start for launch in launches)
     [launch] = dry_run("perturbation.sh", TEST_AUGS="aug1_3", PARTS="main_part", GPU_num_EVAL="2")
     assert launch.flags["--test_aug_type"] == "aug1_3" and "--nproc_per_node=2" in launch.start
+    assert Path(launch.log).name == f"only_eval_aug1_3_linear_hp0.8_0.001_100_{TRIAL}.txt"
 
 
 def test_dino_has_no_parts():
     [launch] = dry_run("linear_probe.sh", net_name="dino")
     assert launch.flags["--else_part"] == "ALL" and "result_linear_0.001_100_dino_" in launch.log
-    assert len(dry_run("perturbation.sh", net_name="dino")) == 4
+    [launch] = dry_run("perturbation.sh", net_name="dino")
+    assert launch.flags["--else_part"] == "ALL" and len(launch.logs) == 4
 
 
-def test_refuses_an_unknown_part():
-    result = run(SCRIPTS / "linear_probe.sh", PARTS="ALL DIR", LAUNCHER="false", DRY_RUN="1")
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("ALL DIR", "PARTS: unknown part 'DIR': must be one of ALL, main_part, else_part"),
+        ("ALL main_part ALL", "PARTS: ALL is given twice"),
+    ],
+)
+@pytest.mark.parametrize("script", ["linear_probe.sh", "perturbation.sh"])
+def test_refuses_an_unknown_or_repeated_part(script, parts, message):
+    result = run(SCRIPTS / script, PARTS=parts, LAUNCHER="false", DRY_RUN="1")
     assert result.returncode == 2 and "eval_linear.py" not in result.stdout
-    assert "PARTS: unknown part 'DIR': must be one of ALL, main_part, else_part" in result.stderr
+    assert result.stderr == f"{script}: {message}\n"
 
 
 def test_refuses_a_run_without_a_pretrained_network(tmp_path):
@@ -279,13 +301,24 @@ def test_output_is_shown_and_appended_to_the_log(tmp_path):
     assert log.read_text() == "to stdout\nto stderr\nthreads 5\n" * 2
 
 
+def test_output_is_appended_to_the_log_of_every_part(tmp_path):
+    launcher = stub(tmp_path, "launcher", "echo probing")
+    (tmp_path / RUN).mkdir(parents=True)
+    (tmp_path / RUN / "checkpoint.pth").touch()
+    for _ in range(2):
+        result = run(SCRIPTS / "linear_probe.sh", LAUNCHER=str(launcher), Result_dir=str(tmp_path))
+        assert result.returncode == 0 and result.stdout.splitlines()[1:] == ["probing"]
+    logs = {path.name: path.read_text() for path in tmp_path.rglob("result_*.txt")}
+    assert logs == {f"result_{name}_0.001_100_{TRIAL}.txt": "probing\n" * 2 for name in PROBE_NAMES.values()}
+
+
 @pytest.mark.parametrize("script", ENTRY_POINTS)
 def test_a_failure_stops_the_script(script, tmp_path):
-    log = Path(dry_run(script, Result_dir=str(tmp_path))[0].log)
+    logs = dry_run(script, Result_dir=str(tmp_path))[0].logs
     (tmp_path / RUN).mkdir(parents=True)
     (tmp_path / RUN / "checkpoint.pth").touch()
     launcher = stub(tmp_path, "launcher", f"echo started >> {tmp_path}/count; echo boom; exit 7")
     result = run(SCRIPTS / script, LAUNCHER=str(launcher), Result_dir=str(tmp_path))
     assert result.returncode == 7 and "boom" in result.stdout
     assert (tmp_path / "count").read_text() == "started\n"
-    assert log.read_text() == "boom\n"
+    assert [Path(log).read_text() for log in logs] == ["boom\n"] * len(logs)
