@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from recompute import checkpointed
+from stochastic_depth import StochasticDepth
 from utils import InputError
 
-# On a CPU, fused attention is faster above this number of tokens. It also needs no T x T matrix: gigabytes at 480 pixels.
-CPU_FUSED_ATTENTION_MIN_TOKENS = 1024
+# In bfloat16 on a CPU, fused attention is faster above this number of tokens. It also needs no T x T matrix.
+CPU_FUSED_BF16_ATTENTION_MIN_TOKENS = 1024
 
 
 class Attention(nn.Module):
@@ -31,7 +31,8 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B, M, T, E]."""
-        return rearrange(self.qkv(x), "b t (qkv m e) -> qkv b m t e", qkv=3, m=self.num_heads).unbind(0)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, M, E]
+        return tuple(rearrange(x, "b t m e -> b m t e") for x in qkv.unbind(2))  # views
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         return (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, M, T, T]
@@ -48,11 +49,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._split_heads(x)
-        if x.is_cuda or (x.shape[1] > CPU_FUSED_ATTENTION_MIN_TOKENS and not torch.is_grad_enabled()):
-            x = F.scaled_dot_product_attention(q, k, v)  # [B, M, T, E]
-        else:  # faster on a CPU, and fvcore counts its operations
-            x = self._weights(q, k) @ v  # [B, M, T, E]
-        return self.proj(rearrange(x, "b m t e -> b t (m e)"))  # [B, T, D]
+        attend = self._plain_attention if self._prefers_plain(q) else F.scaled_dot_product_attention
+        return self.proj(rearrange(attend(q, k, v), "b m t e -> b t (m e)"))  # [B, T, D]
+
+    def _plain_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._weights(q, k) @ v  # [B, M, T, E]
+
+    def _prefers_plain(self, q: Tensor) -> bool:
+        """True where fused attention is slower, and while fvcore traces, which does not count it."""
+        slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] <= CPU_FUSED_BF16_ATTENTION_MIN_TOKENS
+        return slow or torch.jit.is_tracing()
 
 
 class MLP(nn.Module):
@@ -76,11 +82,11 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
-        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x, lambda x: self.attn(self.norm1(x)))
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from recompute import checkpointed
+from stochastic_depth import StochasticDepth
 from utils import InputError
 from vmamba.config import VSSMConfig, load_config
 from vmamba.ss2d import ACTIVATIONS, SS2D, Conv2d, at_least_float32
@@ -105,7 +105,7 @@ class VSSBlock(nn.Module):
             forward_type=config.ssm_forwardtype,
             backend=backend,
         )
-        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.drop_path = StochasticDepth(drop_path)
         self.mlp = None
         hidden_dim = int(dim * config.mlp_ratio)
         if hidden_dim > 0:
@@ -113,9 +113,10 @@ class VSSBlock(nn.Module):
             self.mlp = MLP(dim, hidden_dim, config.mlp_act_layer, config.mlp_drop_rate, config.gmlp)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(normalize(self.norm, x)))
+        mixes_samples = not isinstance(self.norm, nn.LayerNorm)  # batch norm's statistics are those of the whole batch
+        x = self.drop_path(x, lambda x: self.op(normalize(self.norm, x)), mixes_samples)
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(normalize(self.norm2, x)))
+            x = self.drop_path(x, lambda x: self.mlp(normalize(self.norm2, x)), mixes_samples)
         return x
 
 
