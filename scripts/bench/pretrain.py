@@ -1,11 +1,17 @@
-"""Seconds and memory of one pretraining step, beside the same step written the straightforward way.
+"""Seconds and memory of one pretraining step, beside its matrix products alone and the step written the straightforward way.
 
     python -m scripts.bench.pretrain                       # ViT-tiny, out_dim 65536, batch 8, this machine
+    python -m scripts.bench.pretrain --arch vit_tiny resnet18 vssm2-vmambav2_tiny_224 --output step.json
     python -m scripts.bench.pretrain --net dino --batch_size 64 --amp_dtype bf16
 
 "straightforward" is the step as the originals write it: a softmax and a log-softmax for each of the 18 pairs of views, the
 last layer's normalised weight materialised, gradients clipped and the teacher updated tensor by tensor, losses read at once.
-Both compute the same. Each measurement runs in a process of its own, the two in turn; the table shows medians over the rounds.
+Both compute the same, with the same backbone. Each measurement runs in a process of its own, the two in turn; the table shows
+medians over the rounds.
+
+"matrix products" are those of our step (linear layers, attention, convolutions as products with their unfolded inputs; not
+depthwise convolutions), recorded while it runs. Each shape is timed alone after every step, so that both see the same clock
+and the same neighbours on the machine: their ratio says how far the step is from the bound that its products set.
 """
 
 import argparse
@@ -14,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,7 +29,9 @@ import torch.nn.functional as F
 
 import main_dino
 import optim
+import utils
 from pretraining import Pretraining
+from scripts.bench.products import ProductRecorder, gigaflops, synchronize, time_products
 from telemetry import peak_memory_gib
 from utils import ArgumentParser
 
@@ -70,8 +80,8 @@ def straightforward_step(run: Pretraining, criterion: StraightforwardLoss, optim
     student, teacher = run.student, run.teacher
     with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype != torch.float32):
         with torch.no_grad():
-            teachers = teacher(views[:2])
-        students = student(views)
+            teachers = teacher(views[0].flatten(0, 1))
+        students = student([view.flatten(0, 1) for view in views])
         students, teachers = ((x if isinstance(x, tuple) else (x,)) for x in (students, teachers))
         loss = criterion(students, teachers)
         if len(student.heads) == 2:
@@ -105,74 +115,110 @@ class Repeat:
         return iter([(self.views, None)] * self.steps)
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """One process: warm up, time the steps, read the peak memory."""
-    flags = ["--data_path", "none", "--net", options.net, "--arch", options.arch, "--out_dim", str(options.out_dim)]
+def build(options: argparse.Namespace) -> tuple[Pretraining, Callable[[int], None]]:
+    """The run, and a function that does a number of steps."""
+    flags = ["--data_path", "none", "--net", options.net, "--arch", options.arch[0], "--out_dim", str(options.out_dim)]
     flags += ["--batch_size_per_gpu", str(options.batch_size), "--warmup_epochs", "0", "--epochs", "2"]
     flags += ["--amp_dtype", options.amp_dtype]
     args = main_dino.get_args_parser().parse_args(flags + ["--freeze_last_layer", "0", "--print_freq", "1000000"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = main_dino.build_pretraining(args, *main_dino.build_networks(args, device), device, options.steps)
-    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
-    views = [torch.randn(options.batch_size, 3, size, size, device=device) for size in sizes]
-
+    sizes = (2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)
+    views = [torch.randn(n, options.batch_size, 3, size, size, device=device) for n, size in sizes]  # V', B, 3, S, S
     if options.implementation == "ours":
+        return run, lambda steps: run.train_one_epoch(Repeat(views, steps), epoch=0)
 
-        def train(steps):
-            run.train_one_epoch(Repeat(views, steps), epoch=0)
-    else:
-        for head in (*run.student.heads, *run.teacher.heads):
-            head.last_layer = NormalizedWeightLinear(head.last_layer)
-        heads_out = [args.out_dim] + ([args.DVR_out_dim] if args.net == "CLeVER" else [])
-        criterion = StraightforwardLoss(len(views), heads_out, args.teacher_temp)
-        optimizer = torch.optim.AdamW(optim.param_groups(run.student), lr=1e-5, weight_decay=0.04)
+    for head in (*run.student.heads, *run.teacher.heads):
+        head.last_layer = NormalizedWeightLinear(head.last_layer)
+    heads_out = [args.out_dim] + ([args.DVR_out_dim] if args.net == "CLeVER" else [])
+    criterion = StraightforwardLoss(2 + args.local_crops_number, heads_out, args.teacher_temp)
+    optimizer = torch.optim.AdamW(optim.param_groups(run.student), lr=1e-5, weight_decay=0.04)
 
-        def train(steps):
-            for _ in range(steps):
-                straightforward_step(run, criterion, optimizer, views)
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            straightforward_step(run, criterion, optimizer, views)
 
-    train(1)
-    start = time.perf_counter()
-    train(options.steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / options.steps
-    return {"seconds": seconds, "memory_gib": peak_memory_gib(device), "device": str(device), "dtype": str(run.amp_dtype)}
+    return run, train
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """One process: warm up, record the products, time steps and products in turn, read the peak memory."""
+    torch.manual_seed(0)
+    run, train = build(options)
+    with ProductRecorder() as recorder:
+        train(1)
+    memory = peak_memory_gib(run.device)
+    steps, products = [], []
+    for _ in range(options.steps):
+        synchronize(run.device)
+        start = time.perf_counter()
+        train(1)
+        synchronize(run.device)
+        steps.append(time.perf_counter() - start)
+        if options.implementation == "ours":
+            products.append(time_products(recorder.counts, run.device))
+    result = {"seconds": statistics.median(steps), "memory_gib": memory}
+    if products:
+        result |= {
+            "products_seconds": statistics.median(products),
+            "step_to_products": statistics.median(s / p for s, p in zip(steps, products, strict=True)),
+            "products_gflop": gigaflops(recorder.counts),
+        }
+    return result | {"device": str(run.device), "dtype": str(run.amp_dtype).removeprefix("torch.")}
+
+
+def measure_in_turn(options: argparse.Namespace, arch: str) -> dict[str, dict]:
+    """Medians over the rounds of both implementations' numbers, each from processes of its own."""
+    found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
+    flags = ["--net", options.net, "--arch", arch, "--amp_dtype", options.amp_dtype, "--out_dim", str(options.out_dim)]
+    flags += ["--batch_size", str(options.batch_size), "--steps", str(options.steps)]
+    for _ in range(options.rounds):
+        for name in IMPLEMENTATIONS:
+            command = [sys.executable, "-m", "scripts.bench.pretrain", *flags, "--implementation", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[name].append(json.loads(output.splitlines()[-1]))
+    return {
+        name: {
+            key: value if isinstance(value, str) else statistics.median(each[key] for each in runs)
+            for key, value in runs[0].items()
+        }
+        for name, runs in found.items()
+    }
+
+
+def print_table(options: argparse.Namespace, results: dict[str, dict[str, dict]]) -> None:
+    first = next(iter(results.values()))["ours"]
+    print(f"{options.net}, out_dim {options.out_dim}, batch {options.batch_size}, 2 + 8 crops, {first['dtype']} on "
+          f"{first['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print("| backbone | step, s | its matrix products alone, s (GFLOP/s) | step / products | straightforward step, s "
+          "| memory, GiB: ours, straightforward |\n|---|---|---|---|---|---|")  # fmt: skip
+    for arch, result in results.items():
+        ours, other = (result[name] for name in IMPLEMENTATIONS)
+        rate = ours["products_gflop"] / ours["products_seconds"]
+        print(f"| {arch} | {ours['seconds']:.3f} | {ours['products_seconds']:.3f} ({rate:.0f}) "
+              f"| {ours['step_to_products']:.2f} | {other['seconds']:.3f} ({other['seconds'] / ours['seconds']:.2f} x) "
+              f"| {ours['memory_gib']:.2f}, {other['memory_gib']:.2f} |")  # fmt: skip
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--net", default="CLeVER", choices=main_dino.NETS)
-    parser.add_argument("--arch", default="vit_tiny")
+    parser.add_argument("--arch", nargs="+", default=["vit_tiny"], help="one or more backbones; one row of the table each")
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--amp_dtype", default="fp32", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each implementation")
+    parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one, here, and print JSON")
     options = parser.parse_args()
     if options.implementation:
         print(json.dumps(measure(options)))
         return
-    found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
-    for _ in range(options.rounds):
-        for name in IMPLEMENTATIONS:
-            command = [sys.executable, "-m", "scripts.bench.pretrain", *sys.argv[1:], "--implementation", name]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[name].append(json.loads(output.splitlines()[-1]))
-    medians = {
-        name: {key: statistics.median(r[key] for r in runs) for key in ("seconds", "memory_gib")}
-        for name, runs in found.items()
-    }
-    ours, other = (medians[name] for name in IMPLEMENTATIONS)
-    first = found["ours"][0]
-    print(f"{options.net} {options.arch}, out_dim {options.out_dim}, batch {options.batch_size}, 2 + 8 crops, "
-          f"{first['dtype'].removeprefix('torch.')} on {first['device']}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")  # fmt: skip
-    print("| step | seconds | peak memory, GiB |\n|---|---|---|")
-    for name, median in medians.items():
-        print(f"| {name} | {median['seconds']:.3f} | {median['memory_gib']:.2f} |")
-    print(f"| ratio | {other['seconds'] / ours['seconds']:.2f} x | {other['memory_gib'] / ours['memory_gib']:.2f} x |")
+    results = {arch: measure_in_turn(options, arch) for arch in options.arch}
+    print_table(options, results)
+    if options.output:
+        utils.save_json(results, options.output)
 
 
 if __name__ == "__main__":
