@@ -11,13 +11,14 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images, write_labelled_images
 
 import eval_knn
-from augmentations import eval_transform
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from backbones import build_backbone
 from datasets import labelled_dataset
 from evaluation.feature_files import TENSORS
 from evaluation.features import select_part
 from evaluation.knn import MIN_TEMPERATURE, knn_predict
 from evaluation.names import PARTS
+from rendering import choose_renderer
 from telemetry import with_progress
 
 
@@ -39,6 +40,16 @@ def write_features(folder, train, train_labels, test, test_labels):
     ):
         torch.save(torch.as_tensor(x), folder / f"{name}.pth")
     return folder
+
+
+def clean_images(folder):
+    """The images of a folder as the script renders them by default."""
+    return labelled_dataset(folder, eval_transform("ori", 32), renderer=choose_renderer("auto"), check=False)
+
+
+def normalized_images(dataset):
+    """All images of a dataset as a network takes them, float [M, 3, S, S]."""
+    return normalize(torch.stack([image for image, _ in dataset]), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def at_angles(*degrees):
@@ -140,10 +151,9 @@ def test_shuffled_labels_are_at_chance(tmp_path):
 def test_features_are_the_networks_of_clean_images(world):
     """In the order of the folder, L2-normalised, the last block's [CLS]."""
     for split, name in (("train", "train"), ("val", "test")):
-        dataset = labelled_dataset(world.data / split, eval_transform("ori", 32), check=False)
-        images = torch.stack([image for image, _ in dataset])
+        dataset = clean_images(world.data / split)
         with torch.no_grad():
-            expected = F.normalize(world.backbone(images), dim=-1)
+            expected = F.normalize(world.backbone(normalized_images(dataset)), dim=-1)
         saved = torch.load(world.features / f"{name}feat.pth", weights_only=True)
         assert torch.allclose(saved, expected, atol=1e-6)
         labels = torch.load(world.features / f"{name}labels.pth", weights_only=True)
@@ -175,9 +185,9 @@ def test_saved_features_serve_every_part(world, part, name, tmp_path):
 
     raw, labels = {}, {}
     for split in ("train", "val"):
-        dataset = labelled_dataset(world.data / split, eval_transform("ori", 32), check=False)
+        dataset = clean_images(world.data / split)
         with torch.no_grad():
-            raw[split] = select_part(world.backbone(torch.stack([image for image, _ in dataset])), 128, PARTS[part], 0.8)
+            raw[split] = select_part(world.backbone(normalized_images(dataset)), 128, PARTS[part], 0.8)
         labels[split] = torch.tensor([label for _, label in dataset.samples])
     for (k, temperature), (top1, _) in found.items():
         scores = knn_predict(raw["train"], labels["train"], raw["val"], k, 3, temperature)

@@ -16,6 +16,7 @@ from test_resume import assert_same
 from torchvision.ops import StochasticDepth
 
 import eval_linear_ds as ds
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from evaluation.features import FeatureExtractor
@@ -208,7 +209,7 @@ def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
     momentum = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for (images, labels), cosine in zip(batches, (1.0, 0.5), strict=True):
         body = {name.removeprefix("0.backbone."): p for name, p in parameters.items() if name.startswith("0.")}
-        features = torch.func.functional_call(backbone.train(), body, images)
+        features = torch.func.functional_call(backbone.train(), body, normalize(images, IMAGENET_MEAN, IMAGENET_STD))
         logits = features @ parameters["1.linear.weight"].T + parameters["1.linear.bias"]
         gradients = torch.autograd.grad(F.cross_entropy(logits, labels), parameters.values())
         for (name, p), gradient in zip(list(parameters.items()), gradients, strict=True):
