@@ -1,5 +1,5 @@
-// Gaussian blur as in Pillow: three box filters in a row, whose edge taps are fractions (Gwosdek et al., Theoretical Foundations
-// of Gaussian Convolution by Extended Box Filtering, 2011). Here the three are one filter, which is applied once per axis.
+// Gaussian blur as in Pillow: three box filters in a row, whose edge taps are fractions (Gwosdek et al., Theoretical
+// Foundations of Gaussian Convolution by Extended Box Filtering, 2011). Here the three are one filter, applied once per axis.
 // Differences: Pillow rounds to bytes after each of the six passes, and repeats the pixels at the border before each of them,
 // here before the first: this changes pixels that are nearer to the border than the filter's radius (6 for a blur of 2 pixels).
 #pragma once

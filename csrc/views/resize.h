@@ -75,7 +75,7 @@ struct Resize {
     rows = arena.take<float>(ROWS * row_stride);
   }
 
-  // image: [height, width of the image, 3] -> pixels [size, size].
+  // image: [height, width of the image, 3] -> pixels [size, size], and up to ROWS - 1 meaningless rows after them.
   void run(const uint8_t* image, int64_t image_width, uint32_t* pixels) const {
     vertical.fill(view.y, view.bicubic);
     horizontal.fill(view.x, view.bicubic);
@@ -90,14 +90,14 @@ struct Resize {
       box = narrow;
       stride = BLOCK;
     }
-    for (int64_t r = 0; r < ROWS; ++r) memset(rows + r * row_stride + row_bytes, 0, 4 * sizeof(float));
+    memset(rows, 0, ROWS * row_stride * sizeof(float));
     for (int64_t y = 0; y < view.size; y += ROWS) {
       const int64_t count = at_most(ROWS, view.size - y);
       for (int64_t r = 0; r < count; ++r) {
         vertical_pass(box, stride, y + r);
         for (int64_t i = 0; i < row_bytes; ++i) rows[r * row_stride + i] = sums[i];
       }
-      horizontal_pass(pixels + y * view.size, count);
+      horizontal_pass(pixels + y * view.size);
     }
   }
 
@@ -131,12 +131,13 @@ struct Resize {
     }
   }
 
-  void horizontal_pass(uint32_t* pixels, int64_t count) const {
+  void horizontal_pass(uint32_t* pixels) const {
     const int64_t taps = horizontal.taps, size = view.size;
     for (int64_t x = 0; x < size; ++x) {
       const float* const w = horizontal.weights + x * taps;
       const float* const source = rows + 3 * (int64_t)horizontal.first[x];
       Float4 sum[ROWS] = {};
+#pragma GCC unroll 4
       for (int64_t k = 0; k < taps; ++k) {
         const Float4 weight = w[k] - Float4{};
         for (int r = 0; r < ROWS; ++r) sum[r] += weight * load<Float4>(source + r * row_stride + 3 * k);
@@ -144,7 +145,7 @@ struct Resize {
       uint32_t column[ROWS];
       round_pixels(sum, column);
       const int64_t target = view.flip ? size - 1 - x : x;
-      for (int r = 0; r < count; ++r) pixels[r * size + target] = column[r];
+      for (int r = 0; r < ROWS; ++r) pixels[r * size + target] = column[r];
     }
   }
 };

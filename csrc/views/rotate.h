@@ -1,4 +1,4 @@
-// Rotation about the centre, nearest neighbour, black corners: the same arithmetic as Pillow's Image.rotate, so the same pixels.
+// Rotation about the centre, nearest neighbour, black corners: the arithmetic of Pillow's Image.rotate, so the same pixels.
 #pragma once
 
 #include <math.h>
@@ -19,8 +19,8 @@ void quarter_turns(const uint32_t* source, uint32_t* target, int64_t size, int t
   }
 }
 
-// source, target: pixels [size, size].
-void rotate(const uint32_t* source, uint32_t* target, int64_t size, float degrees) {
+// source, target: pixels [size, size]; source has room for one more pixel, which is overwritten. index: [size].
+void rotate(uint32_t* source, uint32_t* target, int32_t* __restrict index, int64_t size, float degrees) {
   double angle = fmod((double)degrees, 360);
   if (angle < 0) angle += 360;
   if (angle == 90 || angle == 180 || angle == 270) return quarter_turns(source, target, size, (int)(angle / 90));
@@ -32,12 +32,15 @@ void rotate(const uint32_t* source, uint32_t* target, int64_t size, float degree
   const int32_t along = fixed(cosine), across = fixed(sine);
   int32_t row_x = fixed(centre - centre * (cosine + sine) + 0.5 * (cosine + sine));
   int32_t row_y = fixed(centre - centre * (cosine - sine) + 0.5 * (cosine - sine));
+  const int32_t side = (int32_t)size, outside = side * side;
+  source[outside] = 0;
   for (int64_t y = 0; y < size; ++y, row_x += across, row_y += along) {
-    for (int64_t i = 0; i < size; ++i) {
-      const int32_t x = (row_x + (int32_t)i * along) >> 16, y_in = (row_y - (int32_t)i * across) >> 16;
-      const bool inside = (uint32_t)x < (uint32_t)size && (uint32_t)y_in < (uint32_t)size;
-      target[y * size + i] = inside ? source[y_in * size + x] : 0;
+    for (int32_t i = 0; i < side; ++i) {
+      const uint32_t x = (uint32_t)((row_x + i * along) >> 16), y_in = (uint32_t)((row_y - i * across) >> 16);
+      const bool is_inside = (x < (uint32_t)side) & (y_in < (uint32_t)side);
+      index[i] = is_inside ? (int32_t)y_in * side + (int32_t)x : outside;
     }
+    for (int32_t i = 0; i < side; ++i) target[y * size + i] = source[index[i]];
   }
 }
 

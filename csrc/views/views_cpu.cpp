@@ -18,6 +18,7 @@ struct Renderer {
   Elastic elastic;
   Blur blur;
   uint32_t *pixels, *spare;
+  int32_t* indices;  // of one row
   uint8_t* planes;  // before the blur
 
   Renderer(Arena& arena, const View& v)
@@ -26,8 +27,9 @@ struct Renderer {
         resize(arena, v),
         elastic(arena, v.elastic_alpha != 0 ? v.size : 0),
         blur(arena, v.size, v.blur) {
-    pixels = arena.take<uint32_t>(count);
+    pixels = arena.take<uint32_t>(count + (ROWS - 1) * v.size);
     spare = arena.take<uint32_t>(count);
+    indices = arena.take<int32_t>(v.size);
     planes = arena.take<uint8_t>(view.blur > 0 ? 3 * count + BLUR_COLUMNS : 0);
   }
 
@@ -35,7 +37,7 @@ struct Renderer {
   void run(const uint8_t* image, int64_t width, uint8_t* output) {
     resize.run(image, width, pixels);
     if (view.angle != 0) {
-      rotate(pixels, spare, view.size, view.angle);
+      rotate(pixels, spare, indices, view.size, view.angle);
       swap();
     }
     if (view.jitter == 2) Jitter(view).run(pixels, count, [&](const Pixels& chunk, int64_t i) { chunk.write(pixels + i); });
