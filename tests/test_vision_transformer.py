@@ -8,7 +8,7 @@ import torch
 from support.golden import CORE, GOLDEN, fill_, rel_error, tensor
 
 from utils import InputError
-from vision_transformer import Block, VisionTransformer, vit_base, vit_micro, vit_small, vit_tiny
+from vision_transformer import Attention, Block, VisionTransformer, vit_base, vit_micro, vit_small, vit_tiny
 
 
 def small_vit(**options) -> VisionTransformer:
@@ -224,6 +224,20 @@ def test_stochastic_depth_is_per_sample_and_keeps_the_expectation():
     torch.testing.assert_close(added[kept], (branch / (1 - rate)).expand(int(kept.sum()), -1, -1), atol=1e-5, rtol=1e-4)
     assert added[~kept].abs().max() < 1e-6
     assert rel_error(added.mean(0, keepdim=True), branch) < 0.05
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 197])
+def test_fused_attention_equals_the_plain_one_with_its_gradients(tokens, monkeypatch):
+    attention, results = fill_(Attention(48, 3)), []
+    for plain in (True, False):
+        monkeypatch.setattr(Attention, "_prefers_plain", lambda self, q, plain=plain: plain)
+        attention.zero_grad()
+        x = tensor("vit.tokens", (2, tokens, 48)).requires_grad_()
+        y = attention(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad.clone() for p in attention.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        assert rel_error(actual, expected) < 1e-5
 
 
 @pytest.mark.gpu
