@@ -6,8 +6,7 @@ Four GPUs (torch.distributed.launch works as well as torchrun):
     torchrun --nproc_per_node=4 main_dino.py --net CLeVER --data_path data/IN100/train --output_dir results/clever
 If output_dir contains checkpoint.pth, the run resumes from it; on a CPU with the same number of processes, bit-identical.
 
-The networks are in backbones.py and heads.py, the views in augmentations.py, the objective in losses.py, a training step in
-pretraining.py.
+Networks: backbones.py, heads.py. Views: augmentations.py, rendering.py. Objective: losses.py. Training step: pretraining.py.
 """
 
 import argparse
@@ -124,10 +123,9 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data_path", required=True, help="folder of training images, flat or nested; labels are not used")
     add("--aug", default="aug1_2", help="aug1 (BAug: DINO's views), aug1_2 (CAug: + rotation), aug1_4_2 (CAug+: + elastic)")
-    add("--global_crops_scale", type=float, nargs="+", default=[0.4, 1.0], help="minimum and maximum share of the image's area in "
-        "a global view. Without local views use a wider range, e.g. 0.14 1")
-    add("--local_crops_scale", type=float, nargs="+", default=[0.05, 0.4], help="minimum and maximum share of the image's area in "
-        "a local view")
+    add("--global_crops_scale", type=float, nargs="+", default=[0.4, 1.0], help="minimum and maximum share of the image's "
+        "area in a global view. Without local views use a wider range, e.g. 0.14 1")
+    add("--local_crops_scale", type=float, nargs="+", default=[0.05, 0.4], help="the same for a local view")
     add("--local_crops_number", type=int, default=8, help="local views per image; 0: global views only")
     add("--global_crops_size", type=int, default=224, help="side of a global view, pixels")
     add("--local_crops_size", type=int, default=96, help="side of a local view, pixels")
