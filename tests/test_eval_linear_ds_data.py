@@ -27,8 +27,13 @@ def world(tmp_path_factory):
 @pytest.fixture
 def images_read(monkeypatch):
     """(path, label) of every image that a dataset has read."""
-    read, get = [], ImageDataset.__getitem__
-    monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, index: read.append(self.samples[index]) or get(self, index))
+    read, get_batch = [], ImageDataset.__getitems__
+
+    def recorded(self, indices):
+        read.extend(self.samples[index] for index in indices)
+        return get_batch(self, indices)
+
+    monkeypatch.setattr(ImageDataset, "__getitems__", recorded)
     return read
 
 

@@ -28,7 +28,6 @@ from support.synthetic_davis import (
 
 import backbones
 import eval_video_segmentation as evaluation
-import vision_transformer
 from evaluation.video.masks import palette, read_labels, write_mask
 from scripts import score_davis
 
@@ -234,19 +233,6 @@ def test_masks_without_scores_need_first_annotations_only(world, short, tmp_path
 
 
 # --- the network at these sizes ----------------------------------------------------------------------------------------
-
-
-def test_attention_over_many_tokens_is_the_same_without_a_matrix_of_all_pairs(monkeypatch):
-    vit = backbones.build_backbone("vit_micro", 8).eval()
-    image = torch.randn(1, 3, 272, 264, generator=torch.Generator().manual_seed(0))  # 1122 patches
-    fused = mock.Mock(side_effect=torch.nn.functional.scaled_dot_product_attention)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
-    with torch.no_grad():
-        found = vit(image)
-        assert fused.call_count == len(vit.blocks)
-        monkeypatch.setattr(vision_transformer, "CPU_FUSED_ATTENTION_MIN_TOKENS", 10**6)
-        assert rel_error(found, vit(image)) < 1e-5
-    assert fused.call_count == len(vit.blocks)
 
 
 def test_positions_by_size_are_resized_to_the_grid():

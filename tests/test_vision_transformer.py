@@ -240,6 +240,14 @@ def test_fused_attention_equals_the_plain_one_with_its_gradients(tokens, monkeyp
         assert rel_error(actual, expected) < 1e-5
 
 
+def test_attention_of_a_large_image_forms_no_matrix_of_all_pairs(monkeypatch):
+    weights = []
+    monkeypatch.setattr(Attention, "_weights", lambda self, q, k: weights.append((q, k)))
+    attention = Attention(48, 3)
+    assert attention(tensor("vit.tokens", (1, 1123, 48))).shape == (1, 1123, 48)
+    assert not weights
+
+
 @pytest.mark.gpu
 def test_fused_attention_on_a_gpu_equals_the_plain_one(golden_vit):
     images = tensor("image.96x96", (2, 3, 96, 96))
