@@ -4,6 +4,7 @@ Nothing is trained: the nearest training images vote for the class of a test ima
     python eval_knn.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R --nb_knn 10 20 100 200
 Features are extracted from the whole representation, so that one extraction serves all parts, now or later:
     python eval_knn.py ... --else_part ALL main_part else_part
+    python eval_knn.py ... --test_aug_type ori aug1_2          # clean and perturbed test images
     python eval_knn.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R --dump_features R/features
     python eval_knn.py --load_features R/features --output_dir R --else_part main_part
 Several processes: torchrun --nproc_per_node=2 eval_knn.py ..., or torch.distributed.launch.
@@ -12,13 +13,14 @@ Several processes: torchrun --nproc_per_node=2 eval_knn.py ..., or torch.distrib
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import distributed
 import utils
-from augmentations import eval_transform
+from augmentations import PERTURBATIONS, eval_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset, make_loader, shard
 from evaluation.feature_files import FeatureSet, load_features, save_features
 from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
@@ -35,6 +37,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--else_part", type=part_flag, nargs="+", default=["ALL"], help="parts of the representation: ALL, main_part (IR), "
         "else_part (EF); each has its own result file")  # fmt: skip
+    add("--test_aug_type", nargs="+", default=["ori"], help=f"perturbations of the test images: {', '.join(PERTURBATIONS)}; "
+        "each has its own result file")  # fmt: skip
+    add("--per_image", type=bool_flag, default=False, help="also write which test images were classified correctly, to compare "
+        "networks image by image")  # fmt: skip
     add("--data_path", help="folder with train/ and val/, a folder per class in each")
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is usually best")
     add("--temperature", type=float, nargs="+", default=[0.07], help="a neighbour with cosine s votes exp(s / temperature)")
@@ -53,6 +59,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
     utils.check_choices("else_part", args.else_part, PARTS)
+    utils.check_choices("test_aug_type", args.test_aug_type, PERTURBATIONS)
+    for name in ("load_features", "dump_features"):
+        if getattr(args, name) is not None and args.test_aug_type != ["ori"]:
+            raise InputError(f"--{name} with --test_aug_type {' '.join(args.test_aug_type)}: only with ori, the clean images")
     if min(args.nb_knn) < 1:
         raise InputError(f"--nb_knn {min(args.nb_knn)}: must be 1 or more")
     for temperature in args.temperature:
@@ -78,30 +88,36 @@ def check_args(args: argparse.Namespace) -> None:
 # --- features ----------------------------------------------------------------------------------------------------------
 
 
-def compute_features(args: argparse.Namespace, device: torch.device) -> FeatureSet:
-    """Features of the images below --data_path from the network of --pretrained_weights; the processes share the images."""
+def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, FeatureSet]:
+    """Features of the images below --data_path from the network of --pretrained_weights, for each perturbation.
+
+    The training images are clean. The processes share the images.
+    """
     pretrained = load_pretrained(args, device)
     for part in args.else_part:
         pretrained.check_part(PARTS[part])
-    transform = eval_transform("ori", pretrained.img_size)
-    train, val = (
-        labelled_dataset(
-            os.path.join(args.data_path, split), transform, renderer=args.views, skip_bad_images=args.skip_bad_images,
-            check=args.skip_bad_images, threads=args.num_workers,
-        )
-        for split in ("train", "val")
-    )  # fmt: skip
+    train, val = (build_dataset(args, split, pretrained.img_size) for split in ("train", "val"))
     check_same_classes(train, val)
     extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
     print(f"{pretrained.net} {pretrained.arch}, {extractor.dim} dimensions, images of {pretrained.img_size} pixels", flush=True)
     description = pretrained.record() | {
         "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "classes": train.classes
     }  # fmt: skip
-    return FeatureSet(
-        *extract(extractor, train, args, device, "training features"),
-        *extract(extractor, val, args, device, "test features"),
-        description,
-    )
+    clean = extract(extractor, train, args, device, "training features")
+    sets = {}
+    for perturbation in args.test_aug_type:
+        val.views = eval_transform(perturbation, pretrained.img_size)
+        header = f"test features{'' if perturbation == 'ori' else f', {perturbation}'}"
+        sets[perturbation] = FeatureSet(*clean, *extract(extractor, val, args, device, header), description)
+    return sets
+
+
+def build_dataset(args: argparse.Namespace, split: str, img_size: int) -> ImageDataset:
+    """The clean images of one split."""
+    return labelled_dataset(
+        os.path.join(args.data_path, split), eval_transform("ori", img_size), renderer=args.views,
+        skip_bad_images=args.skip_bad_images, check=args.skip_bad_images, threads=args.num_workers,
+    )  # fmt: skip
 
 
 def extract(
@@ -137,14 +153,14 @@ def usable_neighbors(wanted: list[int], available: int) -> list[int]:
     return sorted({min(k, available) for k in wanted})
 
 
-def single_run(args: argparse.Namespace, part: str) -> argparse.Namespace:
-    """The arguments of a run with only this part."""
-    return argparse.Namespace(**vars(args) | {"else_part": part})
+def single_run(args: argparse.Namespace, part: str, perturbation: str) -> argparse.Namespace:
+    """The arguments of a run with only this part and this perturbation."""
+    return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation})
 
 
 def classify(
     args: argparse.Namespace, features: FeatureSet, neighbors: list[int], device: torch.device
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Accuracies of --else_part, a single one, for every k and temperature."""
     dim, hp1, part = features.train.shape[1], features.description["hp1"], PARTS[args.else_part]
     return knn_accuracies(
@@ -157,20 +173,36 @@ def classify(
         temperatures=sorted(set(args.temperature)),
         device=device,
         search_device=device if args.use_cuda else torch.device("cpu"),
+        per_image=args.per_image,
     )
 
 
-def write_result(args: argparse.Namespace, features: FeatureSet, results: list[dict[str, float]]) -> None:
-    """knn[_hp<hp1>[_else]][_<trial>].json: the accuracies, and everything that they depend on."""
+def print_results(args: argparse.Namespace, features: FeatureSet, results: list[dict[str, Any]]) -> None:
+    """The accuracies, in DINO's words."""
+    images = "test images" if args.test_aug_type == "ori" else f"test images perturbed by {args.test_aug_type}"
+    print(
+        f"{args.else_part}: {len(features.train)} training images, {len(features.test)} {images}, "
+        f"{len(features.description['classes'])} classes"
+    )
+    for result in results:
+        print(
+            f"{result['k']}-NN classifier result: Top1: {result['top1']:.2f}, Top5: {result['top5']:.2f} "
+            f"(temperature {result['temperature']})"
+        )
+
+
+def write_result(args: argparse.Namespace, features: FeatureSet, results: list[dict[str, Any]]) -> None:
+    """knn[_<perturbation>][_hp<hp1>[_else]][_<trial>].json: the accuracies, and everything that they depend on."""
     if not distributed.is_main_process():
         return
     about = features.description
     hp1 = args.hp1 if args.hp1 is not None else about["hp1"]  # in the name as it was typed
-    name = "_".join(filter(None, [f"knn{part_suffix(PARTS[args.else_part], hp1)}", args.trial_name]))
+    perturbation = "" if args.test_aug_type == "ori" else f"_{args.test_aug_type}"
+    name = "_".join(filter(None, [f"knn{perturbation}{part_suffix(PARTS[args.else_part], hp1)}", args.trial_name]))
     network = {key: about.get(key) for key in ("net", "arch", "img_size", "pretrained_epochs", "aug", "backbone")}
     record = result_record(
-        "knn", network, args, part=args.else_part, hp1=about["hp1"], results=results, num_train_images=len(features.train),
-        num_test_images=len(features.test), num_labels=len(about["classes"]),
+        "knn", network, args, part=args.else_part, hp1=about["hp1"], test_aug_type=args.test_aug_type, results=results,
+        num_train_images=len(features.train), num_test_images=len(features.test), num_labels=len(about["classes"]),
     )  # fmt: skip
     path = Path(args.output_dir) / f"{name}.json"
     utils.save_json(record, path)
@@ -182,22 +214,16 @@ def main() -> None:
     check_args(args)
     args = resolve_renderer(args)
     device = distributed.init_distributed(args)
-    features = read_features(args) if args.load_features else compute_features(args, device)
+    sets = {"ori": read_features(args)} if args.load_features else compute_features(args, device)
     if args.dump_features and distributed.is_main_process():
-        save_features(features, args.dump_features)
-    neighbors = usable_neighbors(args.nb_knn, len(features.train))
-    for part in args.else_part:
-        print(
-            f"{part}: {len(features.train)} training images, {len(features.test)} test images, "
-            f"{len(features.description['classes'])} classes"
-        )
-        results = classify(single_run(args, part), features, neighbors, device)
-        for result in results:
-            print(
-                f"{result['k']}-NN classifier result: Top1: {result['top1']:.2f}, Top5: {result['top5']:.2f} "
-                f"(temperature {result['temperature']})"
-            )
-        write_result(single_run(args, part), features, results)
+        save_features(sets["ori"], args.dump_features)
+    neighbors = usable_neighbors(args.nb_knn, len(next(iter(sets.values())).train))
+    for perturbation, features in sets.items():
+        for part in args.else_part:
+            run = single_run(args, part, perturbation)
+            results = classify(run, features, neighbors, device)
+            print_results(run, features, results)
+            write_result(run, features, results)
 
 
 if __name__ == "__main__":

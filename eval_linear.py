@@ -29,9 +29,8 @@ from distributed import add_distributed_arguments, get_world_size, init_distribu
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, linear_probe_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
-from evaluation.probe import (
-    FIXED_ARGUMENTS,
-    ProbeGroup,
+from evaluation.probe import ProbeGroup
+from evaluation.probe_arguments import (
     add_probe_arguments,
     build_probe,
     check_class_count,
@@ -41,7 +40,7 @@ from evaluation.probe import (
     write_result,
 )
 from rendering import resolve_renderer
-from utils import InputError
+from utils import InputError, bool_flag
 
 CLASSES = {"Imagenet": 1000, "IN100": 100}
 
@@ -54,6 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder with train/ and val/, a folder per class in each")
     add("--dataset_type", help="Imagenet (1000 classes) or IN100 (100), to check the folder; default: any number of classes")
     add("--optimizer", default="sgd", choices=["sgd", "lars"], help="lars suits large batches")
+    add("--per_image", type=bool_flag, default=False, help="with --evaluate: also write which test images were classified "
+        "correctly, to compare networks image by image")  # fmt: skip
     add("--output_dir", default=".", help="folder for the probe's checkpoint and results")
     add_distributed_arguments(parser)
     return parser
@@ -66,6 +67,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--test_aug_type {' '.join(args.test_aug_type)}: several perturbations only with --evaluate")
     if len(args.else_part) > 1 and args.final_eval_weights is not None:
         raise InputError(f"--final_eval_weights {args.final_eval_weights}: only with one part, not {' '.join(args.else_part)}")
+    if args.per_image and not args.evaluate:
+        raise InputError("--per_image true: only with --evaluate")
     if args.dataset_type is not None and args.dataset_type not in CLASSES:
         raise InputError(f"--dataset_type {args.dataset_type!r}: must be one of {', '.join(CLASSES)}")
     utils.check_writable(args.output_dir)
@@ -109,8 +112,8 @@ def build_probes(
     probes = []
     for part, extractor in zip(args.else_part, extractors, strict=True):
         path = Path(args.output_dir) / f"checkpoint_{file_name(args, pretrained, part)}.pth.tar"
-        probe = build_probe(single_run(args, part), pretrained, extractor, num_labels, path, device)
-        probe.fixed_arguments = (*FIXED_ARGUMENTS, "optimizer")
+        own = single_run(args, part)
+        probe = build_probe(own, pretrained, extractor, num_labels, path, device, fixed_arguments=("optimizer",))
         probe.optimizer = build_optimizer(args, probe.classifier)
         probes.append(probe)
     return group_probes(args, probes, device)
@@ -152,7 +155,7 @@ def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup
         images = copy.copy(test)
         images.views = eval_transform(perturbation, pretrained.img_size)
         print(f"perturbation {perturbation}")
-        for probe, result in group.evaluate(images).items():
+        for probe, result in group.evaluate(images, args.per_image).items():
             part, accuracy, count = probe.identity["part"], result["accuracy"], result["num_test_images"]
             print(f"{group.prefix(probe)}Accuracy of the network on the {count} test images: {accuracy:.2f}%")
             path = Path(args.output_dir) / f"only_eval_{perturbation}_{file_name(args, pretrained, part)}.json"

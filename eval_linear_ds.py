@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -29,9 +30,8 @@ from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, downstream_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
-from evaluation.probe import (
-    FIXED_ARGUMENTS,
-    ProbeGroup,
+from evaluation.probe import ProbeGroup
+from evaluation.probe_arguments import (
     add_probe_arguments,
     build_probe,
     check_class_count,
@@ -166,6 +166,19 @@ def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDa
     )  # fmt: skip
 
 
+def probe_identity(args: argparse.Namespace, dataset: ImageDataset | None) -> dict[str, Any]:
+    """What a classifier was trained on, to compare with its checkpoint; without `dataset` only the mode."""
+    identity = {"ds_mode": args.ds_mode}
+    if dataset is not None:
+        identity |= {"training_images": describe_images(dataset), "images_per_step": images_per_step(args)}
+    return identity
+
+
+def images_per_step(args: argparse.Namespace) -> int:
+    """Images per step of the optimizer, over all processes."""
+    return args.batch_size_per_gpu * get_world_size()
+
+
 def describe_images(dataset: ImageDataset) -> str:
     """The number of images, and a hash of their classes and file names that does not depend on the folder."""
     names = sorted(f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in dataset.samples)
@@ -213,12 +226,9 @@ def train(args: argparse.Namespace, group: ProbeGroup, dataset: ImageDataset, te
     probe.optimizer = build_optimizer(args, probe.classifier, backbone)
     names = ("effective_lr", "effective_backbone_lr")
     rates = dict(zip(names, (params["lr"] for params in probe.optimizer.param_groups), strict=False))
-    step = args.batch_size_per_gpu * get_world_size()
-    probe.identity |= {"training_images": describe_images(dataset), "images_per_step": step}
-    probe.fixed_arguments = (*FIXED_ARGUMENTS, "lr", "backbone_lr", "weight_decay", "epochs")
     print(
         f"{args.ds_mode} of {args.else_part}: {probe.extractor.dim} features, {len(test.classes)} classes, "
-        f"{len(dataset)} training images, {step} per step, "
+        f"{len(dataset)} training images, {images_per_step(args)} per step, "
         + ", ".join(f"{name.removeprefix('effective_')} {rate:.4g}" for name, rate in rates.items())
     )
     result = group.fit(dataset, test)[probe]
@@ -238,9 +248,11 @@ def main() -> None:
     test = build_dataset(args, "test", eval_transform(args.test_aug_type, pretrained.img_size))
     print(f"{pretrained.net} {pretrained.arch}, {data_name(args)}, {len(test)} test images, perturbation {args.test_aug_type}")
 
+    dataset = None if args.evaluate else build_dataset(args, "train", probe_train_transform(pretrained.img_size))
     path = checkpoint_path(args, pretrained.hp1)
-    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device)
-    probe.identity["ds_mode"] = args.ds_mode
+    fixed = ("lr", "backbone_lr", "weight_decay", "epochs")
+    identity = probe_identity(args, dataset)
+    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device, fixed, **identity)
     group = group_probes(args, [probe], device, per_class=True)
     name = path.name.removesuffix(CHECKPOINT)
     if args.evaluate:
@@ -250,7 +262,6 @@ def main() -> None:
         print(f"Mean accuracy per class: {result['mean_class_accuracy']:.2f}%")
         name = f"only_eval_{args.test_aug_type}_{name}"
     else:
-        dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size))
         check_same_classes(dataset, test)
         result = train(args, group, dataset, test)
     about = {"ds_mode": args.ds_mode, "dataset": data_name(args), "num_labels": len(test.classes)}

@@ -4,6 +4,7 @@ Shapes: D width of the features, M training images, N test images, C classes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 
 from datasets import ImageDataset, make_loader, shard
 from distributed import all_gather_rows, all_reduce_sum, broadcast_buffers, get_rank, get_world_size
-from evaluation.features import FeatureExtractor, extract_features
+from evaluation.features import FeatureExtractor, extract_features, gather_in_order
+from evaluation.hits import pack_hits
 from telemetry import with_progress
 
 MIN_TEMPERATURE = 0.002  # exp(1 / 0.002) is 1e217
@@ -66,7 +68,8 @@ def knn_accuracies(
     temperatures: list[float],
     device: torch.device,
     search_device: torch.device,
-) -> list[dict[str, float]]:
+    per_image: bool = False,
+) -> list[dict[str, Any]]:
     """Top-1 and top-5 accuracies, in percent, for each k and temperature.
 
     Every process has all features, [M, D] and [N, D], and classifies its share of the N test images. A class without votes is
@@ -75,30 +78,45 @@ def knn_accuracies(
     Args:
         device: where the counts are summed over processes.
         search_device: where features are compared.
+        per_image: also return `correct`, the images whose class was found, as text (evaluation/hits.py).
     """
     rank, world, total = get_rank(), get_world_size(), len(features)
     train = F.normalize(train_features, dim=-1).to(search_device)  # M, D
     test = F.normalize(features, dim=-1)[rank::world].to(search_device)  # N / world, D
     train_labels, labels = train_labels.to(search_device), labels[rank::world].to(search_device)
 
-    hits = torch.zeros(len(neighbors), len(temperatures), 2, dtype=torch.double, device=device)  # top-1, top-5
+    settings = [(k, temperature) for k in neighbors for temperature in temperatures]
+    hits = [torch.empty(len(settings), 2, 0, dtype=torch.uint8, device=device)]
     chunk = max(1, min(1024, 2**28 // len(train)))  # at most 1 GiB of similarities at a time
     batches = zip(test.split(chunk), labels.split(chunk), strict=True)
     for queries, query_labels in with_progress(batches, "nearest neighbours", len(test)):
         similarity, nearest = nearest_neighbors(train, queries, max(neighbors))  # B, k
         classes = train_labels[nearest]  # B, k
-        for i, k in enumerate(neighbors):
-            for j, temperature in enumerate(temperatures):
-                scores = knn_scores(similarity[:, :k], classes[:, :k], num_classes, temperature)  # B, C
-                best = scores.topk(min(5, num_classes), dim=-1)  # B, 5
-                right = (best.indices == query_labels[:, None]) & (best.values > 0)
-                hits[i, j] += torch.stack([right[:, 0].sum(), right.sum()]).to(device)
-    percent = (100 * all_reduce_sum(hits) / total).tolist()
-    return [
-        {"k": k, "temperature": temperature, "top1": percent[i][j][0], "top5": percent[i][j][1]}
-        for i, k in enumerate(neighbors)
-        for j, temperature in enumerate(temperatures)
+        found = [knn_hits(similarity[:, :k], classes[:, :k], query_labels, num_classes, t) for k, t in settings]
+        hits.append(torch.stack(found).to(device))  # settings, 2, B
+    own = torch.cat(hits, dim=-1)  # settings, 2, N / world
+    percent = (100 * all_reduce_sum(own.sum(-1).double()) / total).tolist()
+    results = [
+        {"k": k, "temperature": temperature, "top1": top1, "top5": top5}
+        for (k, temperature), (top1, top5) in zip(settings, percent, strict=True)
     ]
+    if per_image:
+        correct = gather_in_order(own[:, 0].T.contiguous(), total).cpu().numpy()  # N, settings
+        for result, column in zip(results, correct.T, strict=True):
+            result["correct"] = pack_hits(column)
+    return results
+
+
+def knn_hits(
+    similarity: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor, num_classes: int, temperature: float
+) -> torch.Tensor:
+    """1 where the label [B] is the class with the most votes, or among the first five: uint8 [2, B].
+
+    `similarity` and `classes` are those of the neighbours, [B, k].
+    """
+    best = knn_scores(similarity, classes, num_classes, temperature).topk(min(5, num_classes), dim=-1)  # B, 5
+    right = (best.indices == labels[:, None]) & (best.values > 0)
+    return torch.stack([right[:, 0], right.any(1)]).to(torch.uint8)
 
 
 def knn_accuracy(

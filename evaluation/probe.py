@@ -7,9 +7,7 @@ of the representation with one pass of the backbone. They serve the linear probe
 Shapes: D width of the features, C classes, M images.
 """
 
-import argparse
 import datetime
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import utils
-from augmentations import PERTURBATIONS
 from backbones import backbone_state, load_backbone_weights
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
 from datasets import ImageDataset, make_loader, shard
@@ -34,69 +31,13 @@ from distributed import (
     is_distributed,
     is_main_process,
 )
-from evaluation.features import FeatureExtractor, extract_parts
-from evaluation.names import PARTS, part_flag
-from evaluation.pretrained import Pretrained, result_record
-from rendering import add_renderer_argument
+from evaluation.features import FeatureExtractor, extract_parts, gather_in_order
+from evaluation.hits import pack_hits
 from telemetry import TrainingProgress
-from utils import InputError, TypedFloat, bool_flag
+from utils import InputError
 
-# Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
-FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size")
 # Metrics whose best value over the epochs is kept, and their names in a checkpoint.
 BEST = {"accuracy": "best_acc", "mean_class_accuracy": "best_mean_class_acc"}
-
-
-# --- arguments ---------------------------------------------------------------------------------------------------------
-
-
-def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Flags of every training of a classifier. With `several`, --else_part and --test_aug_type are lists."""
-    add = parser.add_argument
-    part, perturbation = "part of the representation: ALL, main_part (IR), else_part (EF)", "perturbation of the test images"
-    count = {"nargs": "+"} if several else {}
-    if several:
-        part += "; several parts share the passes of the backbone, each has its own files"
-        perturbation += ", several only with --evaluate"
-    add("--else_part", type=part_flag, default=["ALL"] if several else "ALL", help=part, **count)
-    add("--n_last_blocks", type=int, default=4, help="ViT: concatenates the [CLS] tokens of the last n blocks. 4 suits small "
-        "ViTs, 1 with --avgpool_patchtokens true ViT-B")  # fmt: skip
-    add("--avgpool_patchtokens", type=bool_flag, default=False, help="ViT: also use the mean patch token")
-    add("--num_labels", type=int, help="number of classes, to check the data; default: as many as there are")
-    add("--epochs", type=int, default=100, help="epochs of training")
-    add("--lr", type=TypedFloat, default=TypedFloat("0.001"), help="learning rate for 256 images per step; scaled linearly "
-        "with their number. Try several: the best one depends on the scale of the features")  # fmt: skip
-    add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
-    add("--val_freq", type=int, default=1, help="epochs between validations")
-    add("--evaluate", action="store_true", help="only evaluate a trained classifier")
-    add("--test_aug_type", default=["ori"] if several else "ori", help=f"{perturbation}: {', '.join(PERTURBATIONS)}", **count)
-    add("--final_eval_weights", help="classifier for --evaluate; default: the one in --output_dir")
-    add("--trial_name", default="", help="last part of the file names")
-    add("--check_images", type=bool_flag, default=True, help="decode every image once before training")
-    add("--skip_bad_images", type=bool_flag, default=False, help="leave unreadable images out instead of stopping")
-    add("--seed", type=int, default=0, help="seed of the weights, the order of the images, and their augmentation")
-    add_renderer_argument(parser)
-
-
-def check_probe_args(args: argparse.Namespace) -> None:
-    """Raise InputError for invalid values of these flags."""
-    for flag, choices in (("else_part", PARTS), ("test_aug_type", PERTURBATIONS)):
-        value = getattr(args, flag)
-        utils.check_choices(flag, value if isinstance(value, list) else [value], choices)
-    if os.sep in args.trial_name:
-        raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of a file name")
-    utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
-    utils.check_not_negative(args, "num_workers", "seed")
-
-
-def check_class_count(args: argparse.Namespace, where: str, found: int, known: dict[str, int]) -> None:
-    """Raise InputError unless --dataset_type, a key of `known`, and --num_labels agree with the number of classes `found`."""
-    for flag, expected in (("dataset_type", known.get(args.dataset_type)), ("num_labels", args.num_labels)):
-        if expected is not None and found != expected:
-            raise InputError(f"--{flag} {getattr(args, flag)}: means {expected} classes, but {where} holds {found}")
-
-
-# --- the probe ---------------------------------------------------------------------------------------------------------
 
 
 class LinearClassifier(nn.Module):
@@ -139,7 +80,7 @@ class Probe:
     path: Path
     identity: dict[str, Any]
     arguments: dict[str, Any]
-    fixed_arguments: tuple[str, ...] = FIXED_ARGUMENTS
+    fixed_arguments: tuple[str, ...]
     optimizer: torch.optim.Optimizer | None = None
     epoch: int = field(default=0, init=False)
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.0}, init=False)
@@ -265,13 +206,20 @@ class ProbeGroup:
 
     # --- accuracy ---
 
-    def evaluate(self, test: ImageDataset) -> dict[Probe, dict[str, float]]:
-        """Accuracies of every probe on the test images, see `accuracies`."""
+    def evaluate(self, test: ImageDataset, per_image: bool = False) -> dict[Probe, dict[str, Any]]:
+        """Accuracies of every probe on the test images, see `accuracies`.
+
+        With `per_image` also `correct`: which images, in the order of the data set, were classified correctly, as text
+        (evaluation/hits.py).
+        """
         features, labels = self._test_features(test)
-        return {
-            probe: accuracies(probe.classifier, x, labels, self.per_class)
-            for probe, x in zip(self.probes, features, strict=True)
-        }
+        results = {}
+        for probe, x in zip(self.probes, features, strict=True):
+            results[probe] = accuracies(probe.classifier, x, labels, self.per_class)
+            if per_image:
+                hits = gather_in_order(top1_hits(probe.classifier, x, labels), len(test))
+                results[probe]["correct"] = pack_hits(hits.cpu().numpy())
+        return results
 
     def _test_features(self, test: ImageDataset) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Features of each part, and labels. Those of a frozen backbone are kept until another data set is given."""
@@ -357,46 +305,18 @@ class ProbeGroup:
         print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {train_loss:.4f}, left {left}", flush=True)
 
 
-def build_probe(
-    args: argparse.Namespace,
-    pretrained: Pretrained,
-    extractor: FeatureExtractor,
-    num_labels: int,
-    path: Path,
-    device: torch.device,
-) -> Probe:
-    """The probe of --else_part, a single one, whose weights depend on --seed alone."""
-    utils.seed_everything(args.seed)
-    return Probe(
-        extractor=extractor,
-        classifier=LinearClassifier(extractor.dim, num_labels).to(device),
-        path=path,
-        identity={
-            "part": args.else_part, "net": pretrained.net, "num_labels": num_labels, "dim": extractor.dim,
-            "backbone": pretrained.fingerprint,
-        },
-        arguments=utils.plain_args(args),
-    )  # fmt: skip
-
-
-def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> ProbeGroup:
-    """The probes as one group, with the settings of the command line."""
-    return ProbeGroup(
-        probes, device, args.epochs, args.batch_size_per_gpu, args.val_freq, args.seed, args.num_workers, per_class
-    )
-
-
-def lr_scale(args: argparse.Namespace) -> float:
-    """Factor of the learning rates, which are given for 256 images per step over all processes."""
-    return args.batch_size_per_gpu * get_world_size() / 256
-
-
 def load_trained_backbone(path: str | Path, checkpoint: dict[str, Any], backbone: nn.Module) -> None:
     """Load the fine-tuned backbone of a classifier's checkpoint. Raises InputError if there is none, or another one."""
     if "state_dict_model" not in checkpoint:
         raise InputError(f"checkpoint {path}: contains no fine-tuned backbone, only a classifier")
     with utils.error_prefix(f"checkpoint {path}"):
         load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model"))
+
+
+@torch.no_grad()
+def top1_hits(classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """1 for each of the features [M, D] that is classified as its label [M], else 0: uint8 [M]."""
+    return (classifier(features).argmax(1) == labels).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -422,12 +342,3 @@ def accuracies(
         right, images = all_reduce_sum(counts).double()
         result["mean_class_accuracy"] = 100 * (right / images)[images > 0].mean().item()
     return result
-
-
-def write_result(path: Path, kind: str, args: argparse.Namespace, pretrained: Pretrained, result: dict[str, Any]) -> None:
-    """One JSON file beside the checkpoint: the accuracy, and everything that it depends on."""
-    if not is_main_process():
-        return
-    values = {"part": args.else_part, "hp1": float(pretrained.hp1), "test_aug_type": args.test_aug_type, **result}
-    utils.save_json(result_record(kind, pretrained.record(), args, **values, seed=args.seed), path)
-    print(f"wrote {path}")

@@ -16,6 +16,7 @@ from backbones import build_backbone
 from datasets import labelled_dataset
 from evaluation.feature_files import TENSORS
 from evaluation.features import select_part
+from evaluation.hits import unpack_hits
 from evaluation.knn import MIN_TEMPERATURE, knn_predict
 from evaluation.names import PARTS
 from rendering import choose_renderer
@@ -212,6 +213,34 @@ def test_several_parts_equal_separate_runs(world, tmp_path):
     assert lines == list(parts)
 
 
+def test_several_perturbations_equal_separate_runs(world, tmp_path):
+    flags = (*world.flags, "--else_part", "ALL", "EF", "--per_image", "true", "--test_aug_type")
+    assert knn(*flags, "ori", "aug1_2", "--output_dir", tmp_path / "together").status == 0
+    for perturbation in ("ori", "aug1_2"):
+        assert knn(*flags, perturbation, "--output_dir", tmp_path / "separate").status == 0
+    names = {"knn", "knn_hp0.8_else", "knn_aug1_2", "knn_aug1_2_hp0.8_else"}
+    for name in names:
+        together, separate = (json.loads((tmp_path / kind / f"{name}.json").read_text()) for kind in ("together", "separate"))
+        assert together["test_aug_type"] == ("aug1_2" if "aug1_2" in name else "ori")
+        del together["args"]["output_dir"], separate["args"]["output_dir"]
+        assert together == separate
+    assert {path.stem for path in (tmp_path / "together").iterdir()} == names
+    assert results(tmp_path / "together") == results(world.root / "all")
+    assert results(tmp_path / "together", "knn_aug1_2") != results(world.root / "all")
+
+
+def test_hits_of_every_image_by_hand(tmp_path):
+    """Nine queries at the angle of one of two training images; the true class is the other one's for images 1 and 6."""
+    labels = [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    angles = [90.0 * label for label in labels]
+    angles[1], angles[6] = 0.0, 90.0
+    folder = write_features(tmp_path / "features", at_angles(0.0, 90), [0, 1], at_angles(*angles), labels)
+    knn("--load_features", folder, "--output_dir", tmp_path, "--nb_knn", 1, 2, "--per_image", "true")
+    for result in json.loads((tmp_path / "knn.json").read_text())["results"]:
+        assert np.flatnonzero(~unpack_hits(result["correct"], 9)).tolist() == [1, 6]
+        assert result["top1"] == pytest.approx(700 / 9)
+
+
 def test_new_features_replace_old_ones(world, tmp_path):
     folder = write_features(tmp_path / "features", torch.ones(2, 3), [0, 1], torch.ones(2, 3), [0, 1])
     assert knn(*world.flags, "--output_dir", tmp_path, "--dump_features", folder).status == 0
@@ -223,10 +252,16 @@ def test_new_features_replace_old_ones(world, tmp_path):
 
 def test_two_processes_agree_with_one(world, tmp_path):
     """27 and 16 images: the shares of the training images are unequal."""
-    flags = (*world.flags, "--num_workers", 0, "--output_dir", tmp_path, "--dump_features", tmp_path / "features")
+    flags = (
+        *world.flags, "--num_workers", 0, "--output_dir", tmp_path, "--dump_features", tmp_path / "features",
+        "--per_image", "true",
+    )  # fmt: skip
     log = run("eval_knn.py", *flags, output=tmp_path / "log", processes=2)
     assert log.count("classifier result") == 6 and "training features 14/14 of each of 2 processes" in log
     assert results(tmp_path) == results(world.root / "all")
+    knn(*world.flags, "--output_dir", tmp_path / "one", "--per_image", "true")
+    records = [json.loads((folder / "knn.json").read_text())["results"] for folder in (tmp_path, tmp_path / "one")]
+    assert records[0] == records[1]
     for name in TENSORS.values():
         two, one = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "features", world.features))
         assert torch.allclose(two, one, atol=1e-6), name
@@ -262,6 +297,10 @@ CLEVER = "--pretrained_weights {root}/clever.pth --data_path {data} "
 BAD = [
     (CLEVER + "--else_part DIR", "'DIR'", "ALL, main_part, else_part"),
     (CLEVER + "--else_part ALL IR main_part", "--else_part 'main_part'", "given twice"),
+    (CLEVER + "--test_aug_type aug9", "--test_aug_type 'aug9'", "ori, basic"),
+    (CLEVER + "--test_aug_type ori ori", "--test_aug_type 'ori'", "given twice"),
+    (CLEVER + "--dump_features {root}/again --test_aug_type ori aug1", "--dump_features", "only with ori"),
+    ("--load_features {features} --test_aug_type basic", "--load_features", "only with ori"),
     (CLEVER + "--hp1 0.5 --else_part main_part", "--hp1 0.5", "hp1 0.8"),
     (CLEVER + "--net dino", "--net dino", "net CLeVER"),
     (CLEVER + "--arch vit_tiny", "--arch vit_tiny", "arch vit_micro"),

@@ -18,6 +18,7 @@ import eval_linear
 import optim
 from checkpoint import load_checkpoint
 from evaluation.features import FeatureExtractor
+from evaluation.hits import unpack_hits
 from evaluation.names import PARTS, linear_probe_name
 from evaluation.probe import LinearClassifier, ProbeGroup, accuracies
 
@@ -357,6 +358,7 @@ def test_two_processes_train_several_parts_as_separately(weights, colours, tmp_p
         ("--else_part", "--else_part: expected at least one argument"),
         ("--evaluate --test_aug_type ori aug9", "--test_aug_type 'aug9': must be one of ori, basic, "),
         ("--evaluate --test_aug_type ori basic ori", "--test_aug_type 'ori': given twice"),
+        ("--per_image true", "--per_image true: only with --evaluate"),
         ("--test_aug_type ori basic", "--test_aug_type ori basic: several perturbations only with --evaluate"),
         ("--evaluate --else_part ALL IR --final_eval_weights x", "x: only with one part, not ALL main_part"),
         ("--evaluate --else_part ALL EF --lr 5 --epochs 8", "checkpoint_linear_hp0.8_else_5_8_.pth.tar: no such file"),
@@ -379,6 +381,21 @@ def test_evaluation_repeats_the_training_runs_accuracy_and_line(trained, weights
     accuracy = read_result(folder)["accuracy"]
     assert f"Accuracy of the network on the 30 test images: {accuracy:.2f}%" in outcome.stdout.splitlines()
     assert read_result(folder, "only_eval_ori_linear_5_8_")["accuracy"] == accuracy
+
+
+def test_hits_of_every_image_add_up_to_the_accuracy(trained, weights, colours, tmp_path):
+    """In the order of the data set, from one process and from two."""
+    checkpoint = trained[0] / "checkpoint_linear_5_8_.pth.tar"
+    flags = ("--final_eval_weights", checkpoint, "--test_aug_type", "ori", "aug1_3", "--evaluate", "--per_image", "true")
+    assert probe(weights, colours, tmp_path / "one", *flags).status == 0
+    shared = ("--pretrained_weights", weights, "--data_path", colours, "--num_workers", 0, "--epochs", 1)
+    run("eval_linear.py", *shared, *flags, "--output_dir", tmp_path / "two", output=tmp_path / "log", processes=2)
+    for perturbation in ("ori", "aug1_3"):
+        name = f"only_eval_{perturbation}_linear_0.001_1_"
+        one, two = (read_result(tmp_path / folder, name) for folder in ("one", "two"))
+        assert 100 * unpack_hits(one["correct"], 30).mean() == pytest.approx(one["accuracy"])
+        assert one["correct"] == two["correct"]
+    assert 0 < one["accuracy"] < 100
 
 
 def test_perturbed_evaluation_is_seeded(trained, weights, colours, tmp_path):

@@ -161,7 +161,7 @@ def test_accumulation_moves_everything_once_per_step():
         states = [getattr(training, network).state_dict() for training in results]
         for name in states[0]:
             if not name.endswith("qkv.bias"):
-                assert rel_error(states[1][name], states[0][name]) < 1e-5, (network, name)
+                assert rel_error(states[1][name], states[0][name]) < 1e-4, (network, name)
 
 
 def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
