@@ -89,12 +89,16 @@ def write_idx(path, array, packed):
 
 @pytest.fixture(params=["gz", "idx", "torchvision"])
 def fashion_source(request, tmp_path):
-    """200 training and 50 test images in the format of Fashion-MNIST; all pixels of an image equal its class."""
+    """200 training and 50 test images in the format of Fashion-MNIST; all pixels of an image equal its class.
+
+    One pixel differs: with the class, it gives every image its own number.
+    """
     source = tmp_path / "source"
     raw = source / "FashionMNIST" / "raw" if request.param == "torchvision" else source
     for part, number in (("train", 200), ("t10k", 50)):
         labels = np.arange(number) % 10
-        images = np.broadcast_to(labels[:, None, None], (number, 28, 28))
+        images = np.broadcast_to(labels[:, None, None], (number, 28, 28)).copy()
+        images[:, 0, 0] = np.arange(number) // 10 + (200 if part == "t10k" else 0)
         write_idx(raw / f"{part}-images-idx3-ubyte", images, packed=request.param == "gz")
         write_idx(raw / f"{part}-labels-idx1-ubyte", labels, packed=request.param == "gz")
     return source
@@ -113,8 +117,58 @@ def test_fashion_mnist_from_a_local_copy(fashion_source, tmp_path):
         assert [sum(label == number for _, label in found) for number in range(10)] == expected
         for path, label in found:
             pixels = np.asarray(Image.open(path))
-            assert pixels.shape == (28, 28) and (pixels == label).all()
+            assert pixels.shape == (28, 28) and (pixels.flat[1:] == label).all()
     assert snapshot(fashion_source) == before
+
+
+def contents(folder):
+    """What each image file below a folder holds, with its class."""
+    return Counter((Path(path).parent.name, np.asarray(Image.open(path)).tobytes()) for path in list_images(folder))
+
+
+def test_digits_for_tuning_are_training_images(tmp_path, capsys):
+    write_digits(tmp_path / "digits", tmp_path / "tune")
+    write_digits(tmp_path / "digits_alone")
+    assert snapshot(tmp_path / "digits") == snapshot(tmp_path / "digits_alone")
+    train, val = contents(tmp_path / "tune" / "train"), contents(tmp_path / "tune" / "val")
+    assert (train.total(), val.total()) == (1149, 288)
+    assert train + val == contents(tmp_path / "digits" / "train")
+    assert not (train + val) & contents(tmp_path / "digits" / "val")  # no two of the digits are equal
+    assert all(0.18 < sum(label == str(d) for label, _ in val) / (1437 / 10) < 0.22 for d in range(10))
+
+    write_digits(tmp_path / "digits", tmp_path / "again")  # adds the folder to a data set that is already there
+    assert "digits: already complete" in capsys.readouterr().out
+    assert snapshot(tmp_path / "again") == snapshot(tmp_path / "tune")
+
+
+@pytest.mark.parametrize("fashion_source", ["gz"], indirect=True)
+def test_fashion_mnist_for_tuning_holds_no_test_image(fashion_source, tmp_path):
+    write_fashion_mnist(tmp_path / "data", fashion_source, train=100, val=50, tune=tmp_path / "tune")
+    write_fashion_mnist(tmp_path / "alone", fashion_source, train=100, val=50)
+    assert snapshot(tmp_path / "data") == snapshot(tmp_path / "alone")
+    train, val = contents(tmp_path / "tune" / "train"), contents(tmp_path / "tune" / "val")
+    assert train == contents(tmp_path / "data" / "train")
+    assert len(val) == val.total() == 20 and Counter(label for label, _ in val) == Counter({label: 2 for label, _ in train})
+    assert not train & val and not val & contents(tmp_path / "data" / "val")
+    write_fashion_mnist(tmp_path / "again", fashion_source, train=100, tune=tmp_path / "tune_again")
+    assert snapshot(tmp_path / "tune_again") == snapshot(tmp_path / "tune")
+
+
+@pytest.mark.parametrize("fashion_source", ["gz"], indirect=True)
+def test_refused_folders_for_tuning(fashion_source, tmp_path):
+    """Nothing is written, to neither folder."""
+    out, tune = tmp_path / "out", tmp_path / "tune"
+    for other in (out, out / "tune", tmp_path):
+        with pytest.raises(InputError, match=f"--tune {other}: must be another folder than --out {out}"):
+            write_digits(out, other)
+    for number in (None, 190):
+        with pytest.raises(InputError, match=f"--train {number or 200}: leaves too few of the 200 images for --tune"):
+            write_fashion_mnist(out, fashion_source, train=number, tune=tune)
+    tune.mkdir()
+    (tune / "mine").touch()
+    with pytest.raises(InputError, match=f"{tune}: contains something else"):
+        write_digits(out, tune)
+    assert not out.exists() and [path.name for path in tune.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("fashion_source", ["gz"], indirect=True)
@@ -135,10 +189,12 @@ def test_fashion_mnist_errors(fashion_source, tmp_path):
 
 @pytest.mark.parametrize("fashion_source", ["gz"], indirect=True)
 def test_command_line(fashion_source, tmp_path):
-    outcome = call(make_small_data.main, "digits", "--out", tmp_path / "digits")
+    outcome = call(make_small_data.main, "digits", "--out", tmp_path / "digits", "--tune", tmp_path / "digits_tune")
     assert outcome.status == 0 and "1437 train, 360 val" in outcome.stdout, outcome
-    numbers = ("--train", 20, "--val", 10)
+    assert "digits_tune: wrote 1149 train, 288 val" in outcome.stdout
+    numbers = ("--train", 20, "--val", 10, "--tune", tmp_path / "fashion_tune")
     outcome = call(make_small_data.main, "fashion-mnist", "--out", tmp_path / "fashion", "--source", fashion_source, *numbers)
     assert outcome.status == 0, outcome
-    assert [len(list_images(tmp_path / name)) for name in ("digits", "fashion/train", "fashion/val")] == [1797, 20, 10]
+    folders = ("digits", "fashion/train", "fashion/val", "fashion_tune/train", "fashion_tune/val")
+    assert [len(list_images(tmp_path / name)) for name in folders] == [1797, 20, 10, 20, 10]
     assert_refused(call(make_small_data.main, "letters"), "letters")
