@@ -150,13 +150,19 @@ def to_markdown(table: Table, columns: list[str]) -> str:
     """The table with aligned columns; a missing result is a dash."""
     lines = [["top-1 (%)", *columns]]
     lines += [[row, *(f"{cells[c]:.1f}" if c in cells else "-" for c in columns)] for row, cells in table.items()]
+    return align(lines)
+
+
+def align(lines: list[list[str]], text_columns: int = 1) -> str:
+    """A Markdown table, the title first, with aligned columns; all but the first `text_columns` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    rows = [
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+    def row(cells: list[str]) -> list[str]:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return [cell.ljust(width) if i < text_columns else cell.rjust(width) for i, (cell, width) in pairs]
+
+    rule = ["-" * width if i < text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [row(lines[0]), rule, *map(row, lines[1:])])
 
 
 # --- plot ------------------------------------------------------------------------------------------------------------
