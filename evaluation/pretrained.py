@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from backbones import backbone_state, build_backbone, image_size_of, load_backbo
 from checkpoint import load_checkpoint
 from evaluation.names import part_flag
 from heads import check_hp1, split_sizes
-from utils import InputError, TypedFloat, error_prefix, plain_args
+from utils import InputError, TypedFloat, error_prefix, plain_args, seed_everything
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Pretrained:
         epochs: number of pretraining epochs so far, or None if the checkpoint does not say.
         aug: recipe of the pretraining's views, or None.
         fingerprint: hash of the weights.
+        options: patch_size and img_size, with which the backbone was built.
     """
 
     backbone: nn.Module
@@ -40,6 +41,7 @@ class Pretrained:
     epochs: int | None
     aug: str | None
     fingerprint: str
+    options: dict[str, int] = field(default_factory=dict)
 
     @property
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -58,9 +60,15 @@ class Pretrained:
             vits = ", ".join(vit_names())
             raise InputError(f"--arch {self.arch}: its features are pooled, and {reason}; choose one of {vits}")
 
-    def check_part(self, part: str) -> None:
-        """Raise InputError unless the representation has this part; `part` is ALL, IR or EF."""
-        check_part(part, self.net, self.hp1, self.backbone.embed_dim)
+    def check_part(self, part: str, flag: str = "--else_part") -> None:
+        """Raise InputError, which names the flag, unless the representation has this part; `part` is ALL, IR or EF."""
+        check_part(part, self.net, self.hp1, self.backbone.embed_dim, flag)
+
+    def untrained(self, seed: int) -> nn.Module:
+        """The same architecture at random initialisation: frozen, in eval mode, on the same device."""
+        seed_everything(seed)
+        device = next(self.backbone.parameters()).device
+        return build_backbone(self.arch, **self.options).eval().requires_grad_(False).to(device)
 
 
 def result_record(kind: str, network: dict[str, Any], args: argparse.Namespace, **values: Any) -> dict[str, Any]:
@@ -125,7 +133,8 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
         vit_size = image_size_of(state, patch_size) if arch in vit_names() else None
         trained_size = vit_size or stored.get("global_crops_size") or 224
-        backbone = build_backbone(arch, patch_size=patch_size, img_size=trained_size)
+        options = {"patch_size": patch_size, "img_size": trained_size}
+        backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
     return Pretrained(
         backbone=backbone.eval().requires_grad_(False).to(device),
@@ -138,6 +147,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         epochs=checkpoint.get("epoch"),
         aug=stored.get("aug"),
         fingerprint=fingerprint(state),
+        options=options,
     )
 
 
@@ -149,7 +159,7 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_part(part: str, net: str, hp1: float, dim: int) -> None:
+def check_part(part: str, net: str, hp1: float, dim: int, flag: str = "--else_part") -> None:
     """Raise InputError unless a representation of width `dim` has this part.
 
     DINO's representation has no IR and EF, and an hp1 near 0 or 1 leaves one of them empty.
@@ -157,5 +167,5 @@ def check_part(part: str, net: str, hp1: float, dim: int) -> None:
     if part == "ALL":
         return
     if net == "dino":
-        raise InputError(f"--else_part {part_flag(part)}: a dino checkpoint has no parts, only ALL")
+        raise InputError(f"{flag} {part_flag(part)}: a dino checkpoint has no parts, only ALL")
     split_sizes(dim, hp1)

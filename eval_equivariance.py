@@ -1,0 +1,239 @@
+"""What the representation, its IR and its EF know about rotation, crop, colours, ... of an image, and how far these move them.
+
+Regressors are fitted to frozen features of transformed views, and tell on other images how each view was transformed:
+    python eval_equivariance.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R
+    python eval_equivariance.py ... --transforms rotation crop --head linear mlp --input pair single
+    python eval_equivariance.py ... --protocol sie --transforms rotation
+--data_path is any folder of images; labels are not used. All numbers stand beside controls: the same network without training,
+shuffled targets, and random parts of the representation as wide as the EF. Several processes: torchrun --nproc_per_node=2 ...
+"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import distributed
+import utils
+from datasets import UNLABELLED, keep_readable, list_images
+from evaluation.equivariance import (
+    FOLDS,
+    GRAM_IMAGES,
+    GRAM_VIEWS,
+    TRANSFORMS,
+    Subspace,
+    Transform,
+    TransformDataset,
+    check_targets,
+    extract_views,
+    measure_gaps,
+    regress,
+    subspaces,
+    with_half_angles,
+)
+from evaluation.equivariance_report import plot, to_markdown
+from evaluation.features import FeatureExtractor
+from evaluation.names import PARTS, part_flag
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
+from evaluation.regression import LinearRegressor, MLPRegressor
+from rendering import add_renderer_argument, resolve_renderer
+from utils import InputError, bool_flag
+
+INPUTS = ("pair", "single")
+HEADS = ("linear", "mlp")
+# What a protocol sets, unless a flag sets it. SIE's is an MLP on pairs.
+PROTOCOLS = {
+    "own": {"head": ["linear"], "input": ["pair"], "mlp_epochs": 50},
+    "sie": {"head": ["mlp"], "input": ["pair"], "mlp_epochs": 300},
+}
+MIN_TRAIN, MIN_TEST = FOLDS, 2  # images; a cosine gap needs another image
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = utils.ArgumentParser(description=__doc__)
+    add_backbone_arguments(parser)
+    add = parser.add_argument
+    add("--data_path", required=True, help="folder of images. If it has train/ and val/, regressors are fitted to train/ and "
+        "tested on val/, otherwise fitted to 80 %% of the images and tested on the others")  # fmt: skip
+    add("--transforms", nargs="+", help=f"what is to be told: {', '.join(TRANSFORMS)}; default: all that the inputs allow")
+    add("--parts", type=part_flag, nargs="+", help="parts of the representation: ALL, main_part (IR), else_part (EF); "
+        "default: all that the network has")  # fmt: skip
+    add("--head", nargs="+", help="regressors: linear (ridge regression, takes seconds), mlp (1024-1024, takes minutes per "
+        "transformation on a CPU); default: linear")  # fmt: skip
+    add("--input", nargs="+", help="what regressors get: pair (the features of the clean and the transformed view), single "
+        "(of the transformed view); default: pair")  # fmt: skip
+    add("--protocol", default="own", help="own, or sie: mlp on pairs with 300 epochs, features not standardised, half angles")
+    add("--mlp_epochs", type=int, help="epochs of the mlp; default: 50, with --protocol sie 300")
+    add("--views_per_image", type=int, default=8, help="transformed views of each image; more make the numbers more precise")
+    add("--num_images", type=int, default=5000, help="at most so many training images and as many test images, drawn at "
+        "random; 0: all images")  # fmt: skip
+    add("--random_subspaces", type=int, default=5, help="random sets of as many dimensions as the EF has (for dino: give "
+        "--hp1); 0: none")  # fmt: skip
+    add("--untrained", type=bool_flag, default=True, help="also measure the same network without training")
+    add("--batch_size_per_gpu", type=int, default=256, help="views per process and pass of the network; if memory is short, "
+        "take fewer")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the views, the choice of images, and all controls")
+    add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, and leave unreadable ones out")
+    add("--output_dir", default=".", help="folder for the results")
+    add("--trial_name", default="", help="last part of the names of the result files")
+    add_renderer_argument(parser)
+    distributed.add_distributed_arguments(parser)
+    return parser
+
+
+def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with what the protocol sets. Raises InputError for invalid values, before anything is read or written."""
+    utils.check_choices("protocol", [args.protocol], PROTOCOLS)
+    for name, value in PROTOCOLS[args.protocol].items():
+        given = getattr(args, name)
+        if args.protocol == "sie" and name in ("head", "input") and given not in (None, value):
+            raise InputError(f"--{name} {' '.join(given)} with --protocol sie: it is {value[0]} there")
+        setattr(args, name, value if given is None else given)
+    utils.check_choices("head", args.head, HEADS)
+    utils.check_choices("input", args.input, INPUTS)
+    if args.transforms is None:
+        args.transforms = [name for name, transform in TRANSFORMS.items() if inputs_of(transform, args.input)]
+    utils.check_choices("transforms", args.transforms, TRANSFORMS)
+    for name in args.transforms:
+        if not inputs_of(TRANSFORMS[name], args.input):
+            raise InputError(f"--transforms {name} with --input {' '.join(args.input)}: told from pairs only, add pair")
+    if args.parts is not None:
+        utils.check_choices("parts", args.parts, PARTS)
+    utils.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
+    utils.check_not_negative(args, "num_images", "random_subspaces", "num_workers", "seed")
+    if os.sep in args.trial_name:
+        raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of file names")
+    utils.check_writable(args.output_dir)
+    return args
+
+
+def inputs_of(transform: Transform, inputs: list[str]) -> list[str]:
+    """Those of the inputs from which the transformation can be told."""
+    return [kind for kind in inputs if kind in transform.inputs]
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------------
+
+
+def choose_images(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Training and test images. Raises InputError if there are too few."""
+    rng = np.random.default_rng(args.seed)
+    folders = [os.path.join(args.data_path, split) for split in ("train", "val")]
+    if all(map(os.path.isdir, folders)):
+        train, test = map(list_images, folders)
+    else:
+        paths = list_images(args.data_path)
+        is_test = rng.permutation(len(paths)) < round(len(paths) / 5)
+        train, test = ([path for path, chosen in zip(paths, is_test, strict=True) if chosen == part] for part in (False, True))
+    train, test = (draw_images(paths, args, rng) for paths in (train, test))
+    if len(train) < MIN_TRAIN or len(test) < MIN_TEST:
+        raise InputError(
+            f"--data_path {args.data_path}: {len(train)} images to fit regressors to and {len(test)} to test them on; at least "
+            f"{MIN_TRAIN} and {MIN_TEST} are needed"
+        )
+    return train, test
+
+
+def draw_images(paths: list[str], args: argparse.Namespace, rng: np.random.Generator) -> list[str]:
+    """At most --num_images of the images, in their order; with --skip_bad_images those of them that can be read."""
+    if 0 < args.num_images < len(paths):
+        paths = [paths[i] for i in np.sort(rng.permutation(len(paths))[: args.num_images])]
+    if args.skip_bad_images and paths:
+        samples = [(path, UNLABELLED) for path in paths]
+        return [path for path, _ in keep_readable(samples, skip_bad_images=True, threads=args.num_workers)]
+    return paths
+
+
+def choose_subspaces(args: argparse.Namespace, pretrained: Pretrained) -> list[Subspace]:
+    """The parts and the controls that are measured. Raises InputError for parts that the network does not have."""
+    dim = pretrained.backbone.embed_dim
+    splits = 0 < int(dim * pretrained.hp1) < dim
+    parts = ["ALL", "IR", "EF"] if splits and pretrained.net != "dino" else ["ALL"]
+    if args.parts is not None:
+        parts = [PARTS[flag] for flag in args.parts]
+    for part in parts:
+        pretrained.check_part(part, "--parts")
+    if args.random_subspaces and not splits:
+        print("no random subspaces: the width of the EF is not known (--hp1)")
+    draws = args.random_subspaces if splits else 0
+    return subspaces(dim, parts, pretrained.hp1, draws, args.seed, args.untrained)
+
+
+def make_regressors(args: argparse.Namespace) -> dict[str, Any]:
+    """{head: how its regressors are made}."""
+    mlp = partial(MLPRegressor, epochs=args.mlp_epochs, seed=args.seed, standardize=args.protocol == "own")
+    return {head: {"linear": LinearRegressor, "mlp": mlp}[head] for head in args.head}
+
+
+def measure(
+    name: str,
+    args: argparse.Namespace,
+    networks: list[FeatureExtractor],
+    spaces: list[Subspace],
+    images: tuple[list[str], list[str]],
+    size: int,
+    device: torch.device,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Results of all regressors, and gaps, for one transformation; `images` are those for training and for testing."""
+    transform = TRANSFORMS[name] if args.protocol == "own" else with_half_angles(TRANSFORMS[name])
+    make = partial(TransformDataset, transform=transform, size=size, seed=args.seed, renderer=args.views)
+    train, test = (make(paths, views=args.views_per_image, stream=stream) for stream, paths in enumerate(images))
+    alike = make(images[1], views=GRAM_VIEWS, stream=2, images_per_draw=GRAM_IMAGES)
+    extract = partial(
+        extract_views, networks, device=device, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers
+    )
+    fitted, tested = extract(train, header=f"{name}, training images"), extract(test, header=f"{name}, test images")
+    for (_, targets), kind in ((fitted, "training images"), (tested, "test images")):
+        check_targets(name, list(transform.targets), targets, kind)
+    results = [
+        {"transform": name, "head": head, "input": kind, **record}
+        for head, make_regressor in make_regressors(args).items()
+        for kind in inputs_of(transform, args.input)
+        for record in regress(transform, make_regressor, kind, spaces, fitted, tested, args.seed)
+    ]
+    gaps = measure_gaps(spaces, tested[0], extract(alike)[0])
+    return results, [{"transform": name, **record} for record in gaps]
+
+
+def write_results(args: argparse.Namespace, pretrained: Pretrained, results: list, gaps: list, images: tuple) -> None:
+    """equivariance[_<trial>].json, .md and .png."""
+    record = result_record(
+        "equivariance", pretrained.record(), args, hp1=float(pretrained.hp1), img_size=pretrained.img_size,
+        num_train_images=len(images[0]), num_test_images=len(images[1]), protocol=args.protocol, results=results, gaps=gaps,
+    )  # fmt: skip
+    stem = Path(args.output_dir) / "_".join(filter(None, ["equivariance", args.trial_name]))
+    table = to_markdown(record)
+    print(f"\n{table}\n")
+    utils.save_json(record, f"{stem}.json")
+    utils.write_text_atomically(table + "\n", f"{stem}.md")
+    plot(record, f"{stem}.png")
+    print(f"wrote {stem}.json, .md and .png")
+
+
+def main() -> None:
+    args = resolve_renderer(resolve_args(get_args_parser().parse_args()))
+    device = distributed.init_distributed(args)
+    pretrained = load_pretrained(args, device)
+    spaces = choose_subspaces(args, pretrained)
+    images = choose_images(args)
+    backbones = [pretrained.backbone] + [pretrained.untrained(args.seed)] * args.untrained
+    networks = [FeatureExtractor(backbone, stats=pretrained.stats) for backbone in backbones]
+    print(
+        f"{pretrained.net} {pretrained.arch}, {networks[0].dim} dimensions, images of {pretrained.img_size} pixels; "
+        f"{len(images[0])} training images, {len(images[1])} test images, {args.views_per_image} views of each", flush=True
+    )  # fmt: skip
+    results, gaps = [], []
+    for name in args.transforms:
+        found = measure(name, args, networks, spaces, images, pretrained.img_size, device)
+        results += found[0]
+        gaps += found[1]
+    if distributed.is_main_process():
+        write_results(args, pretrained, results, gaps, images)
+
+
+if __name__ == "__main__":
+    distributed.run_entry_point(main)
