@@ -1,4 +1,5 @@
-"""Shows what this machine has for the selective scan of VMamba, what is missing and why, and which command to run next.
+"""Shows what this machine has for the compiled parts, VMamba's selective scan and the renderer of views: what is missing and
+why, and which command to run next.
 
     python -m scripts.doctor
 
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import views_cpp
+from compiled import build_info
 from csrc.selective_scan import build_tool
 from vmamba import extension, scan_cpp
 from vmamba.selective_scan import BACKENDS, PREFERENCE
@@ -88,8 +91,21 @@ def show_backends() -> dict[str, str]:
     return chosen
 
 
-def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: bool) -> str:
-    """The command to run next."""
+def show_renderer() -> str | None:
+    """Shows whether views are rendered by compiled code. Returns the command that builds it anew, if that would help."""
+    reason = views_cpp.unavailable_reason()
+    if reason:
+        row("views", f"torchvision and Pillow; cpp: {reason}")
+        return views_cpp.VIEWS.rebuild_in_place
+    folder = views_cpp.VIEWS.build_folders()[0]
+    is_old = build_info(folder).get("sources_sha256") != build_tool.VIEWS.sources_sha256()
+    note = ", OUT OF DATE: the sources have changed since" if is_old else ""
+    row("views", f"cpp selected ({views_cpp.instruction_set()} instructions{note})")
+    return views_cpp.VIEWS.rebuild_in_place if is_old else None
+
+
+def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: bool, renderer: str | None) -> str:
+    """The command to run next; `renderer` is the one that builds the renderer, or None."""
     if outdated:
         return extension.REBUILD_IN_PLACE if extension.IN_PLACE in outdated else extension.REBUILD
     if chosen["cpu"] != "cpp":
@@ -98,7 +114,9 @@ def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: b
     if chosen.get("cuda", "cuda") != "cuda":
         hint = "" if nvcc else f"stay with {chosen['cuda']}, or install the CUDA toolkit (nvcc), then: "
         return hint + f"SCAN_CUDA=1 {extension.REBUILD}"
-    return "nothing to install; python -m scripts.bench.scan measures the scan"
+    if renderer:
+        return renderer
+    return "nothing to install; python -m scripts.bench.scan measures the scan, python -m scripts.bench.views the renderer"
 
 
 def main() -> None:
@@ -107,7 +125,8 @@ def main() -> None:
     outdated = show_builds()
     print()
     chosen = show_backends()
-    print(f"\nnext: {advice(chosen, outdated, compiler, nvcc)}")
+    renderer = show_renderer()
+    print(f"\nnext: {advice(chosen, outdated, compiler, nvcc, renderer)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/gpu_check.sh   (with an NVIDIA GPU and nvcc: builds the CUDA scan, runs all tests, times the scan)
+# bash scripts/gpu_check.sh   (with an NVIDIA GPU and nvcc: builds the CUDA scan, runs all tests, times scan, step and views)
 set -euo pipefail
 
 export SCAN_CUDA=1 EXTRA_MODULES="pytest ruff safetensors"
@@ -21,3 +21,6 @@ if reason:
 PYTHON
 python -m pytest -m "not slow or gpu" "$@"
 python -m scripts.bench.scan --device cuda --dtype bf16 --batch 64 64 --no-loop --output results/bench_scan_cuda.json
+# Images per second that the GPU takes, and that each core renders: their ratio is the number of cores that the GPU needs.
+python -m scripts.bench.pretrain --arch vit_small --batch_size 64 --amp_dtype bf16 --output results/bench_step_cuda.json
+python -m scripts.bench.views --output results/bench_views.json

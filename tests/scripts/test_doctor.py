@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.processes import ROOT
 
+import views_cpp
 from scripts import doctor
 from vmamba import extension
 
@@ -16,6 +17,7 @@ def test_it_names_the_backend_that_runs_and_the_next_command():
     result = subprocess.run([sys.executable, "-m", "scripts.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^cpu: (cpp|torch) +selected", result.stdout, re.MULTILINE)) == 1
+    assert re.search(r"^views +(cpp selected|torchvision and Pillow)", result.stdout, re.MULTILINE)
     assert re.search(r"^next: \S", result.stdout.splitlines()[-1])
 
 
@@ -36,4 +38,20 @@ OTHER = Path("elsewhere")
     ],
 )
 def test_advice(chosen, outdated, tools, words):
-    assert doctor.advice(chosen, outdated, *tools).startswith(words)
+    assert doctor.advice(chosen, outdated, *tools, renderer=None).startswith(words)
+
+
+def test_advice_for_the_renderer_comes_after_that_for_the_scan():
+    assert doctor.advice({"cpu": "cpp"}, [], True, True, "build it") == "build it"
+    assert doctor.advice({"cpu": "torch"}, [], True, True, "build it") == extension.INSTALL
+
+
+@pytest.mark.parametrize("reason", [None, "no such library"])
+def test_a_missing_renderer_is_named_with_its_command(reason, monkeypatch, capsys):
+    monkeypatch.setattr(views_cpp, "unavailable_reason", lambda: reason)
+    if reason is None and not views_cpp.VIEWS.build_folders():
+        pytest.skip("the renderer is not compiled here")
+    command = doctor.show_renderer()
+    expected = r"^views .*no such library" if reason else r"^views +cpp selected \(\w+ instructions"
+    assert re.search(expected, capsys.readouterr().out)
+    assert command == ("python csrc/views/setup.py build_ext --inplace" if reason else None)
