@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import distributed
 import optim
 import utils
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale, eval_transform
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale
 from backbones import (
     build_backbone,
     check_timm_size,
@@ -36,8 +36,8 @@ from backbones import (
     synchronize_batch_norm,
 )
 from checkpoint import load_resumable, save_atomically
-from datasets import CheckRecord, ImageDataset, check_same_classes, labelled_dataset, make_loader, pretraining_dataset
-from evaluation.knn import knn_accuracy
+from datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
+from evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
 from losses import TEACHER_VIEWS, CLeVERLoss, DINOLoss
 from pretraining import Pretraining
@@ -63,6 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_optimization_arguments(parser.add_argument_group("teacher and optimisation"))
     add_data_arguments(parser.add_argument_group("data"))
     add_run_arguments(parser.add_argument_group("run"))
+    add_online_arguments(parser.add_argument_group("evaluation while training"))
     distributed.add_distributed_arguments(parser)
     return parser
 
@@ -142,8 +143,6 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     add("--output_dir", default=".", help="folder for checkpoints and log.txt; if it contains checkpoint.pth, the run resumes")
     add("--saveckp_freq", type=int, default=20, help="epochs between kept checkpoints, checkpoint<epoch>.pth; 0: none")
     add("--print_freq", type=int, default=20, help="micro-batches between progress lines")
-    add("--knn_data", help="labelled folder (train/ and val/), for a k-NN accuracy during training")
-    add("--knn_freq", type=int, default=10, help="epochs between k-NN evaluations")
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images, and the views")
 
 
@@ -167,7 +166,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--amp_dtype {args.amp_dtype!r}: must be one of auto, bf16, fp16, fp32")
     utils.check_positive(
         args, "out_dim", "DVR_out_dim", "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation",
-        "patch_size", "global_crops_size", "local_crops_size", "print_freq", "knn_freq", "warmup_teacher_temp", "teacher_temp",
+        "patch_size", "global_crops_size", "local_crops_size", "print_freq", "warmup_teacher_temp", "teacher_temp",
     )  # fmt: skip
     utils.check_not_negative(
         args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
@@ -187,6 +186,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_crop_scale("global_crops_scale", args.global_crops_scale)
     check_crop_scale("local_crops_scale", args.local_crops_scale)
     parse_reg_lambd(args.reg_lambd)
+    check_online_args(args)
     utils.check_writable(args.output_dir)
 
 
@@ -357,15 +357,6 @@ def build_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
     return make_loader(dataset, args.batch_size_per_gpu, sampler, args.num_workers, drop_last=True)
 
 
-def build_knn_data(args: argparse.Namespace, record: CheckRecord) -> list[ImageDataset]:
-    """Labelled train and val images of --knn_data, clean."""
-    view, options = eval_transform("ori", args.global_crops_size), check_options(args, record)
-    folders = (os.path.join(args.knn_data, split) for split in ("train", "val"))
-    train, val = (labelled_dataset(folder, view, args.seed, **options) for folder in folders)
-    check_same_classes(train, val)
-    return [train, val]
-
-
 # --- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +400,7 @@ def main() -> None:
     readable = CheckRecord(Path(args.output_dir) / "checked_images.npy")
     dataset = build_dataset(args, readable)
     loader = build_loader(dataset, args)
-    knn_data = build_knn_data(args, readable) if args.knn_data else None
+    online = OnlineEvaluation(args, check_options(args, readable), device)
     steps_per_epoch = len(loader) // args.accumulation
     run = build_pretraining(args, student, teacher, device, steps_per_epoch)
 
@@ -432,10 +423,7 @@ def main() -> None:
         start = time.perf_counter()
         means = run_epoch(run, loader, epoch, args)
         record = {f"train_{name}": value for name, value in means.items()}
-        if knn_data and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
-            workers = distributed.worker_count(args.num_workers)
-            sizes = args.batch_size_per_gpu, workers
-            record["knn_top1"] = knn_accuracy(teacher.backbone, *knn_data, device, *sizes, stats=(args.mean, args.std))
+        record |= online.measure(teacher.backbone, epoch)
         record |= {"epoch": epoch, "seconds": time.perf_counter() - start, "memory_gib": peak_memory_gib(device)}
         for warning in watch.update(means):
             print(f"warning: {warning}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from datasets import ImageDataset, make_loader, shard
 from distributed import all_gather_rows, all_reduce_sum, broadcast_buffers, get_rank, get_world_size
-from evaluation.features import FeatureExtractor, extract_features, gather_in_order
+from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
 from evaluation.hits import pack_hits
 from telemetry import with_progress
 
@@ -127,9 +127,14 @@ def knn_accuracy(
     batch_size: int,
     num_workers: int,
     stats: tuple[Sequence[float], Sequence[float]],
+    parts: Sequence[str] = ("ALL",),
+    hp1: float = 1.0,
     k: int = 20,
-) -> float:
-    """Top-1 accuracy, in percent, of a k-NN classifier on a backbone's features. The processes share the images."""
+) -> dict[str, float]:
+    """Top-1 accuracy, in percent, of a k-NN classifier on each of `parts`: ALL, IR or EF. The processes share the images.
+
+    The backbone may be in training; it is left in the mode in which it was.
+    """
     was_training = backbone.training
     broadcast_buffers(backbone)
     extractor = FeatureExtractor(backbone.eval(), stats=stats)
@@ -140,6 +145,10 @@ def knn_accuracy(
 
     train_features, train_labels = map(all_gather_rows, extract(train))
     features, labels = extract(val)
-    scores = knn_predict(train_features, train_labels, features, k, len(train.classes))
     backbone.train(was_training)
-    return 100 * all_reduce_sum((scores.argmax(-1) == labels).sum().float()).item() / len(val)
+    result = {}
+    for part in parts:
+        memory, queries = (select_part(x, extractor.dim, part, hp1) for x in (train_features, features))
+        scores = knn_predict(memory, train_labels, queries, min(k, len(memory)), len(train.classes))
+        result[part] = 100 * all_reduce_sum((scores.argmax(-1) == labels).sum().float()).item() / len(val)
+    return result
