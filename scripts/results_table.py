@@ -1,11 +1,13 @@
-"""Collects all linear-probe results into one table and one plot: a row per network and part, a column per perturbation.
+"""Collects the results of networks into tables and one plot: accuracies of linear probes, and what rotation does to features.
 
     python -m scripts.results_table results/IN100_ep200 --out results/IN100_ep200
 
-Reads the JSON files that eval_linear.py wrote below the given folders, prints the table in Markdown, and writes results.json
-(table, Markdown, records) and results.png to --out. Accuracies are those of the last epoch, in percent. A network that was
-not pretrained is the row `random`. Results for different data sets, architectures, recipes, numbers of epochs, hp1 or seeds
-have rows of their own. If several files hold a result for the same cell, the newest one counts, and a note on stderr says so.
+Reads the JSON files that eval_linear.py and eval_equivariance.py wrote below the given folders, prints the tables in Markdown
+(a row per network and part, a column per perturbation; a second table for rotation, if there are results), and writes
+results.json (tables, Markdown, records) and results.png to --out. Accuracies are those of the last epoch, in percent. A network
+that was not pretrained is the row `random`. Results for different data sets, architectures, recipes, numbers of epochs, hp1 or
+seeds have rows of their own. If several files hold a result for the same cell, the newest one counts, and a note on stderr says
+so.
 """
 
 import argparse
@@ -19,7 +21,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation.markdown import align
 from evaluation.names import PARTS
+from scripts.rotation_table import RANDOM_PART, Rotation, draw, rotation_rows
+from scripts.rotation_table import to_markdown as rotation_markdown
 
 # Rows and columns appear in this order; unknown names follow in alphabetical order. A test compares PERTURBATIONS with those
 # of augmentations.py, whose import would cost this script the seconds that torch takes.
@@ -34,7 +39,11 @@ VARIANT_FORMATS = {
 }  # fmt: skip
 NAMED_IN_ALL_ROWS = ("dataset", "arch")  # or in none
 PRETRAINING_FIELDS = ("aug", "pretrained_epochs", "hp1")  # the row `random` has none of them
-REQUIRED_FIELDS = ("net", "arch", "part", "test_aug_type", "accuracy")
+# Kinds of results, and the fields that they must have.
+PROBE, EQUIVARIANCE = "linear_probe", "equivariance"
+REQUIRED_FIELDS = {
+    PROBE: ("net", "arch", "part", "test_aug_type", "accuracy"), EQUIVARIANCE: ("net", "arch", "results", "gaps")
+}  # fmt: skip
 COLORS = {RANDOM: "Greys", "dino": "Blues", "CLeVER": "Oranges"}
 SHADES = {"ALL": 0.85, "IR": 0.6, "EF": 0.35}
 
@@ -49,10 +58,10 @@ class ResultError(ValueError):
 
 
 def read_records(folders: list[Path]) -> list[dict]:
-    """Every linear-probe result below the folders, oldest file first, with the path added as `file`.
+    """Every result of a kind in REQUIRED_FIELDS below the folders, oldest file first, with the path added as `file`.
 
     Files of other kinds are ignored. Raises ResultError if a folder is missing, if a result lacks a field, or if there
-    are no results.
+    are no results of linear probes.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -60,26 +69,27 @@ def read_records(folders: list[Path]) -> list[dict]:
     files = {path.resolve(): path for folder in folders for path in folder.rglob("*.json")}
     oldest_first = sorted(files.values(), key=lambda path: (path.stat().st_mtime_ns, str(path)))
     records = [record for path in oldest_first if (record := read_record(path)) is not None]
-    if not records:
+    if not any(record["kind"] == PROBE for record in records):
         names = ", ".join(map(str, folders))
         raise ResultError(f"no results of eval_linear.py (JSON files) below {names}; run scripts/linear_probe.sh first")
     return records
 
 
 def read_record(path: Path) -> dict | None:
-    """The linear-probe result in a file, with its `dataset` and without its `args`; None if the file holds something else."""
+    """The result in a file, with its `dataset` and `seed` and without its `args`; None if the file holds something else."""
     try:
         record = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         print(f"note: {path} is not valid JSON, ignored", file=sys.stderr)
         return None
-    if not isinstance(record, dict) or record.get("kind") != "linear_probe":
+    if not isinstance(record, dict) or record.get("kind") not in REQUIRED_FIELDS:
         return None
-    missing = [name for name in REQUIRED_FIELDS if name not in record]
+    missing = [name for name in REQUIRED_FIELDS[record["kind"]] if name not in record]
     if missing:
         raise ResultError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
     args = record.pop("args", {})
     record.setdefault("dataset", Path(args.get("data_path", "")).name or None)
+    record.setdefault("seed", args.get("seed"))
     return {**record, "file": str(path)}
 
 
@@ -118,18 +128,23 @@ def rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
 
 
-def choose_records(records: list[dict]) -> list[dict]:
+def row_name(record: dict, fields: dict[str, list[str]], part: str = "") -> str:
+    """Network, the `fields` that tell it from others, and part."""
+    net = network_name(record)
+    return " ".join(filter(None, (net, variant_of(record, fields[net]), part)))
+
+
+def choose_records(records: list[dict], fields: dict[str, list[str]]) -> list[dict]:
     """The newest record of every cell, in the order of the table, with the name of its `row` added.
 
-    `records` must be sorted from the oldest to the newest.
+    `records` are those of linear probes, from the oldest to the newest.
     """
-    fields = differing_fields(records)
     cells: dict[tuple, list[dict]] = {}
     for record in records:
         net, part = network_name(record), PARTS.get(record["part"], record["part"])
         variant = variant_of(record, fields[net])
         key = (variant, rank(NETS, net), rank(PART_ORDER, part), rank(PERTURBATIONS, record["test_aug_type"]))
-        cells.setdefault(key, []).append({**record, "row": " ".join(filter(None, (net, variant, part)))})
+        cells.setdefault(key, []).append({**record, "row": row_name(record, fields, part)})
     for *older, newest in cells.values():
         if older:
             cell = f"{newest['row']}, {newest['test_aug_type']}"
@@ -153,16 +168,20 @@ def to_markdown(table: Table, columns: list[str]) -> str:
     return align(lines)
 
 
-def align(lines: list[list[str]], text_columns: int = 1) -> str:
-    """A Markdown table, the title first, with aligned columns; all but the first `text_columns` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def rotation_table(records: list[dict], fields: dict[str, list[str]]) -> Rotation:
+    """The rows of all results of eval_equivariance.py, from the oldest to the newest: of several, the newest one counts."""
+    rows: Rotation = {}
+    for record in records:
+        common = [name for name in fields[network_name(record)] if name in NAMED_IN_ALL_ROWS]
+        untrained = " ".join(filter(None, (RANDOM, variant_of(record, common))))
+        rows |= rotation_rows(record, row_name(record, fields), untrained)
+    parts = (*PART_ORDER, RANDOM_PART)
+    part_of = {row: next(part for part in parts if row.endswith(part)) for row in rows}
 
-    def row(cells: list[str]) -> list[str]:
-        pairs = enumerate(zip(cells, widths, strict=True))
-        return [cell.ljust(width) if i < text_columns else cell.rjust(width) for i, (cell, width) in pairs]
+    def place(row: str) -> tuple:
+        return (row.removesuffix(part_of[row]).split(" ", 1)[1:], rank(NETS, row.split(" ")[0]), parts.index(part_of[row]))
 
-    rule = ["-" * width if i < text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [row(lines[0]), rule, *map(row, lines[1:])])
+    return {row: rows[row] for row in sorted(rows, key=place)}
 
 
 # --- plot ------------------------------------------------------------------------------------------------------------
@@ -175,17 +194,40 @@ def chance_level(records: list[dict]) -> float | None:
     return 100 / number if number else None
 
 
-def plot(table: Table, columns: list[str], chance: float | None, path: Path) -> None:
-    """Write a bar chart: a group of bars per perturbation, a bar per row."""
+def plot(table: Table, columns: list[str], chance: float | None, rotation: Rotation, path: Path) -> None:
+    """Write a bar chart of the accuracies, and a second one of the rotation if there are results."""
+    width = 2.5 + max(5, 0.28 * len(table) * len(columns))
+    widths = [width, 1.5 + 0.7 * len(rotation)] if rotation else [width]
+    figure, panels = plt.subplots(
+        1, len(widths), figsize=(sum(widths), 4.2), width_ratios=widths, layout="constrained", squeeze=False
+    )  # fmt: skip
+    draw_accuracies(panels[0, 0], table, columns, chance)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    if rotation:
+        draw(panels[0, 1], rotation, {row: color_of(row) for row in rotation})
+        more = zip(*panels[0, 1].get_legend_handles_labels(), strict=True)
+        new = [(handle, label) for handle, label in more if label not in labels]
+        handles, labels = handles + [handle for handle, _ in new], labels + [label for _, label in new]
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def color_of(row: str) -> tuple[float, ...]:
+    """By network, and darker for ALL than for IR than for EF."""
+    words = row.removesuffix(RANDOM_PART).split()
+    return plt.get_cmap(COLORS.get(words[0], "Greens"))(SHADES.get(words[-1], 0.2))
+
+
+def draw_accuracies(axes: plt.Axes, table: Table, columns: list[str], chance: float | None) -> None:
+    """A group of bars per perturbation, a bar per row."""
     rows = list(table)
     width = 0.86 / len(rows)
-    figure, axes = plt.subplots(figsize=(2.5 + max(5, 0.28 * len(rows) * len(columns)), 4.2), layout="constrained")
     centers = np.arange(len(columns))
     for i, row in enumerate(rows):
-        net, part = row.split(" ")[0], row.split(" ")[-1]
-        color = plt.get_cmap(COLORS.get(net, "Greens"))(SHADES.get(part, 0.5))
         heights = [table[row].get(column, np.nan) for column in columns]
-        bars = axes.bar(centers + (i - (len(rows) - 1) / 2) * width, heights, 0.92 * width, color=color, label=row)
+        places = centers + (i - (len(rows) - 1) / 2) * width
+        bars = axes.bar(places, heights, 0.92 * width, color=color_of(row), label=row)
         labels = ["" if np.isnan(height) else f"{height:.0f}" for height in heights]
         axes.bar_label(bars, labels, fontsize=8, padding=2, bbox={"color": "white", "pad": 0.3})
     if chance is not None:
@@ -193,9 +235,6 @@ def plot(table: Table, columns: list[str], chance: float | None, path: Path) -> 
     axes.set(ylim=(0, 105), ylabel="top-1 accuracy (%)", xlabel="perturbation of the test images")
     axes.set_xticks(centers, columns)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -211,15 +250,19 @@ def main(argv: list[str] | None = None) -> int:
     except ResultError as error:
         print(f"results_table.py: {error}", file=sys.stderr)
         return 2
-    chosen = choose_records(records)
+    probes, others = ([record for record in records if (record["kind"] == PROBE) == kind] for kind in (True, False))
+    fields = differing_fields(records)
+    chosen, rotation = choose_records(probes, fields), rotation_table(others, fields)
     table, columns = build_table(chosen)
-    markdown = to_markdown(table, columns)
+    markdown = to_markdown(table, columns) + (f"\n\n{rotation_markdown(rotation)}" if rotation else "")
     print(markdown)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = [{"row": row, **cells} for row, cells in table.items()]
-    results = {"table": {"columns": columns, "rows": rows}, "markdown": markdown, "records": chosen}
+    results = {
+        "table": {"columns": columns, "rows": rows}, "rotation": rotation, "markdown": markdown, "records": chosen
+    }  # fmt: skip
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(table, columns, chance_level(chosen), args.out / "results.png")
+    plot(table, columns, chance_level(chosen), rotation, args.out / "results.png")
     print(f"\nwrote {args.out / 'results.json'} and {args.out / 'results.png'}")
     return 0
 

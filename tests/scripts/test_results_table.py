@@ -191,3 +191,72 @@ def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, capsys, monk
     pixels = np.asarray(Image.open(tmp_path / "out" / "results.png").convert("L"))
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert pixels.min() < 50 and edge.min() == 255
+
+
+# --- rotation ----------------------------------------------------------------------------------------------------------
+
+
+def equivariance(folder, net="CLeVER", r2=0.7, **more):
+    """A result of eval_equivariance.py as a file, with another transformation than rotation as well."""
+    parts = [("ALL", None), ("ALL", "shuffled"), ("EF", "random_subspace"), ("ALL", "untrained")]
+    parts += [("IR", None), ("EF", None), ("EF", "untrained")] if net == "CLeVER" else []
+    results = [
+        {"transform": name, "head": "linear", "input": kind, "part": part, "control": control, "r2": r2 - 0.1 * i + other}
+        | ({"r2_std": 0.25} if control == "random_subspace" else {})
+        for name, kind, other in (("rotation", "pair", 0), ("rotation", "single", 5), ("crop", "pair", 7))
+        for i, (part, control) in enumerate(parts)
+    ]
+    gaps = [{"transform": "rotation", "part": part, "control": control, "cosine_gap": 0.5} for part, control in parts]
+    record = {"kind": "equivariance", "net": net, "arch": "resnet8", "hp1": 0.8, "pretrained_epochs": 20, "aug": "aug1_2"}
+    record |= {"results": results, "gaps": gaps, "args": {"data_path": "data/digits", "seed": 0}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{net}.json").write_text(json.dumps(record | more))
+
+
+def test_rotation_stands_in_a_table_of_its_own(tmp_path, write, capsys):
+    write("a.json", 80.0)
+    equivariance(tmp_path / "runs", "dino", r2=0.9)
+    equivariance(tmp_path / "runs", "CLeVER", r2=0.7)
+    lines, results, _ = table_of(tmp_path, capsys)
+    table = lines[lines.index([""]) + 1 :]
+    assert table[0] == ["rotation", "R2", "cosine gap"]
+    assert table[2:] == [
+        ["random ALL", "0.40", "0.50"],
+        ["dino ALL", "0.90", "0.50"],
+        ["dino random part", "0.70 ± 0.25", "0.50"],
+        ["CLeVER ALL", "0.70", "0.50"],
+        ["CLeVER IR", "0.30", "0.50"],
+        ["CLeVER EF", "0.20", "0.50"],
+        ["CLeVER random part", "0.50 ± 0.25", "0.50"],
+    ]
+    assert results["rotation"]["CLeVER random part"]["r2"] == pytest.approx([0.5, 0.25])
+    assert lines[:3] == [["top-1 (%)", "ori"], lines[1], ["CLeVER ALL", "80.0"]]
+
+
+def test_rotation_of_several_seeds_has_a_row_for_each(tmp_path, write, capsys):
+    for seed in (0, 1):
+        write(f"{seed}.json", 80.0, seed=seed)
+        equivariance(tmp_path / "runs" / str(seed), r2=0.7 + 0.1 * seed, args={"data_path": "data/digits", "seed": seed})
+    _, results, _ = table_of(tmp_path, capsys)
+    assert [results["rotation"][f"CLeVER seed{seed} ALL"]["r2"][0] for seed in (0, 1)] == pytest.approx([0.7, 0.8])
+
+
+def test_rotation_alone_is_not_enough(tmp_path, capsys):
+    equivariance(tmp_path / "runs")
+    assert results_table.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert "no results of eval_linear.py" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_rotation_has_a_panel_with_every_row(tmp_path, write, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr(results_table.plt, "close", figures.append)
+    write("a.json", 80.0)
+    equivariance(tmp_path / "runs", r2=0.7)
+    _, results, _ = table_of(tmp_path, capsys)
+    panel = figures[0].axes[1]
+    labelled = [bars for bars in panel.containers if bars.get_label() in results["rotation"]]
+    bars = {bars.get_label(): bars.patches[0].get_height() for bars in labelled}
+    assert bars == {row: values["r2"][0] for row, values in results["rotation"].items()}
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} >= set(bars)
+    monkeypatch.undo()
+    results_table.plt.close(figures[0])
