@@ -273,11 +273,11 @@ wait
 workers=()
 
 select_cells
-python -m scripts.study_table "$RESULT" --out "$RESULT"
-((${#waiting[@]} == 0)) && exit
-for cell in "${waiting[@]}"; do
+status=0
+python -m scripts.study_table "$RESULT" --out "$RESULT" || status=$?
+for cell in ${waiting[@]+"${waiting[@]}"}; do
   choose_cell $cell
-  tell "failed: $folder, see $folder/cell.log" >&2
+  tell "failed: $folder, see $folder/cell.log; the same command continues it" >&2
+  status=1
 done
-tell "${#waiting[@]} of ${#cells[@]} cells failed; run the same command again to continue them" >&2
-exit 1
+exit "$status"

@@ -11,7 +11,6 @@ same seeds and the same test images. Its interval is a percentile bootstrap that
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,144 +24,25 @@ from matplotlib.ticker import MaxNLocator
 from distributed import run_entry_point
 from evaluation.equivariance_report import SPACES
 from evaluation.hits import unpack_hits
-from evaluation.names import PARTS
-from scripts.results_table import PART_ORDER, PERTURBATIONS, align, rank
-from utils import ArgumentParser, InputError, atomic_file, check_writable, write_text_atomically
+from scripts.results_table import align
+from scripts.study_records import (
+    BASELINE,
+    COMPARED,
+    MEASURES,
+    UNTRAINED,
+    Study,
+    archs_of,
+    load_study,
+    networks_of,
+    perturbations_of,
+    recipes_of,
+    save_records,
+    seeds_of,
+)
+from utils import ArgumentParser, atomic_file, check_writable, write_text_atomically
 
-# A cell is one network with its results, as read_cell returns it. {(arch, recipe, net, seed): cell}
-Study = dict[tuple[str, str, str, int], dict[str, Any]]
-
-UNTRAINED = "untrained"
-NETS = (UNTRAINED, "dino", "CLeVER")
-BASELINE = "dino"
-COMPARED = (("CLeVER", "ALL"), ("CLeVER", "IR"))  # each minus the baseline's ALL
-MEASURES = {"probe": "linear probe", "knn": "20-NN"}
-OWN_SETTINGS = ("arch", "recipe", "net", "seed")  # in which the cells of a study may differ, of one backbone
 COLORS = {"dino": "#1f6fb4", "CLeVER": "#e6731a"}
 DRAWS = 1000
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def load_study(source: Path) -> Study:
-    """The cells below a folder, or in a file records.json.
-
-    Raises InputError if there are none, if two are the same network, or if check_settings does.
-    """
-    if source.is_dir():
-        cells = [read_cell(path.parent) for path in sorted(source.rglob("settings.txt"))]
-    else:
-        try:
-            cells = json.loads(source.read_text())["cells"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source}: neither a folder nor a file records.json ({type(error).__name__})") from error
-    if not cells:
-        raise InputError(f"{source}: no cells of scripts/study.sh (settings.txt)")
-    study: Study = {}
-    for cell in cells:
-        settings = cell["settings"]
-        key = settings["arch"], settings["recipe"], settings["net"], int(settings["seed"])
-        if key in study:
-            raise InputError(f"{source}: two cells {' '.join(map(str, key))}")
-        study[key] = cell
-    check_settings(study)
-    return study
-
-
-def check_settings(study: Study) -> None:
-    """Raise InputError unless the cells of a backbone have equal settings, and all cells as many test images."""
-    known: dict[tuple, tuple] = {}
-    for key, cell in study.items():
-        arch, _, net, _ = key
-        shared = {name: value for name, value in cell["settings"].items() if name not in OWN_SETTINGS}
-        shared = {(arch, name): value for name, value in shared.items() if net != UNTRAINED or name != "epochs"}
-        if cell["num_test_images"] is not None:
-            shared["number of", "test images"] = cell["num_test_images"]
-        for name, value in shared.items():
-            other, expected = known.setdefault(name, (key, value))
-            if value != expected:
-                raise InputError(f"{' '.join(name)}: {value} in {' '.join(map(str, key))}, "
-                    f"but {expected} in {' '.join(map(str, other))}; a table needs equal settings")  # fmt: skip
-
-
-def read_cell(folder: Path) -> dict[str, Any]:
-    """The results in the folder of one cell, rounded; those that are not there yet are left out.
-
-    Returns `settings` {name: value}, `num_test_images`, `probe` and `knn` {part: {perturbation: {top1, correct}}}, where
-    `correct` are the hits (evaluation/hits.py) that differences need, `loss` (normalised, per epoch), `results` and `gaps` of
-    eval_equivariance.py.
-    """
-    lines = (folder / "settings.txt").read_text().splitlines()
-    settings = {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
-    cell: dict[str, Any] = {"settings": settings, "num_test_images": None, "probe": {}, "knn": {}, "loss": []}
-    for measure, pattern in (("probe", "only_eval_*.json"), ("knn", "knn*.json")):
-        for path in sorted(folder.glob(pattern)):
-            record = json.loads(path.read_text())
-            result = record["results"][0] if measure == "knn" else record
-            part = PARTS[record["part"]]
-            entry = {"top1": round(result["top1" if measure == "knn" else "accuracy"], 4)}
-            if settings["net"] == BASELINE or (settings["net"], part) in COMPARED:
-                entry["correct"] = result["correct"]
-            cell[measure].setdefault(part, {})[record["test_aug_type"]] = entry
-            cell["num_test_images"] = record["num_test_images"]
-    if (log := folder / "log.txt").exists():
-        epochs = map(json.loads, log.read_text().splitlines())
-        cell["loss"] = [round(epoch["train_normalized_loss"], 4) for epoch in epochs]
-    if (path := folder / "equivariance.json").exists():
-        record = json.loads(path.read_text())
-        results = ("transform", "head", "input", "part", "control", "r2", "mae_degrees", "accuracy", "auc")
-        cell["results"] = [select_fields(entry, results) for entry in record["results"]]
-        gaps = ("transform", "part", "control", "cosine_gap", "gram_gap")
-        cell["gaps"] = [select_fields(entry, gaps) for entry in record["gaps"]]
-    return cell
-
-
-def select_fields(entry: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """These fields, rounded; scores that are None are left out."""
-    fields = {name: entry.get(name) for name in names}
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in fields.items()}
-    return {name: value for name, value in rounded.items() if value is not None or name == "control"}
-
-
-def save_records(study: Study, path: Path) -> None:
-    """All cells as one JSON file, a line per cell."""
-    lines = ",\n".join(json.dumps(cell) for cell in study.values())
-    write_text_atomically(f'{{"cells": [\n{lines}\n]}}\n', path)
-
-
-# --- axes of the tables ----------------------------------------------------------------------------------------------
-
-
-def archs_of(study: Study) -> list[str]:
-    return list(dict.fromkeys(key[0] for key in study))
-
-
-def recipes_of(study: Study) -> list[str]:
-    return sorted({recipe for _, recipe, net, _ in study if net != UNTRAINED})
-
-
-def seeds_of(study: Study) -> list[int]:
-    """The seeds of all cells: every row should have a result for each of them."""
-    return sorted({key[3] for key in study})
-
-
-def perturbations_of(study: Study) -> list[str]:
-    names = {name for cell in study.values() for measure in MEASURES for part in cell[measure].values() for name in part}
-    return sorted(names, key=lambda name: rank(PERTURBATIONS, name))
-
-
-def networks_of(study: Study) -> list[tuple[str, str, str]]:
-    """(recipe, net, part) of the rows: the untrained network, then every net with every recipe, whether or not it is there."""
-    nets = [net for net in NETS if any(key[2] == net for key in study)]
-    rows = [("-", UNTRAINED, "ALL")] if UNTRAINED in nets else []
-    for recipe in recipes_of(study):
-        rows += [(recipe, net, part) for net in nets if net != UNTRAINED for part in parts_of(net)]
-    return rows
-
-
-def parts_of(net: str) -> tuple[str, ...]:
-    return ("ALL",) if net == BASELINE else PART_ORDER
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

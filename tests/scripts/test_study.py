@@ -21,7 +21,8 @@ from support.shell import SCRIPTS, run
 from evaluation.equivariance_report import SPACES
 from evaluation.hits import pack_hits
 from scripts import study_table
-from scripts.study_table import load_study, make_row, mean_and_std, paired_interval
+from scripts.study_records import load_study
+from scripts.study_table import make_row, mean_and_std, paired_interval
 
 IMAGES = 400
 PARTS = {"ALL": "ALL", "IR": "main_part", "EF": "else_part"}
@@ -224,6 +225,13 @@ def test_refused_sources(cells, tmp_path):
     write_cell(cells, "dino", 3, lr="0.5")
     assert_refused(call(study_table.main, cells), "resnet8 lr: 0.5 in resnet8 aug1_2 dino 3, but 0.016 in ")
     shutil.rmtree(cells / "resnet8_aug1_2_dino_seed3")
+    for name in ("knn_ori_ALL.json", "only_eval_ori_linear_ALL.json", "log.txt", "equivariance.json"):
+        file = cells / "resnet8_aug1_2_dino_seed0" / name
+        for text in ("{", '{"part": "ALL"}'):
+            whole = file.read_text()
+            file.write_text(text)
+            assert_refused(call(study_table.main, cells), str(file), "not a result of the study")
+            file.write_text(whole)
     shutil.rmtree(tmp_path / "empty")
     (tmp_path / "other.json").unlink()
     assert snapshot(tmp_path) == before
@@ -349,7 +357,7 @@ def test_killed_resumed_and_one_cell_that_fails(tmp_path):
 
     broken = out / "resnet8_aug1_2_dino_seed1"
     broken.mkdir(exist_ok=True)
-    (broken / "knn.json").mkdir()  # where a result file should be
+    (broken / "equivariance.md").mkdir()  # where a file should be
     study = start_study(**variables)
     text, _ = study.communicate(timeout=900)
     assert study.returncode == 1 and f"failed: {broken}, see {broken}/cell.log" in text and "3 of 4" in text, text
@@ -358,7 +366,7 @@ def test_killed_resumed_and_one_cell_that_fails(tmp_path):
     ]  # fmt: skip
     assert all(path.stat().st_mtime_ns == before[path] for path in finished)  # not trained again
 
-    (broken / "knn.json").rmdir()
+    (broken / "equivariance.md").rmdir()
     study = start_study(**variables)
     text, _ = study.communicate(timeout=300)
     assert study.returncode == 0 and "1 of 4 cells to run" in text and "failed" not in text, text
