@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from support.pictures import photo
+from support.processes import write_images
 
 import datasets
 import telemetry
@@ -387,3 +388,18 @@ def test_a_second_start_decodes_only_changed_files(tmp_path, monkeypatch):
     save_image(tmp_path / "images" / "3.png", seed=3)
     record.write_bytes(b"damaged")
     assert len(start()) == 4 and start() == []
+
+
+def test_a_file_that_vanished_is_not_known_as_readable(tmp_path):
+    paths = [str(path) for path in sorted(write_images(tmp_path / "images", 2).iterdir())]
+    record = CheckRecord(tmp_path / "record.npy")
+    record.add(paths)
+    record.save()
+    Path(paths[0]).unlink()
+    assert CheckRecord(tmp_path / "record.npy").unknown(paths) == [paths[0]]
+
+
+def test_bad_images_cannot_be_left_out_without_the_check(tmp_path):
+    write_images(tmp_path / "images", 1)
+    with pytest.raises(InputError, match="unreadable images are found by the check"):
+        pretraining_dataset(tmp_path, eval_transform("ori", 8), skip_bad_images=True, check=False)
