@@ -170,7 +170,8 @@ knn() {
 equivariance() {
   [[ $net != untrained ]] || return 0 # it is a control in the results of every trained network
   run eval_equivariance.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" \
-    --hp1 0.8 --num_images 2000 --views_per_image 4 --seed "$seed" $EQUIVARIANCE_FLAGS # hp1: EF's width, for dino
+    --hp1 0.8 --transforms rotation crop jitter blur flip solarize --num_images 2000 --views_per_image 4 --seed "$seed" \
+    $EQUIVARIANCE_FLAGS # hp1 tells the width of the EF, for dino; no transformation `grey`, which grey images do not show
 }
 
 is_complete() {

@@ -153,11 +153,12 @@ def equivariance_table(study: Study, arch: str, kind: str, field: str, **wanted:
     found = equivariance_scores(study, arch, kind, field, **wanted)
     applicable = {(transform, net, *space) for transform, _, net, *space in found}  # dino, for example, has no IR
     rows = dict.fromkeys((recipe, net) for recipe, net, _ in networks_of(study) if net != UNTRAINED)
-    lines = [["transformation", "recipe", "net", "seeds", *SPACES.values()]]
+    spaces = [space for space in SPACES if space in {key[3:] for key in found}]
+    lines = [["transformation", "recipe", "net", "seeds", *(SPACES[space] for space in spaces)]]
     for transform in dict.fromkeys(key[0] for key in found):
         for recipe, net in rows:
             cells = []
-            for space in SPACES:
+            for space in spaces:
                 scores = found.get((transform, recipe, net, *space), {})
                 applies = (transform, net, *space) in applicable
                 cells.append(mean_and_std(list(scores.values()), digits=3) if applies else None)
