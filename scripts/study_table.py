@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from distributed import run_entry_point
 from evaluation.equivariance_report import SPACES
 from evaluation.hits import unpack_hits
-from scripts.results_table import align
+from evaluation.markdown import align
 from scripts.study_records import (
     BASELINE,
     COMPARED,
