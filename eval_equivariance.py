@@ -132,8 +132,8 @@ def choose_images(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     train, test = (draw_images(paths, args, rng) for paths in (train, test))
     if len(train) < MIN_TRAIN or len(test) < MIN_TEST:
         raise InputError(
-            f"--data_path {args.data_path}: {len(train)} images to fit regressors to and {len(test)} to test them on; at least "
-            f"{MIN_TRAIN} and {MIN_TEST} are needed"
+            f"--data_path {args.data_path}: number of images to fit regressors to {len(train)}, to test them on {len(test)}; "
+            f"at least {MIN_TRAIN} and {MIN_TEST} are needed"
         )
     return train, test
 
@@ -220,7 +220,7 @@ def main() -> None:
     pretrained = load_pretrained(args, device)
     spaces = choose_subspaces(args, pretrained)
     images = choose_images(args)
-    backbones = [pretrained.backbone] + [pretrained.untrained(args.seed)] * args.untrained
+    backbones = [pretrained.backbone, *([pretrained.untrained(args.seed)] if args.untrained else [])]
     networks = [FeatureExtractor(backbone, stats=pretrained.stats) for backbone in backbones]
     print(
         f"{pretrained.net} {pretrained.arch}, {networks[0].dim} dimensions, images of {pretrained.img_size} pixels; "

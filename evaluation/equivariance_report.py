@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation.markdown import align
 from utils import atomic_file
 
 Record = dict[str, Any]
@@ -80,7 +81,7 @@ def result_rows(name: str, found: dict[Space, Record]) -> list[Row]:
         for field, title in MEASURES.items()
         if first[field] is not None
     ]
-    targets = first["r2_per_target"] or {}
+    targets = first["r2_per_target"]
     if len(targets) > 1:
         rows += [
             (f"{name}, {target}: R2", {key: number(record["r2_per_target"][target]) for key, record in found.items()})
@@ -105,10 +106,7 @@ def to_table(rows: list[Row]) -> str:
     keys = [key for key in SPACES if any(key in cells for _, cells in rows)]
     lines = [["", *(SPACES[key] for key in keys)]]
     lines += [[title, *(cells.get(key, "-") for key in keys)] for title, cells in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [padded[0], rule, *padded[1:]])
+    return align(lines)
 
 
 # --- plot ----------------------------------------------------------------------------------------------------------------
@@ -139,7 +137,7 @@ def draw_bars(panel: plt.Axes, results: list[Record]) -> None:
     spaces = [(key, *about) for key, about in BARS.items() if (names[0], *key) in found]
     width = 0.85 / len(spaces)
     for i, (key, label, colour) in enumerate(spaces):
-        bars = [found[name, *key] for name in names]
+        bars = [found[(name, *key)] for name in names]
         places = np.arange(len(names)) + (i - (len(spaces) - 1) / 2) * width
         heights, spread = [bar["r2"] for bar in bars], [bar.get("r2_std") for bar in bars]
         panel.bar(places, heights, 0.92 * width, color=colour, label=label)

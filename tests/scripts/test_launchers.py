@@ -14,7 +14,7 @@ from support.shell import SCRIPTS, run, stub
 SHELL_FILES = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS / "slurm.sbatch", ROOT / ".ci" / "run"])
 ENTRY_POINTS = {
     "pretrain.sh": "main_dino", "linear_probe.sh": "eval_linear", "perturbation.sh": "eval_linear",
-    "downstream.sh": "eval_linear_ds",
+    "downstream.sh": "eval_linear_ds", "equivariance.sh": "eval_equivariance",
 }  # fmt: skip
 TRIAL = "CLeVER_vit_small_128_0.8_65536_1.0_reg0.001"
 RUN = f"IN100_ep200/CLeVER_vit_small/aug1_2/128/0.8/{TRIAL}"  # folder of the default run, below Result_dir
@@ -54,7 +54,7 @@ def dry_run(name, cwd=ROOT, path=(), **variables) -> list[Launch]:
     result = run(SCRIPTS / name, cwd, path, DRY_RUN="1", **variables)
     assert result.returncode == 0, result.stderr
     title, *lines = result.stdout.splitlines()
-    assert title.startswith(("pretrain: ", "linear probe: ", "perturbation: ", "downstream: "))
+    assert title.startswith(("pretrain: ", "linear probe: ", "perturbation: ", "downstream: ", "equivariance: "))
     launches: list[Launch] = []
     for line in lines:
         if line.startswith("log: "):

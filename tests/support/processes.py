@@ -119,7 +119,8 @@ def run(script: str, *flags: object, output: Path, processes: int = 1, kill_at: 
 def fork(target, *args: object) -> multiprocessing.Process:
     """A process that runs a module's function `target(*args)`, forked from the server (started at the first call)."""
     context = multiprocessing.get_context("forkserver")
-    scripts = ["main_dino", "eval_linear", "eval_linear_ds", "eval_knn", "eval_saliency", "eval_video_segmentation"]
+    evaluations = ["linear", "linear_ds", "knn", "saliency", "video_segmentation", "equivariance"]
+    scripts = ["main_dino", *(f"eval_{name}" for name in evaluations)]
     context.set_forkserver_preload(["pytest", "support.processes", *scripts])
     with mock.patch.dict(os.environ, SETTINGS):
         forkserver.ensure_running()

@@ -1,0 +1,339 @@
+"""evaluation/equivariance.py: views and their targets, what regressors get, controls, gaps by hand, known answers."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.equivariant_network import STATS, PixelReader, write_ramps
+
+from augmentations import VIEW, eval_transform
+from datasets import read_pixels
+from evaluation.equivariance import (
+    GRAM_IMAGES,
+    TRANSFORMS,
+    TransformDataset,
+    average_draws,
+    check_targets,
+    cosine_gap,
+    extract_views,
+    gram_gap,
+    hold_out_fifth,
+    input_columns,
+    inscribed_disc,
+    linear_r2,
+    measure_gaps,
+    regress,
+    regression_input,
+    shuffle_by_image,
+    subspaces,
+    with_half_angles,
+)
+from evaluation.features import FeatureExtractor
+from evaluation.regression import LinearRegressor
+from rendering import render_batch
+from utils import InputError
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory):
+    return write_ramps(tmp_path_factory.mktemp("ramps"), 24, side=32)
+
+
+@pytest.fixture(scope="module")
+def one_photo(tmp_path_factory):
+    """A colourful image that is not square."""
+    coarse = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("photo") / "0.png"
+    Image.fromarray(coarse).resize((60, 48), Image.Resampling.BICUBIC).save(path)
+    return [str(path)]
+
+
+def views_of(paths, name, **options):
+    """Pixels [M, 1+V, 3, S, S] and targets [M, V, T]."""
+    dataset = TransformDataset(paths, TRANSFORMS[name], size=32, **options)
+    return dataset.__getitems__(list(range(len(paths))))
+
+
+# --- transformations ---------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_hand():
+    """Of one view in a crop of 20 x 60 pixels at (10, 30) of an image of 100 x 120 pixels."""
+    view = np.zeros((1, 1), VIEW)
+    values = {"top": 10, "left": 30, "height": 20, "width": 60, "angle": 30, "blur": 1.5, "brightness": 1.2, "contrast": 0.8,
+              "saturation": 1.1, "hue": -0.1, "flip": 1, "solarize": 0, "grey": 1}  # fmt: skip
+    for field, value in values.items():
+        view[field] = value
+    expected = {
+        "rotation": {"sin": 0.5, "cos": np.sqrt(0.75)},
+        "rotation_corners": {"sin": 0.5, "cos": np.sqrt(0.75)},
+        "crop": {"centre x": 60 / 120, "centre y": 20 / 100, "log width": np.log(0.5), "log height": np.log(0.2)},
+        "jitter": {"brightness": 0.5, "contrast": -0.5, "saturation": 0.5, "hue": -1},
+        "blur": {"radius": 1.5},
+        "flip": {"flip": 1},
+        "solarize": {"solarize": -1},
+        "grey": {"grey": 1},
+    }
+    sizes = np.array([[100]]), np.array([[120]])
+    for name, transform in TRANSFORMS.items():
+        found = {target: float(function(view, *sizes)[0, 0]) for target, function in transform.targets.items()}
+        assert found == pytest.approx(expected[name], abs=1e-6), name
+    half = with_half_angles(TRANSFORMS["rotation"])
+    assert float(half.targets["sin"](view, *sizes)[0, 0]) == pytest.approx(np.sin(np.pi / 12))
+    assert with_half_angles(TRANSFORMS["crop"]) is TRANSFORMS["crop"]
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_views_differ_only_by_the_transformation(one_photo, name):
+    """The clean view is that of all evaluations; ranges are those of the protocol; other operations are off."""
+    transform = TRANSFORMS[name]
+    dataset = TransformDataset(one_photo, transform, size=32, views=50)
+    image = read_pixels(one_photo[0])
+    parameters = dataset.views.draw_seeded([0], [48], [60])[0]
+    clean, views = parameters[0], parameters[1:]
+    (expected,) = render_batch([image], eval_transform("ori", 32).draw_seeded([0], [48], [60]), "torchvision")
+    if transform.disc:
+        expected = expected * inscribed_disc(32)
+    assert torch.equal(dataset.__getitems__([0])[0][0, 0], expected[0, 0])
+
+    fields = {"rotation": ["angle"], "rotation_corners": ["angle"], "jitter": ["jitter"], "solarize": ["solarize"],
+              "crop": ["top", "left", "height", "width", "resized_height", "resized_width", "y", "x"]}  # fmt: skip
+    unused = ["brightness", "contrast", "saturation", "hue", "order", "elastic_seed"]  # without jitter and elastic distortion
+    for field in set(VIEW.names) - set(fields.get(name, [name])) - set(unused):
+        assert (views[field] == clean[field]).all(), field
+    if transform.kind == "class":
+        assert 10 < (views[name] == 1).sum() < 40
+    colours = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+    angle = {"angle": (-90, 90)}
+    ranges = {"rotation": angle, "rotation_corners": angle, "blur": {"blur": (0.1, 2)}, "jitter": colours}
+    for field, (low, high) in ranges.get(name, {}).items():
+        assert low - 1e-6 <= views[field].min() and views[field].max() <= high + 1e-6
+        assert np.ptp(views[field]) >= 0.8 * (high - low)
+    if name == "crop":
+        shares = views["height"] * views["width"] / (48 * 60)
+        assert 0.38 < shares.min() < 0.5 and 0.9 < shares.max() <= 1
+
+
+def test_pixels_match_the_targets(one_photo):
+    """A flipped view is the mirrored clean view, a grey one has equal channels, a solarised one is not the clean one."""
+    for name, applied in {
+        "flip": lambda clean, view: torch.equal(view, clean.flip(-1)),
+        "grey": lambda clean, view: bool((view == view[:1]).all()),
+        "solarize": lambda clean, view: torch.equal(view, torch.where(clean < 128, clean, 255 - clean)),
+    }.items():
+        pixels, targets = views_of(one_photo, name, views=12)
+        assert set(targets.flatten().tolist()) == {-1, 1}
+        for view, target in zip(pixels[0, 1:], targets[0, :, 0], strict=True):
+            assert applied(pixels[0, 0], view) == (target == 1), name
+            assert torch.equal(view, pixels[0, 0]) == (target == -1), name
+
+
+def test_a_positive_angle_turns_counter_clockwise(tmp_path):
+    """A bright spot on the right of the centre moves up."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[28:36, 48:56] = 255
+    Image.fromarray(image).save(tmp_path / "spot.png")
+    pixels, targets = views_of([str(tmp_path / "spot.png")], "rotation", views=10)
+    rows, columns = torch.meshgrid(2 * (torch.arange(32.0) - 15.5,), indexing="ij")
+    for view, (sin, cos) in zip(pixels[0, 1:, 0].double(), targets[0], strict=True):
+        y, x = (-(rows * view).sum() / view.sum(), (columns * view).sum() / view.sum())
+        assert (y / torch.hypot(x, y)).item() == pytest.approx(sin.item(), abs=0.1)
+        assert (x / torch.hypot(x, y)).item() == pytest.approx(cos.item(), abs=0.1)
+
+
+def test_disc_makes_rotations_of_a_white_image_equal(tmp_path):
+    """All views, the clean one too; without it the black corners differ."""
+    Image.new("RGB", (70, 64), "white").save(tmp_path / "white.png")
+    path = [str(tmp_path / "white.png")]
+    for size in (31, 32):
+        dataset = TransformDataset(path, TRANSFORMS["rotation"], size, views=40)
+        pixels, _ = dataset.__getitems__([0])
+        assert (pixels == 255 * inscribed_disc(size)).all()
+    corners, _ = views_of(path, "rotation_corners", views=2)
+    assert (corners[0, 0] == 255).all() and not torch.equal(corners[0, 1], corners[0, 2])
+    assert inscribed_disc(3).tolist() == [[1, 1, 1]] * 3 and inscribed_disc(4).tolist()[0] == [0, 1, 1, 0]
+
+
+def test_views_are_a_function_of_seed_stream_and_image(ramps):
+    _, first = views_of(ramps[:6], "crop", views=3)
+    assert torch.equal(views_of(ramps[:6], "crop", views=3)[1], first)
+    dataset = TransformDataset(ramps[:6], TRANSFORMS["crop"], 32, views=3)
+    assert torch.equal(dataset.__getitems__([4, 1])[1], first[[4, 1]])
+    for options in ({"seed": 1}, {"stream": 1}):
+        assert not (views_of(ramps[:6], "crop", views=3, **options)[1] == first).all(-1).any()
+    assert len(first.flatten(0, 1).unique(dim=0)) == 18
+    _, alike = views_of(ramps[:6], "crop", views=3, images_per_draw=4)
+    assert (alike[:4] == alike[0]).all() and torch.equal(alike[4], alike[5]) and not (alike[0] == alike[4]).all(-1).any()
+
+
+# --- what is regressed -------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_of_regressors():
+    features = torch.arange(12.0).view(2, 3, 2)  # two images, a clean view and two others, two dimensions
+    pair = regression_input(features, "pair")
+    assert pair.tolist() == [[0, 1, 2, 3], [0, 1, 4, 5], [6, 7, 8, 9], [6, 7, 10, 11]]
+    assert torch.equal(regression_input(features, "single"), pair[:, 2:])
+    second = torch.tensor([1])
+    assert pair[0, input_columns(second, 2, "pair")].tolist() == [1, 3]
+    assert input_columns(second, 2, "single").tolist() == [1]
+
+
+def test_shuffling_gives_every_image_the_targets_of_another():
+    targets = torch.arange(30.0).view(10, 3, 1)
+    shuffled = shuffle_by_image(targets, seed=0)
+    assert sorted(shuffled[:, 0, 0].tolist()) == targets[:, 0, 0].tolist()
+    assert torch.equal(shuffled - shuffled[:, :1], targets - targets[:, :1])  # the views of an image stay together
+    assert not (shuffled == targets).any()
+    assert not torch.equal(shuffle_by_image(targets, seed=1), shuffled)
+
+
+def test_subspaces():
+    spaces = subspaces(20, ["ALL", "IR", "EF"], 0.8, draws=3, seed=0, untrained=True)
+    kinds = [(space.part, space.control, space.network, len(space.columns)) for space in spaces]
+    assert kinds == [
+        ("ALL", None, 0, 20), ("IR", None, 0, 16), ("EF", None, 0, 4), *[("EF", "random_subspace", 0, 4)] * 3,
+        ("ALL", "untrained", 1, 20), ("IR", "untrained", 1, 16), ("EF", "untrained", 1, 4),
+    ]  # fmt: skip
+    assert spaces[1].columns.tolist() == list(range(16)) and spaces[2].columns.tolist() == [16, 17, 18, 19]
+    drawn = [tuple(space.columns.tolist()) for space in spaces[3:6]]
+    assert len(set(drawn)) == 3 and all(len(set(columns)) == 4 for columns in drawn)
+    assert [space.part for space in subspaces(20, ["ALL"], 1.0)] == ["ALL"]
+
+
+class Recorder:
+    """A regressor that predicts what it is told to, and keeps what it was given."""
+
+    def __init__(self, answer):
+        self.answer, self.given = answer, []
+
+    def __call__(self, x, y, held_out):
+        self.given.append((x, y, held_out))
+        return self
+
+    def predict(self, x, columns, groups):
+        return torch.stack([self.answer] * groups, dim=1)
+
+
+def test_regressors_get_aligned_rows_and_whole_images_are_held_out():
+    generator = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(10, 3, 4, generator=generator), torch.randn(10, 2, 1, generator=generator)
+    tested, truth = torch.randn(6, 3, 4, generator=generator), torch.randn(6, 2, 1, generator=generator)
+    recorder = Recorder(truth.flatten(0, 1))
+    spaces = subspaces(4, ["ALL", "EF"], 0.5, draws=2, untrained=True)
+    train, test = ([features, features + 1], targets), ([tested, tested], truth)
+    records = regress(TRANSFORMS["blur"], recorder, "single", spaces, train, test, seed=0)
+    assert [(record["part"], record["control"]) for record in records] == [
+        ("ALL", None), ("ALL", "shuffled"), ("EF", None), ("EF", "shuffled"), ("EF", "random_subspace"),
+        ("ALL", "untrained"), ("EF", "untrained"),
+    ]  # fmt: skip
+    assert all(record["r2"] == 1 and record["r2_per_target"] == {"radius": 1} for record in records)
+    for network, (x, y, held_out) in enumerate(recorder.given):
+        assert torch.equal(x.unflatten(0, (10, 2)), features[:, 1:] + network)
+        assert torch.equal(y[:, 0].unflatten(0, (10, 2)), targets)
+        assert torch.equal(y[:, 1].unflatten(0, (10, 2)), shuffle_by_image(targets, 0))
+        assert held_out.unflatten(0, (10, 2)).sum(1).tolist().count(2) == held_out.sum() // 2 == 2
+    assert hold_out_fifth(14, 0).sum() == 2 and not torch.equal(hold_out_fifth(14, 0), hold_out_fifth(14, 1))
+
+
+def test_draws_are_averaged():
+    common = {"part": "EF", "control": "random_subspace", "auc": None}
+    records = [
+        {"part": "EF", "control": None, "r2": 0.9, "r2_per_target": {"sin": 1.0}, "auc": None},
+        {**common, "r2": 0.25, "r2_per_target": {"sin": 0.25}},
+        {**common, "r2": 0.75, "r2_per_target": {"sin": 0.5}},
+        {"part": "EF", "control": "untrained", "r2": 0.1, "r2_per_target": {"sin": 0.1}, "auc": None},
+    ]
+    first, mean, last = average_draws(records)
+    assert (first, last) == (records[0], records[3])
+    assert mean == {**common, "draws": 2, "r2": 0.5, "r2_std": pytest.approx(0.125**0.5), "r2_per_target": {"sin": 0.375}}
+    (single,) = average_draws(records[1:2])
+    assert (single["r2"], single["r2_std"], single["draws"]) == (0.25, 0, 1)
+
+
+def test_constant_targets_are_refused():
+    targets = torch.stack([torch.rand(4, 2), torch.ones(4, 2)], dim=-1)
+    check_targets("crop", ["x"], targets[..., :1], "test images")
+    with pytest.raises(InputError, match="--transforms crop: y is the same in all views of the 4 test images"):
+        check_targets("crop", ["x", "y"], targets, "test images")
+
+
+# --- gaps --------------------------------------------------------------------------------------------------------------
+
+
+def directions(*degrees):
+    """Vectors [..., 2] of different lengths."""
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1) * torch.linspace(0.5, 3, angles.numel()).view(*angles.shape, 1)
+
+
+def test_cosine_gap_by_hand():
+    """Three images, clean at 0, 90 and 180 degrees; views at distances of 60 and 0, of 90 and 0, of 180 and 60 degrees."""
+    features = directions([0.0, 60, 0], [90, 0, 90], [180, 0, 120])
+    to_views, to_others = cosine_gap(features)
+    assert to_views == pytest.approx((0.5 + 1 + 0 + 1 - 1 + 0.5) / 6, abs=1e-6)
+    assert to_others == pytest.approx((0 - 1 + 0) / 3, abs=1e-6)
+
+
+def test_gram_gap_by_hand():
+    """Two images at a distance of 90 degrees; in the views at 60 and 90, their cosines change by .5 and 0."""
+    features = directions([0.0, 10, 50], [90, 70, 140])
+    assert gram_gap(features) == pytest.approx((0.25 + 0) / 2, abs=1e-6)
+
+
+def test_gram_gap_is_0_when_features_turn_together():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(GRAM_IMAGES + 5, 6, generator=generator)
+    turns = [torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q for _ in range(2)]
+    together = torch.stack([clean, 2 * clean @ turns[0], clean @ turns[1]], dim=1)
+    assert gram_gap(together) == pytest.approx(0, abs=1e-10)
+    # Another rotation for the images of the second group makes no difference, within a group it does.
+    together[GRAM_IMAGES:, 1] = clean[GRAM_IMAGES:] @ turns[1]
+    assert gram_gap(together) == pytest.approx(0, abs=1e-10)
+    together[:8, 1] = clean[:8] @ turns[1]
+    assert gram_gap(together) > 0.01
+
+
+# --- known answers -----------------------------------------------------------------------------------------------------
+
+
+def measure(paths, name, network, spaces, kind="pair"):
+    """Records of the linear regressor {(part, control): r2} and gaps {(part, control): record}; a third of the images test."""
+    transform = TRANSFORMS[name]
+    device, cut = torch.device("cpu"), 2 * len(paths) // 3
+    sets = [TransformDataset(part, transform, 32, 4, stream=i) for i, part in enumerate((paths[:cut], paths[cut:]))]
+    alike = TransformDataset(paths[cut:], transform, 32, 2, images_per_draw=GRAM_IMAGES, stream=2)
+    train, test, gram = (extract_views([network], dataset, device, 64, 0) for dataset in (*sets, alike))
+    records = regress(transform, LinearRegressor, kind, spaces, train, test, seed=0)
+    gaps = measure_gaps(spaces, test[0], gram[0])
+    by_space = [{(record["part"], record["control"]): record for record in group} for group in (records, gaps)]
+    return {key: record["r2"] for key, record in by_space[0].items()}, by_space[1]
+
+
+@pytest.mark.parametrize("name, kind", [("rotation", "pair"), ("rotation", "single"), ("crop", "pair"), ("crop", "single")])
+def test_ef_that_is_the_transformation_and_ir_that_is_the_class(tmp_path, name, kind):
+    """The regressors find all of it in EF and nothing in IR; the views of an image have the same IR."""
+    network = FeatureExtractor(PixelReader(), stats=STATS)
+    paths = write_ramps(tmp_path, 180, side=32)
+    r2, gaps = measure(paths, name, network, subspaces(network.dim, ["ALL", "IR", "EF"], PixelReader.hp1), kind)
+    assert r2["EF", None] > 0.99 and r2["ALL", None] > 0.99, r2
+    for key in (("IR", None), ("ALL", "shuffled"), ("IR", "shuffled"), ("EF", "shuffled")):
+        assert abs(r2[key]) < 0.05, (key, r2)
+    ir, ef = gaps["IR", None], gaps["EF", None]
+    assert ir["cosine_view"] == pytest.approx(1, abs=1e-6) and ir["gram_gap"] == pytest.approx(0, abs=1e-6)
+    assert ir["cosine_gap"] > 0.3
+    assert ef["cosine_other"] == pytest.approx(1, abs=1e-6) and ef["cosine_gap"] < -1e-4  # clean images have the same EF
+
+
+def test_cosine_gap_of_images_of_one_class_is_0_in_ir(tmp_path):
+    network = FeatureExtractor(PixelReader(), stats=STATS)
+    _, gaps = measure(write_ramps(tmp_path, 12, side=32, classes=1), "blur", network, subspaces(network.dim, ["IR"], 0.8))
+    assert gaps["IR", None]["cosine_gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_linear_r2_leaves_the_backbone_as_it_was(ramps):
+    backbone = torch.nn.Sequential(PixelReader(), torch.nn.Dropout(0.9))
+    backbone.embed_dim = PixelReader.embed_dim
+    sets = [TransformDataset(ramps[i::2], TRANSFORMS["rotation"], 32, 4, stream=i) for i in range(2)]
+    scores = linear_r2(backbone.train(), *sets, ["IR", "EF"], PixelReader.hp1, torch.device("cpu"), 64, 0, STATS)
+    assert scores["EF"] > 0.99 and scores.keys() == {"IR", "EF"} and backbone[1].training
