@@ -236,9 +236,13 @@ def eval_transform(test_aug_type: str = "ori", size: int = 224) -> Views:
     return Views([ViewDistribution(size, **{"bicubic": False, **perturbation})])
 
 
-def probe_train_transform(size: int = 224) -> Views:
-    """Training images of the linear probe and of fine-tuning: a random crop, flipped or not."""
-    return Views([ViewDistribution(size, scale=(0.08, 1.0), bicubic=False, flip_p=0.5)])
+def probe_train_transform(size: int = 224, scale: Sequence[float] = (0.08, 1.0)) -> Views:
+    """Training images of the linear probe and of fine-tuning: a random crop, flipped or not.
+
+    Raises InputError if `scale`, the share of the image's area in the crop, is not a range within (0, 1].
+    """
+    check_crop_scale("crop_scale", scale)
+    return Views([ViewDistribution(size, scale=tuple(scale), bicubic=False, flip_p=0.5)])
 
 
 # --- normalisation -----------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def main() -> None:
     if args.evaluate:
         evaluate(args, pretrained, group, test)
     else:
-        dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size))
+        dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size, args.crop_scale))
         check_same_classes(dataset, test)
         train(args, pretrained, group, dataset, test)
 

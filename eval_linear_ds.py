@@ -248,7 +248,8 @@ def main() -> None:
     test = build_dataset(args, "test", eval_transform(args.test_aug_type, pretrained.img_size))
     print(f"{pretrained.net} {pretrained.arch}, {data_name(args)}, {len(test)} test images, perturbation {args.test_aug_type}")
 
-    dataset = None if args.evaluate else build_dataset(args, "train", probe_train_transform(pretrained.img_size))
+    views = probe_train_transform(pretrained.img_size, args.crop_scale)
+    dataset = None if args.evaluate else build_dataset(args, "train", views)
     path = checkpoint_path(args, pretrained.hp1)
     fixed = ("lr", "backbone_lr", "weight_decay", "epochs")
     identity = probe_identity(args, dataset)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import utils
-from augmentations import PERTURBATIONS
+from augmentations import PERTURBATIONS, check_crop_scale
 from distributed import get_world_size, is_main_process
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, part_flag
@@ -18,7 +18,7 @@ from rendering import add_renderer_argument
 from utils import InputError, TypedFloat, bool_flag
 
 # Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
-FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size")
+FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size", "crop_scale")
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -38,6 +38,8 @@ def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) 
     add("--lr", type=TypedFloat, default=TypedFloat("0.001"), help="learning rate for 256 images per step; scaled linearly "
         "with their number. Try several: the best one depends on the scale of the features")  # fmt: skip
     add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
+    add("--crop_scale", type=float, nargs="+", default=[0.08, 1.0], help="minimum and maximum share of the image's area in a "
+        "training crop. Raise the minimum for small images, e.g. 0.5 1: crops must show what is to be recognised")  # fmt: skip
     add("--val_freq", type=int, default=1, help="epochs between validations")
     add("--evaluate", action="store_true", help="only evaluate a trained classifier")
     add("--test_aug_type", default=["ori"] if several else "ori", help=f"{perturbation}: {', '.join(PERTURBATIONS)}", **count)
@@ -56,6 +58,7 @@ def check_probe_args(args: argparse.Namespace) -> None:
         utils.check_choices(flag, value if isinstance(value, list) else [value], choices)
     if os.sep in args.trial_name:
         raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of a file name")
+    check_crop_scale("crop_scale", args.crop_scale)
     utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
     utils.check_not_negative(args, "num_workers", "seed")
 

@@ -156,6 +156,9 @@ def test_probe_training_images():
     assert_share(view["flip"], 0.5)
     for name in ("bicubic", "angle", "elastic_alpha", "jitter", "grey", "blur", "solarize"):
         assert not view[name].any(), name
+    view = draw(probe_train_transform(32, (0.5, 0.75)), 400, 400)[:, 0]
+    area = view["height"] * view["width"] / 400**2
+    assert 0.49 < area.min() < 0.51 and 0.74 < area.max() < 0.76
 
 
 # --- seeds --------------------------------------------------------------------------------------------------------------
