@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data_path", required=True, help="folder of images. If it has train/ and val/, regressors are fitted to train/ and "
         "tested on val/, otherwise fitted to 80 %% of the images and tested on the others")  # fmt: skip
-    add("--transforms", nargs="+", help=f"what is to be told: {', '.join(TRANSFORMS)}; default: all that the inputs allow")
+    add("--transforms", nargs="+", help=f"transformations: {', '.join(TRANSFORMS)}; default: all that the inputs allow")
     add("--parts", type=part_flag, nargs="+", help="parts of the representation: ALL, main_part (IR), else_part (EF); "
         "default: all that the network has")  # fmt: skip
     add("--head", nargs="+", help="regressors: linear (ridge regression, takes seconds), mlp (1024-1024, takes minutes per "

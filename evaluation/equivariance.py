@@ -336,7 +336,7 @@ def average_draws(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, value in draws[0].items():
         if isinstance(value, float):
             values = [record[name] for record in draws]
-            mean |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=len(values) > 1))}
+            mean |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=min(1, len(values) - 1)))}
         elif isinstance(value, dict):
             mean[name] = {key: float(np.mean([record[name][key] for record in draws])) for key in value}
     place = records.index(draws[0])
