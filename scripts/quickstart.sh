@@ -56,7 +56,7 @@ export PRETRAIN_FLAGS="--out_dim 256 --use_bn_in_head true --head_hidden_dim 256
   --global_crops_size $size --global_crops_scale 0.7 1 --local_crops_number 0
   --num_workers 0 --seed $SEED"
 export GPU_num_LN=1 GPU_num_EVAL=1 EPOCH_LN=20 BATCH_LN=64 lr=0.3 n_last_blocks=4
-export PROBE_FLAGS="--val_freq 10 --num_workers 0 --seed $SEED"
+export PROBE_FLAGS="--val_freq 10 --crop_scale 0.6 1 --num_workers 0 --seed $SEED"
 export EQUIVARIANCE_FLAGS="--transforms rotation --num_workers 0 --seed $SEED"
 
 # pretrain NET: every line begins with the name of the network.
