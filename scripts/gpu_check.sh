@@ -21,6 +21,8 @@ if reason:
 PYTHON
 python -m pytest -m "not slow or gpu" "$@"
 python -m scripts.bench.scan --device cuda --dtype bf16 --batch 64 64 --no-loop --output results/bench_scan_cuda.json
-# Images per second that the GPU takes, and that each core renders: their ratio is the number of cores that the GPU needs.
 python -m scripts.bench.pretrain --arch vit_small --batch_size 64 --amp_dtype bf16 --output results/bench_step_cuda.json
 python -m scripts.bench.views --output results/bench_views.json
+# Does the GPU wait for its images, and how many cores does it need?
+python -m scripts.bench.loader --arch vit_small --batch_size 64 --amp_dtype bf16 --num_workers "$(($(nproc) - 1))" \
+  --steps 50 --output results/bench_loader_cuda.json
