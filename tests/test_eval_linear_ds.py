@@ -21,7 +21,7 @@ from backbones import build_backbone
 from checkpoint import load_checkpoint
 from evaluation.features import FeatureExtractor
 from evaluation.pretrained import Pretrained
-from evaluation.probe import LinearClassifier, ProbeGroup, accuracies
+from evaluation.probe import LinearClassifier, ProbeGroup
 from vmamba import load_config
 
 CPU = torch.device("cpu")
@@ -145,16 +145,6 @@ def test_features_without_gradients_stay_the_same():
     for part in ("ALL", "IR", "EF"):
         frozen, trained = (FeatureExtractor(backbone, part, 0.8, 2, True, train)(images) for train in (False, True))
         assert torch.equal(frozen, trained) and trained.requires_grad and not frozen.requires_grad
-
-
-def test_mean_accuracy_per_class_by_hand():
-    """Class 0: 3 of 4 right, class 1: 1 of 1, class 2: no image, class 3: 0 of 2."""
-    classifier = LinearClassifier(4, 4)
-    classifier.load_state_dict({"linear.weight": torch.eye(4), "linear.bias": torch.zeros(4)})
-    predictions, labels = torch.tensor([0, 0, 0, 1, 1, 2, 0]), torch.tensor([0, 0, 0, 0, 1, 3, 3])
-    result = accuracies(classifier, F.one_hot(predictions, 4).float(), labels, per_class=True)
-    assert result["accuracy"] == pytest.approx(100 * 4 / 7)
-    assert result["mean_class_accuracy"] == pytest.approx(100 * (3 / 4 + 1 + 0) / 3)
 
 
 # --- what is trained ---------------------------------------------------------------------------------------------------
