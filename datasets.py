@@ -218,13 +218,24 @@ class ImageDataset(Dataset):
         Raises InputError if a file cannot be decoded.
         """
         samples = [self.samples[index] for index in indices]
-        images = [read_pixels(path) for path, _ in samples]
-        heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
         seeds = [image_seed(self.seed, int(self._epoch), index) for index in indices]
-        parameters = self.views.draw_seeded(seeds, heights, widths)  # B, V
-        tensors = render_batch(images, parameters, self.renderer)
+        tensors, _, _ = draw_views([path for path, _ in samples], seeds, self.views, self.renderer)
         labels = torch.tensor([label for _, label in samples])
         return (tensors[0][0] if len(self.views) == 1 else tensors), labels
+
+
+def draw_views(
+    paths: Sequence[str], seeds: Sequence[int], views: Views, renderer: str
+) -> tuple[list[Tensor], np.ndarray, tuple[Sequence[int], Sequence[int]]]:
+    """Reads B images, draws their V views from a seed for each image, and renders them.
+
+    Returns uint8 [V', B, 3, S, S] for each resolution, the parameters VIEW [B, V], and the images' heights and widths [B].
+    Raises InputError if a file cannot be decoded.
+    """
+    images = [read_pixels(path) for path in paths]
+    heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
+    parameters = views.draw_seeded(seeds, heights, widths)  # B, V
+    return render_batch(images, parameters, renderer), parameters, (heights, widths)
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:

@@ -38,7 +38,7 @@ from evaluation.equivariance import (
 from evaluation.equivariance_report import plot, to_markdown
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, part_flag
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
+from evaluation.pretrained import Pretrained, add_backbone_arguments, check_trial_name, load_pretrained, result_record
 from evaluation.regression import LinearRegressor, MLPRegressor
 from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError, bool_flag
@@ -105,8 +105,7 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
         utils.check_choices("parts", args.parts, PARTS)
     utils.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
     utils.check_not_negative(args, "num_images", "random_subspaces", "num_workers", "seed")
-    if os.sep in args.trial_name:
-        raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of file names")
+    check_trial_name(args.trial_name)
     utils.check_writable(args.output_dir)
     return args
 

@@ -26,7 +26,15 @@ from evaluation.feature_files import FeatureSet, load_features, save_features
 from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
 from evaluation.knn import MIN_TEMPERATURE, knn_accuracies
 from evaluation.names import PARTS, part_flag, part_suffix
-from evaluation.pretrained import add_backbone_arguments, check_part, load_pretrained, resolve_net_and_hp1, result_record
+from evaluation.pretrained import (
+    add_backbone_arguments,
+    check_part,
+    check_trial_name,
+    load_pretrained,
+    resolve_net_and_hp1,
+    result_record,
+    single_run,
+)
 from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError, bool_flag
 
@@ -68,8 +76,7 @@ def check_args(args: argparse.Namespace) -> None:
     for temperature in args.temperature:
         if not MIN_TEMPERATURE <= temperature < float("inf"):
             raise InputError(f"--temperature {temperature}: must be {MIN_TEMPERATURE} or more, and finite")
-    if os.sep in args.trial_name:
-        raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of a file name")
+    check_trial_name(args.trial_name)
     if args.load_features:
         for name in ("pretrained_weights", "arch", "patch_size", "img_size", "data_path", "dump_features"):
             if getattr(args, name) is not None:
@@ -151,11 +158,6 @@ def usable_neighbors(wanted: list[int], available: int) -> list[int]:
         if k > available:
             print(f"--nb_knn {k}: there are only {available} training images, all of them vote")
     return sorted({min(k, available) for k in wanted})
-
-
-def single_run(args: argparse.Namespace, part: str, perturbation: str) -> argparse.Namespace:
-    """The arguments of a run with only this part and this perturbation."""
-    return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation})
 
 
 def classify(

@@ -28,7 +28,7 @@ from datasets import ImageDataset, check_same_classes, labelled_dataset
 from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, linear_probe_name
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, single_run
 from evaluation.probe import ProbeGroup
 from evaluation.probe_arguments import (
     add_probe_arguments,
@@ -112,7 +112,7 @@ def build_probes(
     probes = []
     for part, extractor in zip(args.else_part, extractors, strict=True):
         path = Path(args.output_dir) / f"checkpoint_{file_name(args, pretrained, part)}.pth.tar"
-        own = single_run(args, part)
+        own = single_run(args, part, args.test_aug_type[0])
         probe = build_probe(own, pretrained, extractor, num_labels, path, device, fixed_arguments=("optimizer",))
         probe.optimizer = build_optimizer(args, probe.classifier)
         probes.append(probe)
@@ -122,11 +122,6 @@ def build_probes(
 def file_name(args: argparse.Namespace, pretrained: Pretrained, part: str) -> str:
     """Name of the files of a part's probe."""
     return linear_probe_name(PARTS[part], pretrained.hp1, args.lr, args.epochs, args.trial_name)
-
-
-def single_run(args: argparse.Namespace, part: str, perturbation: str | None = None) -> argparse.Namespace:
-    """The arguments of a run with only this part and this perturbation (default: the first one)."""
-    return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation or args.test_aug_type[0]})
 
 
 def train(
@@ -144,7 +139,8 @@ def train(
         print(f"{group.prefix(probe)}Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
         path = Path(args.output_dir) / f"{file_name(args, pretrained, part)}.json"
         values = result | {"effective_lr": lr, "num_labels": len(test.classes)}
-        write_result(path, "linear_probe", single_run(args, part), pretrained, values)
+        run = single_run(args, part, args.test_aug_type[0])
+        write_result(path, "linear_probe", run, pretrained, values)
 
 
 def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup, test: ImageDataset) -> None:

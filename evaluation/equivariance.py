@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from augmentations import DINO_VIEW, Views, eval_transform
-from datasets import image_seed, make_loader, read_pixels, shard
-from distributed import all_gather_objects, broadcast_buffers, get_rank, get_world_size
-from evaluation.features import FeatureExtractor, gather_in_order, select_part
+from datasets import draw_views, image_seed, make_loader, shard
+from distributed import all_gather_objects, get_rank, get_world_size
+from evaluation.features import FeatureExtractor, gather_in_order, in_eval_mode, select_part
 from evaluation.regression import LinearRegressor, accuracy, auc, mean_angle_error, pooled_r2, r2_per_target, sie_r2
-from rendering import render_batch
 from telemetry import with_progress
 from utils import InputError
 
@@ -141,15 +140,13 @@ class TransformDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Pixels, uint8 [B, 1+V, 3, S, S], the clean view first, and targets, float64 [B, V, T]."""
-        images = [read_pixels(self.paths[index]) for index in indices]
-        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))  # B
         seeds = [image_seed(self.seed, self.stream, index // self.images_per_draw) for index in indices]
-        parameters = self.views.draw_seeded(seeds, heights, widths)  # B, 1+V
-        (pixels,) = render_batch(images, parameters, self.renderer)  # 1+V, B, 3, S, S
+        paths = [self.paths[index] for index in indices]
+        (pixels,), parameters, sizes = draw_views(paths, seeds, self.views, self.renderer)  # 1+V, B, 3, S, S; B, 1+V
         if self.transform.disc:
             pixels *= inscribed_disc(self.size)
-        sizes = heights[:, None], widths[:, None]
-        targets = np.stack([target(parameters[:, 1:], *sizes) for target in self.transform.targets.values()], axis=-1)
+        heights, widths = (np.array(lengths)[:, None] for lengths in sizes)  # B, 1
+        targets = np.stack([target(parameters[:, 1:], heights, widths) for target in self.transform.targets.values()], axis=-1)
         return pixels.transpose(0, 1), torch.from_numpy(targets)  # B, V, T
 
 
@@ -408,11 +405,9 @@ def linear_r2(
 
     The backbone may be in training; it is left in the mode in which it was. The processes share the work.
     """
-    was_training = backbone.training
-    broadcast_buffers(backbone)
-    network = FeatureExtractor(backbone.eval(), stats=stats)
-    fitted, tested = (extract_views([network], views, device, batch_size, num_workers) for views in (train, test))
-    backbone.train(was_training)
+    network = FeatureExtractor(backbone, stats=stats)
+    with in_eval_mode(backbone):
+        fitted, tested = (extract_views([network], views, device, batch_size, num_workers) for views in (train, test))
     spaces = subspaces(network.dim, parts, hp1)
     records = regress(train.transform, LinearRegressor, kind, spaces, fitted, tested, train.seed)
     return {record["part"]: record["r2"] for record in records if record["control"] is None}

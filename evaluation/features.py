@@ -3,14 +3,15 @@
 Shapes: D width of the backbone, n number of last blocks, N patches, M images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from distributed import all_gather_rows, get_world_size
+from distributed import all_gather_rows, broadcast_buffers, get_world_size
 from evaluation.names import PARTS
 from heads import split_sizes
 from telemetry import with_progress
@@ -129,6 +130,17 @@ def extract_parts(
             rows.append(extractor.select(tokens).float())  # B, dim
         labels.append(batch_labels)
     return [torch.cat(rows) for rows in features], torch.cat(labels).to(device)
+
+
+@contextmanager
+def in_eval_mode(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The backbone in eval mode, with the same buffers on every process; afterwards it is in the mode in which it was."""
+    was_training = backbone.training
+    broadcast_buffers(backbone)
+    try:
+        yield backbone.eval()
+    finally:
+        backbone.train(was_training)
 
 
 def gather_in_order(rows: torch.Tensor, total: int) -> torch.Tensor:

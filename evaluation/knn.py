@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from datasets import ImageDataset, make_loader, shard
-from distributed import all_gather_rows, all_reduce_sum, broadcast_buffers, get_rank, get_world_size
-from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
+from distributed import all_gather_rows, all_reduce_sum, get_rank, get_world_size
+from evaluation.features import FeatureExtractor, extract_features, gather_in_order, in_eval_mode, select_part
 from evaluation.hits import pack_hits
 from telemetry import with_progress
 
@@ -135,17 +135,15 @@ def knn_accuracy(
 
     The backbone may be in training; it is left in the mode in which it was.
     """
-    was_training = backbone.training
-    broadcast_buffers(backbone)
-    extractor = FeatureExtractor(backbone.eval(), stats=stats)
+    extractor = FeatureExtractor(backbone, stats=stats)
 
     def extract(dataset):
         own = shard(dataset, get_rank(), get_world_size())
         return extract_features(extractor, make_loader(own, batch_size, num_workers=num_workers), device)
 
-    train_features, train_labels = map(all_gather_rows, extract(train))
-    features, labels = extract(val)
-    backbone.train(was_training)
+    with in_eval_mode(backbone):
+        train_features, train_labels = map(all_gather_rows, extract(train))
+        features, labels = extract(val)
     result = {}
     for part in parts:
         memory, queries = (select_part(x, extractor.dim, part, hp1) for x in (train_features, features))

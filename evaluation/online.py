@@ -15,7 +15,6 @@ import torch.nn as nn
 import utils
 from augmentations import eval_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
-from distributed import worker_count
 from evaluation.equivariance import FOLDS, TRANSFORMS, TransformDataset, linear_r2
 from evaluation.knn import knn_accuracy
 from utils import InputError
@@ -87,7 +86,7 @@ class OnlineEvaluation:
         record: dict[str, float] = {}
         options = {
             "device": self.device, "batch_size": self.args.batch_size_per_gpu, "stats": (self.args.mean, self.args.std),
-            "num_workers": worker_count(self.args.num_workers),
+            "num_workers": self.args.num_workers,
         }  # fmt: skip
         if self.knn_data and self._is_due(epoch, self.args.knn_freq):
             record["knn_top1"] = knn_accuracy(backbone, *self.knn_data, **options)["ALL"]

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,17 @@ class Pretrained:
 def result_record(kind: str, network: dict[str, Any], args: argparse.Namespace, **values: Any) -> dict[str, Any]:
     """What every evaluation writes as JSON: its kind, the network (`Pretrained.record()`), results, and the arguments."""
     return {"kind": kind, **network, **values, "args": plain_args(args)}
+
+
+def single_run(args: argparse.Namespace, part: str, perturbation: str) -> argparse.Namespace:
+    """The arguments of a run with only this part and this perturbation, of those that were given as lists."""
+    return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation})
+
+
+def check_trial_name(name: str) -> None:
+    """Raise InputError unless --trial_name can be a part of a file name."""
+    if os.sep in name:
+        raise InputError(f"--trial_name {name!r}: must not contain {os.sep}, it is part of a file name")
 
 
 def resolve_option(name: str, given: Any, stored: Any, default: Any, source: str = "checkpoint was") -> Any:

@@ -1,7 +1,6 @@
 """The flags of the scripts that train classifiers, eval_linear.py and eval_linear_ds.py, and what both build from them."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from augmentations import PERTURBATIONS, check_crop_scale
 from distributed import get_world_size, is_main_process
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, part_flag
-from evaluation.pretrained import Pretrained, result_record
+from evaluation.pretrained import Pretrained, check_trial_name, result_record
 from evaluation.probe import LinearClassifier, Probe, ProbeGroup
 from rendering import add_renderer_argument
 from utils import InputError, TypedFloat, bool_flag
@@ -56,8 +55,7 @@ def check_probe_args(args: argparse.Namespace) -> None:
     for flag, choices in (("else_part", PARTS), ("test_aug_type", PERTURBATIONS)):
         value = getattr(args, flag)
         utils.check_choices(flag, value if isinstance(value, list) else [value], choices)
-    if os.sep in args.trial_name:
-        raise InputError(f"--trial_name {args.trial_name!r}: must not contain {os.sep}, it is part of a file name")
+    check_trial_name(args.trial_name)
     check_crop_scale("crop_scale", args.crop_scale)
     utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
     utils.check_not_negative(args, "num_workers", "seed")

@@ -7,7 +7,6 @@ Shapes: M training rows, N test rows, D columns of the features, d of them in us
 """
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 ROWS = 8192  # converted to float64 at a time
@@ -163,6 +162,8 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: how often a score [N] with label 1 is above one with label -1; a tie counts half."""
+    from scipy.stats import rankdata  # takes a second or two, which pretraining need not wait for
+
     positive = (labels > 0).cpu()
     ranks = torch.from_numpy(rankdata(scores.cpu().numpy()))  # ties share their mean rank
     count = int(positive.sum())

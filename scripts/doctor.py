@@ -60,12 +60,17 @@ def show_tools() -> tuple[bool, bool]:
     return compiler is not None, nvcc is not None
 
 
+def is_outdated(info: dict, library: build_tool.Library) -> bool:
+    """Whether the sources have changed since the build that build.json describes."""
+    return info.get("sources_sha256") != library.sources_sha256()
+
+
 def show_builds() -> list[Path]:
     """Returns the folders of builds that are out of date."""
     outdated = []
     for folder in extension.build_folders():
         info = extension.build_info(folder)
-        is_old = info.get("sources_sha256") != build_tool.SELECTIVE_SCAN.sources_sha256()
+        is_old = is_outdated(info, build_tool.SELECTIVE_SCAN)
         outdated += [folder] * is_old
         cuda = info.get("cuda") or {}
         parts = [f"CPU library by {info['cpu']['compiler']}"] if "cpu" in info else []
@@ -98,7 +103,7 @@ def show_renderer() -> str | None:
         row("views", f"torchvision and Pillow; cpp: {reason}")
         return views_cpp.VIEWS.rebuild_in_place
     folder = views_cpp.VIEWS.build_folders()[0]
-    is_old = build_info(folder).get("sources_sha256") != build_tool.VIEWS.sources_sha256()
+    is_old = is_outdated(build_info(folder), build_tool.VIEWS)
     note = ", OUT OF DATE: the sources have changed since" if is_old else ""
     row("views", f"cpp selected ({views_cpp.instruction_set()} instructions{note})")
     return views_cpp.VIEWS.rebuild_in_place if is_old else None
