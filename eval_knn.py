@@ -201,7 +201,8 @@ def write_result(args: argparse.Namespace, features: FeatureSet, results: list[d
     hp1 = args.hp1 if args.hp1 is not None else about["hp1"]  # in the name as it was typed
     perturbation = "" if args.test_aug_type == "ori" else f"_{args.test_aug_type}"
     name = "_".join(filter(None, [f"knn{perturbation}{part_suffix(PARTS[args.else_part], hp1)}", args.trial_name]))
-    network = {key: about.get(key) for key in ("net", "arch", "img_size", "pretrained_epochs", "aug", "backbone")}
+    fields = ("net", "arch", "img_size", "pretrained_epochs", "aug", "pretraining_seed", "backbone")
+    network = {key: about.get(key) for key in fields}
     record = result_record(
         "knn", network, args, part=args.else_part, hp1=about["hp1"], test_aug_type=args.test_aug_type, results=results,
         num_train_images=len(features.train), num_test_images=len(features.test), num_labels=len(about["classes"]),

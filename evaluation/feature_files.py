@@ -27,7 +27,8 @@ class FeatureSet:
     Args:
         train, test: [M, D] and [N, D].
         train_labels, test_labels: class numbers [M] and [N].
-        description: net, arch, hp1, img_size, pretrained_epochs, aug, backbone (fingerprint), classes; where known.
+        description: net, arch, hp1, img_size, pretrained_epochs, aug, pretraining_seed, backbone (fingerprint), classes;
+            where known.
     """
 
     train: torch.Tensor

@@ -30,6 +30,7 @@ class Pretrained:
         aug: recipe of the pretraining's views, or None.
         fingerprint: hash of the weights.
         options: patch_size and img_size, with which the backbone was built.
+        pretraining_seed: seed of the pretraining, or None if the checkpoint does not say.
     """
 
     backbone: nn.Module
@@ -43,6 +44,7 @@ class Pretrained:
     aug: str | None
     fingerprint: str
     options: dict[str, int] = field(default_factory=dict)
+    pretraining_seed: int | None = None
 
     @property
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -52,7 +54,8 @@ class Pretrained:
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
         return {
-            "net": self.net, "arch": self.arch, "pretrained_epochs": self.epochs, "aug": self.aug, "backbone": self.fingerprint
+            "net": self.net, "arch": self.arch, "pretrained_epochs": self.epochs, "aug": self.aug,
+            "pretraining_seed": self.pretraining_seed, "backbone": self.fingerprint,
         }  # fmt: skip
 
     def check_patches(self, reason: str) -> None:
@@ -160,6 +163,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         aug=stored.get("aug"),
         fingerprint=fingerprint(state),
         options=options,
+        pretraining_seed=stored.get("seed"),
     )
 
 

@@ -67,7 +67,7 @@ check_words NETS dino CLeVER untrained
 check_words RECIPES aug1 aug1_2 aug1_4_2
 check_words STEPS $ALL_STEPS
 check_words TUNE 0 1
-[[ $SEEDS =~ ^([0-9]{1,9} *)+$ ]] || stop "SEEDS=$SEEDS: must be whole numbers, such as 0 1 2"
+[[ $SEEDS =~ ^\ *((0|[1-9][0-9]{0,8})(\ +|$))+$ ]] || stop "SEEDS=$SEEDS: must be whole numbers without leading zeros, such as 0 1 2"
 check_words SEEDS $SEEDS
 [[ -z ${EPOCHS:-} ]] || check_number EPOCHS 1
 suffix=""
@@ -183,8 +183,8 @@ is_complete() {
 run_cell() {
   local step
   mkdir -p "$folder" && settings > "$folder/settings.txt" || return
-  for step in $STEPS; do
-    [[ ! -e $folder/$step.done ]] || continue
+  for step in $ALL_STEPS; do # in this order, whatever the order of STEPS
+    [[ " $STEPS " == *" $step "* && ! -e $folder/$step.done ]] || continue
     echo "=== $step, $(date '+%F %T')"
     "$step" && touch "$folder/$step.done" || return
   done
@@ -245,7 +245,7 @@ select_cells
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   for cell in "${cells[@]}"; do
     choose_cell $cell
-    for step in $STEPS; do "$step"; done
+    for step in $ALL_STEPS; do [[ " $STEPS " != *" $step "* ]] || "$step"; done
   done
   exit
 fi

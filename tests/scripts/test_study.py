@@ -262,6 +262,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
         ({"RECIPES": "aug1 aug1"}, ("RECIPES=aug1 aug1", "twice")),
         ({"SEEDS": "0 x"}, ("SEEDS=0 x", "whole numbers")),
         ({"SEEDS": "1 1"}, ("SEEDS=1 1", "twice")),
+        ({"SEEDS": "00 0"}, ("SEEDS=00 0", "leading zeros")),
         ({"STEPS": "train"}, ("STEPS=train", "pretrain probe perturbation knn equivariance")),
         ({"EPOCHS": "0"}, ("EPOCHS=0", "1 or more")),
         ({"JOBS": "two"}, ("JOBS=two", "1 or more")),
@@ -310,7 +311,7 @@ def test_nets_share_all_settings_and_seeds(tmp_path):
 def test_variables_reach_the_commands():
     commands = dry_run(
         STUDY="full", NETS="CLeVER", RECIPES="aug1_4_2", SEEDS="7", DATA="digits", TUNE="1", EPOCHS="2", RESULT="r",
-        STEPS="pretrain knn", PRETRAIN_FLAGS="--lr 0.5", KNN_FLAGS="--temperature 0.1 0.2",
+        STEPS="knn pretrain", PRETRAIN_FLAGS="--lr 0.5", KNN_FLAGS="--temperature 0.1 0.2",
     )  # fmt: skip
     assert [script for script, _ in commands] == ["main_dino.py", "eval_knn.py"] * 3
     assert [args["arch"] for _, args in commands[::2]] == ["resnet8", "vit_micro", "vssm2-vmambav2_micro"]
