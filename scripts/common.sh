@@ -33,6 +33,7 @@ reg=${reg-_reg0.001}    # empty: no regulariser
 : "${PARTS:=ALL main_part else_part}"
 : "${TEST_AUGS:=basic aug1 aug1_2 aug1_4_2}"
 : "${PROBE_FLAGS:=}" # additional flags of eval_linear.py
+: "${EQUIVARIANCE_FLAGS:=}" # additional flags of eval_equivariance.py
 
 TRIAL_name=${net_name}_${backbone_name}_${BATCH}_${HP1}_${DVR_out_dim}_${SEP_LAMBD}${reg}
 RUN_DIR=$Result_dir/${DATASET}_ep$EPOCH/${net_name}_$backbone_name/$AUG_TYPE/$BATCH/$HP1/$TRIAL_name

@@ -8,7 +8,6 @@
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-: "${EQUIVARIANCE_FLAGS:=}"
 
 echo "equivariance: $PARTS of $net_name $backbone_name, $DATASET_PATH, in $RUN_DIR"
 check_probe

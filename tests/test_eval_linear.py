@@ -171,7 +171,7 @@ def test_result_holds_what_it_depends_on(trained, weights):
     assert set(result) == {
         "kind", "net", "arch", "part", "hp1", "pretrained_epochs", "aug", "test_aug_type", "accuracy", "test_loss",
             "num_test_images",
-        "best_accuracy", "effective_lr", "num_labels", "seed", "backbone", "args",
+        "best_accuracy", "effective_lr", "num_labels", "seed", "pretraining_seed", "backbone", "args",
     }  # fmt: skip
     expected = {
         "kind": "linear_probe", "net": "CLeVER", "arch": "resnet8", "part": "ALL", "hp1": 0.8, "pretrained_epochs": 0,

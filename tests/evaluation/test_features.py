@@ -283,6 +283,14 @@ def test_a_bare_state_dict_needs_the_flags(checkpoint, tmp_path):
         load(tmp_path / "bare.pth", *flags, "--net", "CLeVER")
 
 
+def test_the_record_holds_the_seed_of_the_pretraining(checkpoint, tmp_path):
+    """Old checkpoints do not say it."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["args"]["seed"] = 3
+    torch.save(content, tmp_path / "seed.pth")
+    assert [load(path).record()["pretraining_seed"] for path in (checkpoint, tmp_path / "seed.pth")] == [None, 3]
+
+
 def test_the_fingerprint_is_of_the_weights(checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     state["teacher"]["module.backbone.cls_token"][0, 0, 0] += 1e-3
