@@ -63,8 +63,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
     check_probe_args(args)
-    if len(args.test_aug_type) > 1 and not args.evaluate:
-        raise InputError(f"--test_aug_type {' '.join(args.test_aug_type)}: several perturbations only with --evaluate")
     if len(args.else_part) > 1 and args.final_eval_weights is not None:
         raise InputError(f"--final_eval_weights {args.final_eval_weights}: only with one part, not {' '.join(args.else_part)}")
     if args.per_image and not args.evaluate:

@@ -23,11 +23,11 @@ FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patch
 def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Flags of every training of a classifier. With `several`, --else_part and --test_aug_type are lists."""
     add = parser.add_argument
-    part, perturbation = "part of the representation: ALL, main_part (IR), else_part (EF)", "perturbation of the test images"
+    part = "part of the representation: ALL, main_part (IR), else_part (EF)"
+    perturbation = "perturbation of the test images, any but ori only with --evaluate"
     count = {"nargs": "+"} if several else {}
     if several:
         part += "; several parts share the passes of the backbone, each has its own files"
-        perturbation += ", several only with --evaluate"
     add("--else_part", type=part_flag, default=["ALL"] if several else "ALL", help=part, **count)
     add("--n_last_blocks", type=int, default=4, help="ViT: concatenates the [CLS] tokens of the last n blocks. 4 suits small "
         "ViTs, 1 with --avgpool_patchtokens true ViT-B")  # fmt: skip
@@ -52,9 +52,11 @@ def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) 
 
 def check_probe_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values of these flags."""
-    for flag, choices in (("else_part", PARTS), ("test_aug_type", PERTURBATIONS)):
-        value = getattr(args, flag)
-        utils.check_choices(flag, value if isinstance(value, list) else [value], choices)
+    parts, perturbations = (value if isinstance(value, list) else [value] for value in (args.else_part, args.test_aug_type))
+    utils.check_choices("else_part", parts, PARTS)
+    utils.check_choices("test_aug_type", perturbations, PERTURBATIONS)
+    if perturbations != ["ori"] and not args.evaluate:
+        raise InputError(f"--test_aug_type {' '.join(perturbations)}: only with --evaluate; otherwise it must be ori")
     check_trial_name(args.trial_name)
     check_crop_scale("crop_scale", args.crop_scale)
     utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")

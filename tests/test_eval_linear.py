@@ -353,7 +353,8 @@ def test_two_processes_train_several_parts_as_separately(weights, colours, tmp_p
         ("--crop_scale 0.5", "crop_scale 0.5: must be two increasing numbers in (0, 1]"),
         ("--else_part ALL --lr 5 --epochs 8 --crop_scale 0.5 1", "--crop_scale [0.5, 1.0]: the probe "),
         ("--per_image true", "--per_image true: only with --evaluate"),
-        ("--test_aug_type ori basic", "--test_aug_type ori basic: several perturbations only with --evaluate"),
+        ("--test_aug_type ori basic", "--test_aug_type ori basic: only with --evaluate"),
+        ("--epochs 8 --test_aug_type aug1_2", "--test_aug_type aug1_2: only with --evaluate"),  # the probe is finished
         ("--evaluate --else_part ALL IR --final_eval_weights x", "x: only with one part, not ALL main_part"),
         ("--evaluate --else_part ALL EF --lr 5 --epochs 8", "checkpoint_linear_hp0.8_else_5_8_.pth.tar: no such file"),
         ("--else_part main_part ALL --lr 5 --epochs 8 --seed 7", "--seed 7: the probe "),

@@ -157,6 +157,7 @@ REFUSED = [
     ("--weight_decay 0.1", "--weight_decay 0.1", "must be 0", "linear"),
     ("--ds_mode ds_ft --backbone_lr -1", "--backbone_lr -1", "0 or greater"),
     ("--ds_mode ds_ft --weight_decay nan", "--weight_decay nan", "0 or greater"),
+    ("--test_aug_type aug1_2", "--test_aug_type aug1_2", "only with --evaluate"),
     ("--evaluate", "ds_linear_data_linear_sgd_lr0.5_lrbk0_ep2_bs4_li_aug1.pth.tar", "no such file"),
     ("--evaluate --final_eval_weights {resnet}", "{resnet}", "no linear classifier"),
     ("--output_dir {file}", "{file}", "is a file"),
