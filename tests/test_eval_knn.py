@@ -170,7 +170,8 @@ def test_what_a_run_prints_and_writes(world):
     assert "img/s  left 0:00:00" in out
     record = json.loads((world.root / "all" / "knn.json").read_text())
     expected = {"kind": "knn", "net": "CLeVER", "arch": "vit_micro", "part": "ALL", "hp1": 0.8, "pretrained_epochs": 7,
-                "aug": "aug1_2", "pretraining_seed": 3, "num_train_images": 27, "num_test_images": 16, "num_labels": 3}  # fmt: skip
+                "aug": "aug1_2", "pretraining_seed": 3, "num_train_images": 27, "num_test_images": 16,
+                "num_labels": 3}  # fmt: skip
     assert record.items() >= expected.items() and record["args"]["nb_knn"] == [1, 5, 20]
     assert sorted(path.name for path in world.features.iterdir()) == sorted([*TENSORS.values(), "features.json"])
 

@@ -175,7 +175,7 @@ def test_result_holds_what_it_depends_on(trained, weights):
     }  # fmt: skip
     expected = {
         "kind": "linear_probe", "net": "CLeVER", "arch": "resnet8", "part": "ALL", "hp1": 0.8, "pretrained_epochs": 0,
-        "test_aug_type": "ori", "num_test_images": 30, "num_labels": 3, "seed": 0,
+        "test_aug_type": "ori", "num_test_images": 30, "num_labels": 3, "seed": 0, "pretraining_seed": 0,
     }  # fmt: skip
     assert {name: result[name] for name in expected} == expected
     assert result["args"]["lr"] == 5.0 and result["args"]["pretrained_weights"] == str(weights)
