@@ -164,18 +164,21 @@ def save_png(pixels: np.ndarray, path: str | Path) -> None:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise InputError unless `folder`, or the nearest parent that exists, can be written; leaves no file behind."""
+def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Raise InputError, which names the flag, unless `folder`, or the nearest parent that exists, can be written.
+
+    Leaves no file behind.
+    """
     path = Path(folder).absolute()
     try:
         if path.exists() and not path.is_dir():
-            raise InputError(f"--output_dir {folder}: is a file, not a folder")
+            raise InputError(f"{flag} {folder}: is a file, not a folder")
         while not path.exists():
             path = path.parent
         with tempfile.TemporaryFile(dir=path):  # permission bits say nothing about root and read-only file systems
             pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: {path} cannot be written ({error.strerror})") from error
+        raise InputError(f"{flag} {folder}: {path} cannot be written ({error.strerror})") from error
 
 
 @contextlib.contextmanager
