@@ -104,14 +104,18 @@ def build_extractors(args: argparse.Namespace, pretrained: Pretrained) -> list[F
 
 
 def build_probes(
-    args: argparse.Namespace, pretrained: Pretrained, extractors: list[FeatureExtractor], num_labels: int, device: torch.device
+    args: argparse.Namespace,
+    pretrained: Pretrained,
+    extractors: list[FeatureExtractor],
+    classes: list[str],
+    device: torch.device,
 ) -> ProbeGroup:
     """The probe of each part, as a run with this part alone builds it."""
     probes = []
     for part, extractor in zip(args.else_part, extractors, strict=True):
         path = Path(args.output_dir) / f"checkpoint_{file_name(args, pretrained, part)}.pth.tar"
         own = single_run(args, part, args.test_aug_type[0])
-        probe = build_probe(own, pretrained, extractor, num_labels, path, device, fixed_arguments=("optimizer",))
+        probe = build_probe(own, pretrained, extractor, classes, path, device, fixed_arguments=("optimizer",))
         probe.optimizer = build_optimizer(args, probe.classifier)
         probes.append(probe)
     return group_probes(args, probes, device)
@@ -167,7 +171,7 @@ def main() -> None:
 
     test = build_dataset(args, "val", eval_transform(args.test_aug_type[0], pretrained.img_size))
     print(f"{pretrained.net} {pretrained.arch}, {len(test)} test images, perturbation {' '.join(args.test_aug_type)}")
-    group = build_probes(args, pretrained, extractors, len(test.classes), device)
+    group = build_probes(args, pretrained, extractors, test.classes, device)
     if args.evaluate:
         evaluate(args, pretrained, group, test)
     else:

@@ -13,7 +13,6 @@ and its files are in evaluation/probe.py, the data sets in evaluation/downstream
 """
 
 import argparse
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from evaluation.probe_arguments import (
     check_probe_args,
     group_probes,
     lr_scale,
+    short_hash,
     write_result,
 )
 from rendering import resolve_renderer
@@ -182,8 +182,7 @@ def images_per_step(args: argparse.Namespace) -> int:
 def describe_images(dataset: ImageDataset) -> str:
     """The number of images, and a hash of their classes and file names that does not depend on the folder."""
     names = sorted(f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in dataset.samples)
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    return f"{len(names)} images ({digest})"
+    return f"{len(names)} images ({short_hash(names)})"
 
 
 # --- network -----------------------------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ def main() -> None:
     path = checkpoint_path(args, pretrained.hp1)
     fixed = ("lr", "backbone_lr", "weight_decay", "epochs")
     identity = probe_identity(args, dataset)
-    probe = build_probe(args, pretrained, extractor, len(test.classes), path, device, fixed, **identity)
+    probe = build_probe(args, pretrained, extractor, test.classes, path, device, fixed, **identity)
     group = group_probes(args, [probe], device, per_class=True)
     name = path.name.removesuffix(CHECKPOINT)
     if args.evaluate:

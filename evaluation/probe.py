@@ -63,8 +63,8 @@ class Probe:
         extractor: images -> features [B, D].
         classifier: features -> logits [B, C], on the device.
         path: the checkpoint, rewritten after every epoch.
-        identity: what the probe was trained on; a checkpoint with other values is refused. The keys num_labels and dim are
-            read off the weights of a file that does not have them.
+        identity: what the probe was trained on; a checkpoint with other values is refused, and values that it
+            lacks are not compared. num_labels and dim are those of its weights.
         arguments: of the command line, recorded in the checkpoint.
         fixed_arguments: names of those that must be the same when training is resumed.
         optimizer: of the classifier, and of the backbone if that is trained; only training needs it.
@@ -161,6 +161,8 @@ class Probe:
                 why = f"its {name} is {found[name]}, here it is {value}"
                 if name == "backbone":
                     why = "was trained on other backbone weights; delete it, or move it away"
+                elif name == "classes":
+                    why = "was trained on other classes; to train one for these, give another --output_dir or --trial_name"
                 raise InputError(f"probe checkpoint {path}: {why}")
         self.classifier.load_state_dict(state)
         if self.extractor.train_backbone:

@@ -1,6 +1,8 @@
 """The flags of the scripts that train classifiers, eval_linear.py and eval_linear_ds.py, and what both build from them."""
 
 import argparse
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def build_probe(
     args: argparse.Namespace,
     pretrained: Pretrained,
     extractor: FeatureExtractor,
-    num_labels: int,
+    classes: Sequence[str],
     path: Path,
     device: torch.device,
     fixed_arguments: tuple[str, ...],
@@ -83,21 +85,27 @@ def build_probe(
     """The probe of --else_part, a single one, whose weights depend on --seed alone.
 
     Args:
+        classes: their names, in the order of the labels.
         fixed_arguments: names of further arguments that must be the same when training is resumed.
         identity: further values that a checkpoint must have.
     """
     utils.seed_everything(args.seed)
     return Probe(
         extractor=extractor,
-        classifier=LinearClassifier(extractor.dim, num_labels).to(device),
+        classifier=LinearClassifier(extractor.dim, len(classes)).to(device),
         path=path,
         identity={
-            "part": args.else_part, "net": pretrained.net, "num_labels": num_labels, "dim": extractor.dim,
-            "backbone": pretrained.fingerprint, **identity,
+            "part": args.else_part, "net": pretrained.net, "num_labels": len(classes), "dim": extractor.dim,
+            "classes": short_hash(classes), "backbone": pretrained.fingerprint, **identity,
         },
         arguments=utils.plain_args(args),
         fixed_arguments=(*FIXED_ARGUMENTS, *fixed_arguments),
     )  # fmt: skip
+
+
+def short_hash(lines: Iterable[str]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of some lines of text."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> ProbeGroup:

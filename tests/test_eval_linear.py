@@ -242,6 +242,24 @@ def test_a_finished_probe_is_not_passed_off_as_one_of_other_settings(trained, we
     assert outcome.status == 2 and f"{flag} {value}" in outcome.stderr and "--trial_name" in outcome.stderr
 
 
+def test_a_probe_is_not_used_for_other_classes(trained, weights, colours, tmp_path):
+    """As many as it was trained on, with other names; probes of earlier versions do not say which."""
+    data = shutil.copytree(colours, tmp_path / "data")
+    for split in ("train", "val"):
+        (data / split / "a").rename(data / split / "z")
+    out = shutil.copytree(trained[0], tmp_path / "out")
+    before = snapshot(out)
+    for more in ((), ("--evaluate",)):
+        outcome = probe(weights, data, out, *RECIPE, "--epochs", 8, *more)
+        assert_refused(outcome, "checkpoint_linear_5_8_.pth.tar: was trained on other classes", "--trial_name")
+    assert snapshot(out) == before
+    state = load_checkpoint(out / "checkpoint_linear_5_8_.pth.tar")
+    del state["classes"]
+    torch.save(state, out / "checkpoint_linear_5_8_.pth.tar")
+    assert probe(weights, colours, out, *RECIPE, "--epochs", 8).status == 0
+    assert read_result(out)["accuracy"] == read_result(trained[0])["accuracy"]
+
+
 # --- several parts and perturbations -----------------------------------------------------------------------------------
 
 THREE_PARTS = ("main_part", "ALL", "else_part")

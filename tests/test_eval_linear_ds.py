@@ -1,6 +1,7 @@
 """Downstream classification: names, golden values, what each mode trains, processes, resume, evaluation."""
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -306,6 +307,14 @@ def test_evaluation_of_a_frozen_backbones_classifier_and_perturbed(world, tmp_pa
         losses.append(result_of(tmp_path, f"only_eval_{aug}_ds_*.json")["test_loss"])
     trained = result_of(tmp_path)
     assert losses[0] == trained["test_loss"] and losses[0] != losses[1] == losses[2] != losses[3]
+
+
+def test_a_classifier_is_not_evaluated_on_other_classes(world, tmp_path):
+    assert downstream(world, world.resnet, tmp_path / "out", "--epochs", 1).status == 0
+    data = shutil.copytree(world.data, tmp_path / "data")
+    (data / "val" / "red").rename(data / "val" / "blue")
+    outcome = downstream(world, world.resnet, tmp_path / "out", "--epochs", 1, "--evaluate", "--data_path", data)
+    assert_refused(outcome, "was trained on other classes", "--trial_name")
 
 
 def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
