@@ -90,9 +90,14 @@ def result_rows(name: str, found: dict[Space, Record]) -> list[Row]:
     return rows
 
 
+def std_over_draws(record: Record, field: str) -> float | None:
+    """Standard deviation over the random subspaces; None for other records, and for a single subspace, which has none."""
+    return record[f"{field}_std"] if record.get("draws", 1) > 1 else None
+
+
 def cell(record: Record, field: str) -> str:
     """The value, with its standard deviation over draws if there is one."""
-    digits, std = DIGITS.get(field, 3), record.get(f"{field}_std")
+    digits, std = DIGITS.get(field, 3), std_over_draws(record, field)
     return number(record[field], digits) + ("" if std is None else f" ± {std:.{digits}f}")
 
 
@@ -139,7 +144,7 @@ def draw_bars(panel: plt.Axes, results: list[Record]) -> None:
     for i, (key, label, colour) in enumerate(spaces):
         bars = [found[(name, *key)] for name in names]
         places = np.arange(len(names)) + (i - (len(spaces) - 1) / 2) * width
-        heights, spread = [bar["r2"] for bar in bars], [bar.get("r2_std") for bar in bars]
+        heights, spread = [bar["r2"] for bar in bars], [std_over_draws(bar, "r2") for bar in bars]
         panel.bar(places, heights, 0.92 * width, color=colour, label=label)
         if None not in spread:
             panel.errorbar(places, heights, spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
