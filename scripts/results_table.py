@@ -6,13 +6,13 @@ Reads the JSON files that eval_linear.py and eval_equivariance.py wrote below th
 (a row per network and part, a column per perturbation; a second table for rotation, if there are results), and writes
 results.json (tables, Markdown, records) and results.png to --out. Accuracies are those of the last epoch, in percent. A network
 that was not pretrained is the row `random`. Results for different data sets, architectures, recipes, numbers of epochs, hp1 or
-seeds have rows of their own. If several files hold a result for the same cell, the newest one counts, and a note on stderr says
-so.
+seeds (of the pretraining, of the evaluation) have rows of their own. If several files hold a result for the same cell, the
+newest one counts, and a note on stderr says so.
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -21,21 +21,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from augmentations import PERTURBATIONS
+from distributed import run_entry_point
 from evaluation.markdown import align
 from evaluation.names import PARTS
-from scripts.rotation_table import RANDOM_PART, Rotation, draw, rotation_rows
+from scripts.rotation_table import RANDOM_PART, ROTATION, Rotation, draw, rotation_rows, split_untrained
 from scripts.rotation_table import to_markdown as rotation_markdown
+from utils import ArgumentParser, InputError, atomic_file, check_writable, save_json
 
-# Rows and columns appear in this order; unknown names follow in alphabetical order. A test compares PERTURBATIONS with those
-# of augmentations.py, whose import would cost this script the seconds that torch takes.
+# Rows appear in this order, columns in that of PERTURBATIONS; unknown names follow in alphabetical order.
 RANDOM = "random"
 NETS = (RANDOM, "dino", "CLeVER")
 PART_ORDER = ("ALL", "IR", "EF")
-PERTURBATIONS = ("ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3")
 
 # Where networks of the same kind differ in one of these fields, its value is a piece of the row's name.
 VARIANT_FORMATS = {
-    "dataset": "{}", "arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}", "seed": "seed{}"
+    "dataset": "{}", "arch": "{}", "aug": "{}", "pretrained_epochs": "ep{}", "hp1": "hp{}",
+    "pretraining_seed": "pretraining seed {}", "seed": "evaluation seed {}",
 }  # fmt: skip
 NAMED_IN_ALL_ROWS = ("dataset", "arch")  # or in none
 PRETRAINING_FIELDS = ("aug", "pretrained_epochs", "hp1")  # the row `random` has none of them
@@ -50,28 +52,33 @@ SHADES = {"ALL": 0.85, "IR": 0.6, "EF": 0.35}
 Table = dict[str, dict[str, float]]  # {row: {perturbation: accuracy}}
 
 
-class ResultError(ValueError):
-    """There are no results, or a result file is incomplete."""
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def find_files(folders: list[Path]) -> list[Path]:
+    """The JSON files below the folders, each of them once, oldest first. Raises InputError if a folder is missing."""
+    files: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder")
+        for path in folder.rglob("*.json"):
+            if path.is_file():
+                files[path.resolve()] = path
+            elif not path.exists():
+                print(f"note: {path} is a broken link, ignored", file=sys.stderr)
+    return sorted(files.values(), key=lambda path: (path.stat().st_mtime_ns, str(path)))
 
 
 def read_records(folders: list[Path]) -> list[dict]:
     """Every result of a kind in REQUIRED_FIELDS below the folders, oldest file first, with the path added as `file`.
 
-    Files of other kinds are ignored. Raises ResultError if a folder is missing, if a result lacks a field, or if there
+    Files of other kinds are ignored. Raises InputError if a folder is missing, if a result lacks a field, or if there
     are no results of linear probes.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ResultError(f"{folder} is not a folder")
-    files = {path.resolve(): path for folder in folders for path in folder.rglob("*.json")}
-    oldest_first = sorted(files.values(), key=lambda path: (path.stat().st_mtime_ns, str(path)))
-    records = [record for path in oldest_first if (record := read_record(path)) is not None]
+    records = [record for path in find_files(folders) if (record := read_record(path)) is not None]
     if not any(record["kind"] == PROBE for record in records):
         names = ", ".join(map(str, folders))
-        raise ResultError(f"no results of eval_linear.py (JSON files) below {names}; run scripts/linear_probe.sh first")
+        raise InputError(f"no results of eval_linear.py (JSON files) below {names}; run scripts/linear_probe.sh first")
     return records
 
 
@@ -86,7 +93,7 @@ def read_record(path: Path) -> dict | None:
         return None
     missing = [name for name in REQUIRED_FIELDS[record["kind"]] if name not in record]
     if missing:
-        raise ResultError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
+        raise InputError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
     args = record.pop("args", {})
     record.setdefault("dataset", Path(args.get("data_path", "")).name or None)
     record.setdefault("seed", args.get("seed"))
@@ -123,9 +130,10 @@ def variant_of(record: dict, fields: list[str]) -> str:
     return " ".join(VARIANT_FORMATS[name].format(record[name]) for name in fields if record.get(name) is not None)
 
 
-def rank(order: tuple[str, ...], name: str) -> tuple[int, str]:
+def rank(order: Iterable[str], name: str) -> tuple[int, str]:
     """Sort key: names in `order` first, then all others by name."""
-    return (order.index(name) if name in order else len(order), name)
+    places = list(order)
+    return (places.index(name) if name in places else len(places), name)
 
 
 def row_name(record: dict, fields: dict[str, list[str]], part: str = "") -> str:
@@ -145,11 +153,15 @@ def choose_records(records: list[dict], fields: dict[str, list[str]]) -> list[di
         variant = variant_of(record, fields[net])
         key = (variant, rank(NETS, net), rank(PART_ORDER, part), rank(PERTURBATIONS, record["test_aug_type"]))
         cells.setdefault(key, []).append({**record, "row": row_name(record, fields, part)})
-    for *older, newest in cells.values():
-        if older:
-            cell = f"{newest['row']}, {newest['test_aug_type']}"
-            print(f"note: {cell}: {len(older) + 1} results, the newest counts: {newest['file']}", file=sys.stderr)
+    for results in cells.values():
+        note_older(f"{results[-1]['row']}, {results[-1]['test_aug_type']}", results)
     return [cells[key][-1] for key in sorted(cells)]
+
+
+def note_older(cell: str, results: list[dict]) -> None:
+    """A note on stderr if a cell of a table has several results, from the oldest to the newest."""
+    if len(results) > 1:
+        print(f"note: {cell}: {len(results)} results, the newest counts: {results[-1]['file']}", file=sys.stderr)
 
 
 def build_table(chosen: list[dict]) -> tuple[Table, list[str]]:
@@ -169,12 +181,16 @@ def to_markdown(table: Table, columns: list[str]) -> str:
 
 
 def rotation_table(records: list[dict], fields: dict[str, list[str]]) -> Rotation:
-    """The rows of all results of eval_equivariance.py, from the oldest to the newest: of several, the newest one counts."""
+    """The rows of all results of eval_equivariance.py, from the oldest to the newest; of different ones the newest counts."""
     rows: Rotation = {}
+    results: dict[str, list[dict]] = {}
     for record in records:
-        common = [name for name in fields[network_name(record)] if name in NAMED_IN_ALL_ROWS]
-        untrained = " ".join(filter(None, (RANDOM, variant_of(record, common))))
-        rows |= rotation_rows(record, row_name(record, fields), untrained)
+        for row, values in rotation_rows(record, row_name(record, fields)).items():
+            if rows.get(row) != values:  # networks share the numbers of the untrained one
+                results.setdefault(row, []).append(record)
+            rows[row] = values
+    for row, several in results.items():
+        note_older(f"{row}, {ROTATION}", several)
     parts = (*PART_ORDER, RANDOM_PART)
     part_of = {row: next(part for part in parts if row.endswith(part)) for row in rows}
 
@@ -209,7 +225,8 @@ def plot(table: Table, columns: list[str], chance: float | None, rotation: Rotat
         new = [(handle, label) for handle, label in more if label not in labels]
         handles, labels = handles + [handle for handle, _ in new], labels + [label for _, label in new]
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -240,32 +257,28 @@ def draw_accuracies(axes: plt.Axes, table: Table, columns: list[str], chance: fl
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="searched for results, with sub-folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for results.json and results.png")
-    args = parser.parse_args(argv)
-    try:
-        records = read_records(args.folders)
-    except ResultError as error:
-        print(f"results_table.py: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args()
+    check_writable(args.out, "--out")
+    records = read_records(args.folders)
     probes, others = ([record for record in records if (record["kind"] == PROBE) == kind] for kind in (True, False))
-    fields = differing_fields(records)
+    others = [network for record in others for network in split_untrained(record)]
+    fields = differing_fields(probes + others)
     chosen, rotation = choose_records(probes, fields), rotation_table(others, fields)
     table, columns = build_table(chosen)
     markdown = to_markdown(table, columns) + (f"\n\n{rotation_markdown(rotation)}" if rotation else "")
     print(markdown)
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = [{"row": row, **cells} for row, cells in table.items()]
     results = {
         "table": {"columns": columns, "rows": rows}, "rotation": rotation, "markdown": markdown, "records": chosen
     }  # fmt: skip
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    save_json(results, args.out / "results.json")
     plot(table, columns, chance_level(chosen), rotation, args.out / "results.png")
     print(f"\nwrote {args.out / 'results.json'} and {args.out / 'results.png'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry_point(main)

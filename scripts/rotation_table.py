@@ -7,6 +7,7 @@ at all, 1: exactly); the cosine gap says how much closer a rotated image is to i
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation.equivariance_report import std_over_draws
 from evaluation.markdown import align
 
 RANDOM_PART = "random part"  # as wide as the EF
@@ -14,41 +15,51 @@ PARTS = {
     ("ALL", None): "ALL", ("IR", None): "IR", ("EF", None): "EF", ("EF", "random_subspace"): RANDOM_PART
 }  # fmt: skip
 MEASURES = {"r2": "R2", "cosine_gap": "cosine gap"}
-TITLE = "rotation"
+ROTATION = "rotation"
 
-Rotation = dict[str, dict[str, tuple[float, float]]]  # {row: {measure: value, standard deviation over random parts}}
+Value = tuple[float, float | None]  # and its standard deviation over several random parts
+Rotation = dict[str, dict[str, Value]]  # {row: {measure: value}}
 
 
-def rotation_rows(record: dict, name: str, untrained_name: str) -> Rotation:
-    """The rows of one result of eval_equivariance.py for the network `name`, and of its untrained copy.
+def split_untrained(record: dict) -> list[dict]:
+    """One result of eval_equivariance.py as two: of the network, and of the untrained one (its ALL) that it is compared with.
+
+    The seed of the evaluation is the one from which the untrained network was initialised. If it was not measured, there is
+    one result.
+    """
+    untrained = {
+        name: [entry | {"control": None} for entry in record[name] if (entry["part"], entry["control"]) == ("ALL", "untrained")]
+        for name in ("results", "gaps")
+    }
+    about = {"pretrained_epochs": 0, "pretraining_seed": record["seed"]}
+    return [record, *([record | about | untrained] if untrained["results"] else [])]
+
+
+def rotation_rows(record: dict, name: str) -> Rotation:
+    """The rows of one result of eval_equivariance.py, for the network `name`.
 
     Of several heads and inputs the first counts; without the transformation `rotation` there are no rows.
     """
     rows: Rotation = {}
-    results = [entry for entry in record["results"] if entry["transform"] == TITLE]
+    results = [entry for entry in record["results"] if entry["transform"] == ROTATION]
     first = [entry for entry in results if all(entry[key] == results[0][key] for key in ("head", "input"))]
-    gaps = [entry for entry in record["gaps"] if entry["transform"] == TITLE]
+    gaps = [entry for entry in record["gaps"] if entry["transform"] == ROTATION]
     for measure, entries in (("r2", first), ("cosine_gap", gaps)):
         for entry in entries:
-            space = (entry["part"], entry["control"])
-            if space == ("ALL", "untrained"):
-                row = f"{untrained_name} ALL"
-            elif space in PARTS:
-                row = f"{name} {PARTS[space]}"
-            else:
-                continue
-            rows.setdefault(row, {})[measure] = entry[measure], entry.get(f"{measure}_std", 0.0)
+            part = PARTS.get((entry["part"], entry["control"]))
+            if part:
+                rows.setdefault(f"{name} {part}", {})[measure] = entry[measure], std_over_draws(entry, measure)
     return rows
 
 
 def to_markdown(rows: Rotation) -> str:
     """The table with aligned columns."""
 
-    def cell(values: dict[str, tuple[float, float]], measure: str) -> str:
+    def cell(values: dict[str, Value], measure: str) -> str:
         value, std = values[measure]
-        return f"{value:.2f}" + (f" ± {std:.2f}" if std else "")
+        return f"{value:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
-    lines = [[TITLE, *MEASURES.values()]]
+    lines = [[ROTATION, *MEASURES.values()]]
     return align(lines + [[row, *(cell(values, measure) for measure in MEASURES)] for row, values in rows.items()])
 
 
@@ -61,7 +72,7 @@ def draw(axes: plt.Axes, rows: Rotation, colors: dict[str, str]) -> None:
         is_random_part = row.endswith(RANDOM_PART)
         bars = axes.bar(
             places, heights, 0.92 * width, color=colors[row], label=row, hatch="///" if is_random_part else None,
-            yerr=spread if any(spread) else None, edgecolor="white", linewidth=0,
+            yerr=None if None in spread else spread, edgecolor="white", linewidth=0,
         )  # fmt: skip
         axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=2)
     titles = ["R2 of the angle\n(1: told exactly)", "cosine gap\n(0: as far as another image)"]

@@ -2,12 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.in_process import assert_refused, call, snapshot
 
-from augmentations import PERTURBATIONS
 from scripts import results_table
 
 
@@ -22,7 +23,7 @@ def write(tmp_path):
         record = {
             "kind": "linear_probe", "net": net, "arch": arch, "part": part, "hp1": 0.8, "pretrained_epochs": epochs,
             "test_aug_type": aug, "aug": recipe, "accuracy": accuracy, "num_test_images": 360, "num_labels": 10, "seed": 0,
-            "args": {"lr": 0.1, "data_path": "data/digits"}, **more,
+            "pretraining_seed": 0, "args": {"lr": 0.1, "data_path": "data/digits"}, **more,
         }  # fmt: skip
         path.write_text(json.dumps(record))
         os.utime(path, (when := next(clock), when))
@@ -31,24 +32,24 @@ def write(tmp_path):
     return write
 
 
-def table_of(tmp_path, capsys, *folders):
+def table_of(tmp_path, *folders):
     """Run the script: (rows of the Markdown table as lists of cells, results.json, stderr)."""
     folders = folders or (tmp_path / "runs",)
-    assert results_table.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr()
+    outcome = call(results_table.main, *folders, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert printed.out.startswith(results["markdown"])
+    assert outcome.stdout.startswith(results["markdown"])
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in results["markdown"].splitlines()]
-    return lines, results, printed.err
+    return lines, results, outcome.stderr
 
 
-def test_rows_name_the_fields_in_which_networks_of_the_same_kind_differ(tmp_path, write, capsys):
+def test_rows_name_the_fields_in_which_networks_of_the_same_kind_differ(tmp_path, write):
     """Only these: dino and CLeVER may differ in hp1, and an untrained network has no recipe."""
     for recipe, accuracy in (("aug1", 70.0), ("aug1_2", 60.0)):
         write(f"{recipe}/c.json", accuracy, recipe=recipe)
     write("d.json", 50.0, net="dino", hp1=1.0)
     write("r.json", 20.0, epochs=0, recipe="aug1_4_2")
-    lines, _, _ = table_of(tmp_path, capsys)
+    lines, _, _ = table_of(tmp_path)
     assert lines[2:] == [
         ["random ALL", "20.0"],
         ["dino ALL", "50.0"],
@@ -57,7 +58,7 @@ def test_rows_name_the_fields_in_which_networks_of_the_same_kind_differ(tmp_path
     ]
 
 
-def test_order_of_rows_and_columns_and_missing_results(tmp_path, write, capsys):
+def test_order_of_rows_and_columns_and_missing_results(tmp_path, write):
     write("c/ef.json", 33.333, part="else_part")
     write("c/ir_rot.json", 61.0, part="main_part", aug="aug1_2")
     write("c/all.json", 90.0)
@@ -65,7 +66,7 @@ def test_order_of_rows_and_columns_and_missing_results(tmp_path, write, capsys):
     write("d/all_rot.json", 55.55, net="dino", aug="aug1_2")
     write("d/all_basic.json", 56.0, net="dino", aug="basic")
     write("r/all.json", 40.04, net="dino", epochs=0)
-    lines, results, err = table_of(tmp_path, capsys)
+    lines, results, err = table_of(tmp_path)
     assert lines[0] == ["top-1 (%)", "ori", "basic", "aug1_2", "zoom"]
     assert lines[2:] == [
         ["random ALL", "40.0", "-", "-", "-"],
@@ -79,14 +80,10 @@ def test_order_of_rows_and_columns_and_missing_results(tmp_path, write, capsys):
     assert err == ""
 
 
-def test_every_perturbation_has_its_place():
-    assert tuple(PERTURBATIONS) == results_table.PERTURBATIONS
-
-
-def test_markdown_columns_are_aligned(tmp_path, write, capsys):
+def test_markdown_columns_are_aligned(tmp_path, write):
     write("a.json", 100.0)
     write("b.json", 5.0, net="dino", aug="aug1_4_2")
-    _, results, _ = table_of(tmp_path, capsys)
+    _, results, _ = table_of(tmp_path)
     assert results["markdown"] == (
         "| top-1 (%)  |   ori | aug1_4_2 |\n"
         "| ---------- | ----: | -------: |\n"
@@ -95,74 +92,128 @@ def test_markdown_columns_are_aligned(tmp_path, write, capsys):
     )
 
 
-def test_the_newest_of_several_results_counts(tmp_path, write, capsys):
+def test_the_newest_of_several_results_counts(tmp_path, write):
     write("z/first.json", 10.0)
     newest = write("a/second.json", 20.0)
-    lines, results, err = table_of(tmp_path, capsys, tmp_path / "runs" / "z", tmp_path / "runs" / "a")
+    lines, results, err = table_of(tmp_path, tmp_path / "runs" / "z", tmp_path / "runs" / "a")
     assert lines[2] == ["CLeVER ALL", "20.0"]
     assert err == f"note: CLeVER ALL, ori: 2 results, the newest counts: {newest}\n"
     [record] = results["records"]
     assert record["accuracy"] == 20.0 and record["file"] == str(newest) and "args" not in record
 
 
-def test_a_file_that_two_folders_share_is_one_result(tmp_path, write, capsys):
+def test_a_file_that_two_folders_share_is_one_result(tmp_path, write):
     write("a/x.json", 10.0)
-    _, results, err = table_of(tmp_path, capsys, tmp_path / "runs", tmp_path / "runs" / "a")
+    _, results, err = table_of(tmp_path, tmp_path / "runs", tmp_path / "runs" / "a")
     assert len(results["records"]) == 1 and err == ""
 
 
-def test_rows_name_the_architecture_if_there_are_several(tmp_path, write, capsys):
+def test_rows_name_the_architecture_if_there_are_several(tmp_path, write):
     write("a.json", 10.0, arch="vit_tiny")
     write("b.json", 20.0, arch="resnet18")
-    lines, _, _ = table_of(tmp_path, capsys)
+    lines, _, _ = table_of(tmp_path)
     assert lines[2:] == [["CLeVER resnet18 ALL", "20.0"], ["CLeVER vit_tiny ALL", "10.0"]]
 
 
-def test_data_sets_and_seeds_are_not_merged(tmp_path, write, capsys):
-    """An older file names its data set in its arguments only; `random` has a seed, too."""
+def test_data_sets_and_seeds_are_not_merged(tmp_path, write):
+    """An older file names its data set in its arguments only; `random` has seeds, too."""
     write("a.json", 10.0)
     write("b.json", 20.0, seed=1)
     write("c.json", 30.0, args={"data_path": "data/IN100/"})
     write("d.json", 40.0, dataset="IN100", args={"data_path": "/elsewhere"}, net="dino")
     write("e.json", 50.0, epochs=0)
     write("f.json", 60.0, epochs=0, seed=1)
-    lines, _, err = table_of(tmp_path, capsys)
+    lines, _, err = table_of(tmp_path)
     assert err == ""
     assert lines[2:] == [
         ["dino IN100 ALL", "40.0"],
-        ["CLeVER IN100 seed0 ALL", "30.0"],
-        ["random digits seed0 ALL", "50.0"],
-        ["CLeVER digits seed0 ALL", "10.0"],
-        ["random digits seed1 ALL", "60.0"],
-        ["CLeVER digits seed1 ALL", "20.0"],
+        ["CLeVER IN100 evaluation seed 0 ALL", "30.0"],
+        ["random digits evaluation seed 0 ALL", "50.0"],
+        ["CLeVER digits evaluation seed 0 ALL", "10.0"],
+        ["random digits evaluation seed 1 ALL", "60.0"],
+        ["CLeVER digits evaluation seed 1 ALL", "20.0"],
     ]
 
 
-def test_other_files_are_ignored(tmp_path, write, capsys):
+def test_networks_pretrained_with_other_seeds_have_rows_of_their_own(tmp_path, write):
+    """`random` depends on the seed as well. An older file does not say it; dino has only one."""
+    for seed in (0, 1):
+        write(f"c{seed}.json", 10.0 + seed, pretraining_seed=seed)
+        write(f"r{seed}.json", 20.0 + seed, pretraining_seed=seed, epochs=0)
+    write("old.json", 30.0, pretraining_seed=None)
+    write("d.json", 40.0, net="dino", pretraining_seed=1)
+    lines, _, err = table_of(tmp_path)
+    assert err == ""
+    assert lines[2:] == [
+        ["dino ALL", "40.0"],
+        ["CLeVER ALL", "30.0"],
+        ["random pretraining seed 0 ALL", "20.0"],
+        ["CLeVER pretraining seed 0 ALL", "10.0"],
+        ["random pretraining seed 1 ALL", "21.0"],
+        ["CLeVER pretraining seed 1 ALL", "11.0"],
+    ]
+
+
+def test_results_without_the_seed_of_the_pretraining_are_read(tmp_path, write):
+    """As older versions wrote them."""
+    for path in (write("a.json", 10.0), write("b.json", 20.0, part="main_part")):
+        record = json.loads(path.read_text())
+        del record["pretraining_seed"]
+        path.write_text(json.dumps(record))
+    lines, _, err = table_of(tmp_path)
+    assert lines[2:] == [["CLeVER ALL", "10.0"], ["CLeVER IR", "20.0"]] and err == ""
+
+
+def test_other_files_are_ignored(tmp_path, write):
     runs = write("a.json", 10.0).parent
     write("other.json", 99.0, kind="knn", net="dino")
     (runs / "list.json").write_text("[1, 2]")
     (runs / "log.txt").write_text('{"kind": "linear_probe"}')
     (runs / "half.json").write_text('{"kind": "linear_pro')
-    lines, _, err = table_of(tmp_path, capsys)
+    (runs / "folder.json").mkdir()
+    (runs / "link.json").symlink_to(runs / "removed.json")
+    lines, _, err = table_of(tmp_path)
     assert lines[2:] == [["CLeVER ALL", "10.0"]]
-    assert err == f"note: {runs / 'half.json'} is not valid JSON, ignored\n"
-    lines, _, _ = table_of(tmp_path, capsys, runs, tmp_path / "out")  # with its own results.json in the input
+    assert sorted(err.splitlines()) == [
+        f"note: {runs / 'half.json'} is not valid JSON, ignored",
+        f"note: {runs / 'link.json'} is a broken link, ignored",
+    ]
+    lines, _, _ = table_of(tmp_path, runs, tmp_path / "out")  # with its own results.json in the input
     assert lines[2:] == [["CLeVER ALL", "10.0"]]
 
 
-def test_errors_are_one_line_and_nothing_is_written(tmp_path, write, capsys):
+def test_errors_are_one_line_and_nothing_is_written(tmp_path):
     (tmp_path / "runs").mkdir()
-    arguments = [str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    arguments = [tmp_path / "runs", "--out", tmp_path / "out"]
     broken = tmp_path / "runs" / "broken.json"
     for words in ("no results", "broken.json is a result without net, arch, part", "is not a folder"):
-        assert results_table.main(arguments) == 2
-        err = capsys.readouterr().err
-        assert words in err and len(err.splitlines()) == 1
+        assert_refused(call(results_table.main, *arguments), words)
         if broken.exists():
-            arguments[0] = str(tmp_path / "nowhere")
+            arguments[0] = tmp_path / "nowhere"
         broken.write_text('{"kind": "linear_probe", "test_aug_type": "ori", "accuracy": 1.0}')
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path, write):
+    path = write("a.json", 10.0)
+    before = path.read_bytes()
+    assert_refused(call(results_table.main, path.parent, "--out", path), f"--out {path}: is a file")
+    assert path.read_bytes() == before
+
+
+def test_an_interrupted_write_leaves_the_old_picture(tmp_path, write, monkeypatch):
+    write("a.json", 10.0)
+    table_of(tmp_path)
+    before = snapshot(tmp_path / "out")
+
+    def interrupted(figure, file, **options):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(results_table.main, tmp_path / "runs", "--out", tmp_path / "out")
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_chance_level_needs_one_number_of_classes():
@@ -171,13 +222,13 @@ def test_chance_level_needs_one_number_of_classes():
     assert results_table.chance_level([{}]) is None
 
 
-def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, capsys, monkeypatch):
+def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, monkeypatch):
     figures = []
     monkeypatch.setattr(results_table.plt, "close", figures.append)
     for i, part in enumerate(("ALL", "main_part", "else_part")):
         for j, aug in enumerate(("ori", "aug1_2")):
             write(f"{i}{j}.json", 100.0 if i == 0 else 10.0 * i + j, part=part, aug=aug)
-    table_of(tmp_path, capsys)
+    table_of(tmp_path)
     [figure] = figures
     [axes] = figure.axes
     heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
@@ -196,63 +247,104 @@ def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, capsys, monk
 # --- rotation ----------------------------------------------------------------------------------------------------------
 
 
-def equivariance(folder, net="CLeVER", r2=0.7, **more):
+def equivariance(folder, net="CLeVER", r2=0.7, untrained=0.4, seed=0, **more):
     """A result of eval_equivariance.py as a file, with another transformation than rotation as well."""
     parts = [("ALL", None), ("ALL", "shuffled"), ("EF", "random_subspace"), ("ALL", "untrained")]
     parts += [("IR", None), ("EF", None), ("EF", "untrained")] if net == "CLeVER" else []
     results = [
-        {"transform": name, "head": "linear", "input": kind, "part": part, "control": control, "r2": r2 - 0.1 * i + other}
-        | ({"r2_std": 0.25} if control == "random_subspace" else {})
+        {"transform": name, "head": "linear", "input": kind, "part": part, "control": control}
+        | {"r2": (untrained if control == "untrained" else r2 - 0.1 * i) + other}
+        | ({"r2_std": 0.25, "draws": 5} if control == "random_subspace" else {})
         for name, kind, other in (("rotation", "pair", 0), ("rotation", "single", 5), ("crop", "pair", 7))
         for i, (part, control) in enumerate(parts)
     ]
-    gaps = [{"transform": "rotation", "part": part, "control": control, "cosine_gap": 0.5} for part, control in parts]
+    gaps = [
+        {"transform": "rotation", "part": part, "control": control, "cosine_gap": 0.5}
+        | ({"cosine_gap_std": 0.125, "draws": 5} if control == "random_subspace" else {})
+        for part, control in parts
+    ]
     record = {"kind": "equivariance", "net": net, "arch": "resnet8", "hp1": 0.8, "pretrained_epochs": 20, "aug": "aug1_2"}
-    record |= {"results": results, "gaps": gaps, "args": {"data_path": "data/digits", "seed": 0}}
+    record |= {"pretraining_seed": seed, "args": {"data_path": "data/digits", "seed": seed}}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{net}.json").write_text(json.dumps(record | more))
+    path = folder / f"{net}.json"
+    path.write_text(json.dumps(record | {"results": results, "gaps": gaps} | more))
+    return path
 
 
-def test_rotation_stands_in_a_table_of_its_own(tmp_path, write, capsys):
+def test_rotation_stands_in_a_table_of_its_own(tmp_path, write):
     write("a.json", 80.0)
     equivariance(tmp_path / "runs", "dino", r2=0.9)
     equivariance(tmp_path / "runs", "CLeVER", r2=0.7)
-    lines, results, _ = table_of(tmp_path, capsys)
+    lines, results, err = table_of(tmp_path)
+    assert err == ""  # both hold the same numbers of the untrained network
     table = lines[lines.index([""]) + 1 :]
     assert table[0] == ["rotation", "R2", "cosine gap"]
     assert table[2:] == [
         ["random ALL", "0.40", "0.50"],
         ["dino ALL", "0.90", "0.50"],
-        ["dino random part", "0.70 ± 0.25", "0.50"],
+        ["dino random part", "0.70 ± 0.25", "0.50 ± 0.12"],
         ["CLeVER ALL", "0.70", "0.50"],
         ["CLeVER IR", "0.30", "0.50"],
         ["CLeVER EF", "0.20", "0.50"],
-        ["CLeVER random part", "0.50 ± 0.25", "0.50"],
+        ["CLeVER random part", "0.50 ± 0.25", "0.50 ± 0.12"],
     ]
     assert results["rotation"]["CLeVER random part"]["r2"] == pytest.approx([0.5, 0.25])
+    assert results["rotation"]["CLeVER ALL"]["r2"] == [0.7, None]
     assert lines[:3] == [["top-1 (%)", "ori"], lines[1], ["CLeVER ALL", "80.0"]]
 
 
-def test_rotation_of_several_seeds_has_a_row_for_each(tmp_path, write, capsys):
+def test_rotation_of_several_seeds_has_a_row_for_each(tmp_path, write):
+    """Of the untrained network, too, whose seed is that of the evaluation."""
     for seed in (0, 1):
-        write(f"{seed}.json", 80.0, seed=seed)
-        equivariance(tmp_path / "runs" / str(seed), r2=0.7 + 0.1 * seed, args={"data_path": "data/digits", "seed": seed})
-    _, results, _ = table_of(tmp_path, capsys)
-    assert [results["rotation"][f"CLeVER seed{seed} ALL"]["r2"][0] for seed in (0, 1)] == pytest.approx([0.7, 0.8])
+        write(f"{seed}.json", 80.0, pretraining_seed=seed)
+        write(f"random{seed}.json", 20.0, pretraining_seed=seed, epochs=0)
+        equivariance(
+            tmp_path / "runs" / str(seed), r2=0.7 + 0.1 * seed, untrained=0.3 + 0.1 * seed, pretraining_seed=seed,
+            args={"data_path": "data/digits", "seed": 5 + seed},
+        )  # fmt: skip
+    _, results, err = table_of(tmp_path)
+    r2 = {row: values["r2"][0] for row, values in results["rotation"].items() if row.endswith("ALL")}
+    assert r2 == {
+        "random pretraining seed 5 evaluation seed 5 ALL": 0.3,
+        "random pretraining seed 6 evaluation seed 6 ALL": 0.4,
+        "CLeVER pretraining seed 0 evaluation seed 5 ALL": 0.7,
+        "CLeVER pretraining seed 1 evaluation seed 6 ALL": pytest.approx(0.8),
+    }
+    assert err == "" and "random pretraining seed 0 evaluation seed 0 ALL" in {row["row"] for row in results["table"]["rows"]}
 
 
-def test_rotation_alone_is_not_enough(tmp_path, capsys):
+def test_the_newest_of_several_results_for_rotation_counts(tmp_path, write):
+    write("a.json", 80.0)
+    for when, folder in enumerate(("z", "a")):
+        newest = equivariance(tmp_path / "runs" / folder, "dino", r2=0.6 + 0.1 * when)
+        os.utime(newest, (when, when))
+    _, results, err = table_of(tmp_path)
+    assert results["rotation"]["dino ALL"]["r2"][0] == 0.7
+    rows = ("dino ALL", "dino random part")
+    assert err == "".join(f"note: {row}, rotation: 2 results, the newest counts: {newest}\n" for row in rows)
+
+
+def test_rotation_of_a_single_random_part_has_no_standard_deviation(tmp_path, write):
+    write("a.json", 80.0)
+    path = equivariance(tmp_path / "runs")
+    path.write_text(path.read_text().replace('"draws": 5', '"draws": 1').replace("0.25", "0.0").replace("0.125", "0.0"))
+    lines, results, _ = table_of(tmp_path)
+    assert ["CLeVER random part", "0.50", "0.50"] in lines
+    assert results["rotation"]["CLeVER random part"]["r2"] == [pytest.approx(0.5), None]
+
+
+def test_rotation_alone_is_not_enough(tmp_path):
     equivariance(tmp_path / "runs")
-    assert results_table.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
-    assert "no results of eval_linear.py" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert_refused(call(results_table.main, tmp_path / "runs", "--out", tmp_path / "out"), "no results of eval_linear.py")
+    assert not (tmp_path / "out").exists()
 
 
-def test_rotation_has_a_panel_with_every_row(tmp_path, write, capsys, monkeypatch):
+def test_rotation_has_a_panel_with_every_row(tmp_path, write, monkeypatch):
     figures = []
     monkeypatch.setattr(results_table.plt, "close", figures.append)
     write("a.json", 80.0)
     equivariance(tmp_path / "runs", r2=0.7)
-    _, results, _ = table_of(tmp_path, capsys)
+    _, results, _ = table_of(tmp_path)
     panel = figures[0].axes[1]
     labelled = [bars for bars in panel.containers if bars.get_label() in results["rotation"]]
     bars = {bars.get_label(): bars.patches[0].get_height() for bars in labelled}
