@@ -27,7 +27,7 @@ from augmentations import Views, eval_transform, probe_train_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
 from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
 from evaluation.features import FeatureExtractor
-from evaluation.names import PARTS, linear_probe_name
+from evaluation.names import PARTS, classifier_name, linear_probe_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, single_run
 from evaluation.probe import ProbeGroup
 from evaluation.probe_arguments import (
@@ -113,17 +113,13 @@ def build_probes(
     """The probe of each part, as a run with this part alone builds it."""
     probes = []
     for part, extractor in zip(args.else_part, extractors, strict=True):
-        path = Path(args.output_dir) / f"checkpoint_{file_name(args, pretrained, part)}.pth.tar"
+        name = linear_probe_name(PARTS[part], pretrained.hp1, args.lr, args.epochs, args.trial_name)
+        path = Path(args.output_dir) / f"checkpoint_{name}.pth.tar"
         own = single_run(args, part, args.test_aug_type[0])
         probe = build_probe(own, pretrained, extractor, classes, path, device, fixed_arguments=("optimizer",))
         probe.optimizer = build_optimizer(args, probe.classifier)
         probes.append(probe)
     return group_probes(args, probes, device)
-
-
-def file_name(args: argparse.Namespace, pretrained: Pretrained, part: str) -> str:
-    """Name of the files of a part's probe."""
-    return linear_probe_name(PARTS[part], pretrained.hp1, args.lr, args.epochs, args.trial_name)
 
 
 def train(
@@ -139,7 +135,7 @@ def train(
     for probe, result in group.fit(dataset, test).items():
         part = probe.identity["part"]
         print(f"{group.prefix(probe)}Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
-        path = Path(args.output_dir) / f"{file_name(args, pretrained, part)}.json"
+        path = Path(args.output_dir) / f"{classifier_name(probe.path)}.json"
         values = result | {"effective_lr": lr, "num_labels": len(test.classes)}
         run = single_run(args, part, args.test_aug_type[0])
         write_result(path, "linear_probe", run, pretrained, values)
@@ -147,8 +143,9 @@ def train(
 
 def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup, test: ImageDataset) -> None:
     """Evaluate trained probes on each perturbation of the test images, and write their accuracies."""
-    for probe in group.probes:
-        probe.load(args.final_eval_weights or probe.path)
+    checkpoints = {probe: args.final_eval_weights or probe.path for probe in group.probes}
+    for probe, checkpoint in checkpoints.items():
+        probe.load(checkpoint)
     for perturbation in args.test_aug_type:
         images = copy.copy(test)
         images.views = eval_transform(perturbation, pretrained.img_size)
@@ -156,7 +153,7 @@ def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup
         for probe, result in group.evaluate(images, args.per_image).items():
             part, accuracy, count = probe.identity["part"], result["accuracy"], result["num_test_images"]
             print(f"{group.prefix(probe)}Accuracy of the network on the {count} test images: {accuracy:.2f}%")
-            path = Path(args.output_dir) / f"only_eval_{perturbation}_{file_name(args, pretrained, part)}.json"
+            path = Path(args.output_dir) / f"only_eval_{perturbation}_{classifier_name(checkpoints[probe])}.json"
             values = result | {"num_labels": len(test.classes)}
             write_result(path, "linear_probe", single_run(args, part, perturbation), pretrained, values)
 

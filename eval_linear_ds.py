@@ -27,7 +27,7 @@ from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samp
 from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
 from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
 from evaluation.features import FeatureExtractor
-from evaluation.names import PARTS, downstream_name
+from evaluation.names import PARTS, classifier_name, downstream_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from evaluation.probe import ProbeGroup
 from evaluation.probe_arguments import (
@@ -254,13 +254,14 @@ def main() -> None:
     identity = probe_identity(args, dataset)
     probe = build_probe(args, pretrained, extractor, test.classes, path, device, fixed, **identity)
     group = group_probes(args, [probe], device, per_class=True)
-    name = path.name.removesuffix(CHECKPOINT)
+    name = classifier_name(path)
     if args.evaluate:
-        probe.load(args.final_eval_weights or path)
+        checkpoint = args.final_eval_weights or path
+        probe.load(checkpoint)
         result = group.evaluate(test)[probe]
         print(f"Accuracy of the network on the {result['num_test_images']} test images: {result['accuracy']:.2f}%")
         print(f"Mean accuracy per class: {result['mean_class_accuracy']:.2f}%")
-        name = f"only_eval_{args.test_aug_type}_{name}"
+        name = f"only_eval_{args.test_aug_type}_{classifier_name(checkpoint)}"
     else:
         check_same_classes(dataset, test)
         result = train(args, group, dataset, test)

@@ -7,6 +7,7 @@ and hp1 as the user typed them (0.50 stays 0.50): pass strings or utils.TypedFlo
 """
 
 import argparse
+import os
 import sys
 
 # Flag --else_part, in the original's words -> part of the representation: all of it, its IR or its EF.
@@ -46,6 +47,11 @@ def downstream_name(
     recipe = f"sgd_lr{lr}_lrbk{backbone_lr}_ep{epochs}_bs{batch_size}_li_aug1"
     pieces = ["ds", mode, data, f"linear{part_suffix(part, hp1)}", trial_name, recipe]
     return "_".join(filter(None, pieces))
+
+
+def classifier_name(checkpoint: str | os.PathLike) -> str:
+    """What a classifier's results are named after: the file of its checkpoint, without checkpoint_ and .pth.tar."""
+    return os.path.basename(checkpoint).removeprefix("checkpoint_").removesuffix(".pth.tar")
 
 
 NAMES = {

@@ -44,7 +44,8 @@ def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) 
     add("--val_freq", type=int, default=1, help="epochs between validations")
     add("--evaluate", action="store_true", help="only evaluate a trained classifier")
     add("--test_aug_type", default=["ori"] if several else "ori", help=f"{perturbation}: {', '.join(PERTURBATIONS)}", **count)
-    add("--final_eval_weights", help="classifier for --evaluate; default: the one in --output_dir")
+    add("--final_eval_weights", help="checkpoint of the classifier for --evaluate; the results are named after this file. "
+        "Default: the one in --output_dir")  # fmt: skip
     add("--trial_name", default="", help="last part of the file names")
     add("--check_images", type=bool_flag, default=True, help="decode every image once before training")
     add("--skip_bad_images", type=bool_flag, default=False, help="leave unreadable images out instead of stopping")

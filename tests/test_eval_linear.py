@@ -404,7 +404,7 @@ def test_hits_of_every_image_add_up_to_the_accuracy(trained, weights, colours, t
     shared = ("--pretrained_weights", weights, "--data_path", colours, "--num_workers", 0, "--epochs", 1)
     run("eval_linear.py", *shared, *flags, "--output_dir", tmp_path / "two", output=tmp_path / "log", processes=2)
     for perturbation in ("ori", "aug1_3"):
-        name = f"only_eval_{perturbation}_linear_0.001_1_"
+        name = f"only_eval_{perturbation}_linear_5_8_"
         one, two = (read_result(tmp_path / folder, name) for folder in ("one", "two"))
         assert 100 * unpack_hits(one["correct"], 30).mean() == pytest.approx(one["accuracy"])
         assert one["correct"] == two["correct"]
@@ -417,7 +417,7 @@ def test_perturbed_evaluation_is_seeded(trained, weights, colours, tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         flags = ("--evaluate", "--final_eval_weights", checkpoint, "--test_aug_type", "basic", "--seed", seed)
         assert probe(weights, colours, tmp_path / folder, *flags).status == 0
-        losses.append(read_result(tmp_path / folder, "only_eval_basic_linear_0.001_1_")["test_loss"])
+        losses.append(read_result(tmp_path / folder, "only_eval_basic_linear_5_8_")["test_loss"])
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -433,8 +433,20 @@ def test_an_originals_probe_is_evaluated(trained, weights, colours, tmp_path):
     torch.save(original, tmp_path / "original.pth.tar")
     outcome = probe(weights, colours, tmp_path, "--evaluate", "--final_eval_weights", tmp_path / "original.pth.tar")
     assert outcome.status == 0, outcome
-    result = read_result(tmp_path, "only_eval_ori_linear_0.001_1_")
+    result = read_result(tmp_path, "only_eval_ori_original")
     assert result["accuracy"] == read_result(trained[0])["accuracy"]
+
+
+def test_an_evaluation_of_another_probe_leaves_the_results_alone(trained, weights, colours, tmp_path):
+    """It is named after the checkpoint that is given, not after --lr and --epochs."""
+    shutil.copytree(trained[0], tmp_path / "out")
+    own = (*RECIPE, "--epochs", 8, "--evaluate")
+    assert probe(weights, colours, tmp_path / "out", *own).status == 0
+    before = snapshot(tmp_path / "out")
+    other = shutil.copy(trained[0] / "checkpoint_linear_5_8_.pth.tar", tmp_path / "checkpoint_linear_7_9_t.pth.tar")
+    assert probe(weights, colours, tmp_path / "out", *own, "--final_eval_weights", other).status == 0
+    after = snapshot(tmp_path / "out")
+    assert after.keys() - before.keys() == {"only_eval_ori_linear_7_9_t.json"} and before.items() <= after.items()
 
 
 def test_top5_reaches_the_result_file(weights, tmp_path):

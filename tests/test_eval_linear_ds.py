@@ -328,7 +328,7 @@ def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
     torch.save(original, path)
     evaluation = (*flags, "--output_dir", tmp_path, "--evaluate", "--final_eval_weights", path)
     assert call(ds.main, *evaluation).status == 0
-    assert result_of(tmp_path, "only_eval_*.json")["accuracy"] == result_of(folder)["accuracy"]
+    assert result_of(tmp_path, "only_eval_ori_original.json")["accuracy"] == result_of(folder)["accuracy"]
     frozen = ("--ds_mode", "linear", "--backbone_lr", 0, "--weight_decay", 0)
     assert_refused(call(ds.main, *evaluation, *frozen), str(path), "fine-tuned backbone")
     del original["state_dict_model"]
