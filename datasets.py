@@ -166,8 +166,9 @@ class SampleList(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.text[start : int(self.ends[index])].numpy().tobytes()), int(self.labels[index])
+        text, ends, labels = self.text.numpy(), self.ends.numpy(), self.labels.numpy()  # quicker to index than tensors
+        start = ends[index - 1] if index else 0
+        return os.fsdecode(text[start : ends[index]].tobytes()), int(labels[index])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

@@ -11,6 +11,7 @@
 #   TUNE=1                      the tuning split, for choosing settings: it has no test images
 #   ARCHS, NETS, RECIPES, SEEDS lists of words, e.g. SEEDS="0 1 2 3 4"
 #   DATA=digits                 instead of fashion-mnist; or a folder of your own with train/ and val/
+#   MEAN, STD                   of the channels of your own images, for pixels in 0..1; default: ImageNet's
 #   FASHION_MNIST_DIR=...       the files of Fashion-MNIST; DOWNLOAD=1 downloads them there
 #   RESULT=results/mine         folder of the results; default: results/study, with TUNE=1 results/study_tune
 #   EPOCHS=3 SIZE=24            epochs of pretraining (default: see the table below); side of the images, pixels
@@ -67,7 +68,8 @@ check_words NETS dino CLeVER untrained
 check_words RECIPES aug1 aug1_2 aug1_4_2
 check_words STEPS $ALL_STEPS
 check_words TUNE 0 1
-[[ $SEEDS =~ ^\ *((0|[1-9][0-9]{0,8})(\ +|$))+$ ]] || stop "SEEDS=$SEEDS: must be whole numbers without leading zeros, such as 0 1 2"
+[[ $SEEDS =~ ^\ *((0|[1-9][0-9]{0,8})(\ +|$))+$ ]] ||
+  stop "SEEDS=$SEEDS: must be whole numbers without leading zeros, such as 0 1 2"
 check_words SEEDS $SEEDS
 [[ -z ${EPOCHS:-} ]] || check_number EPOCHS 1
 suffix=""
@@ -76,11 +78,12 @@ suffix=""
 case $DATA in
   digits)
     data=data/digits$suffix
-    : "${SIZE:=16}"
+    : "${SIZE:=16}" "${MEAN:=0.305 0.305 0.305}" "${STD:=0.376 0.376 0.376}"
     images=(digits --out data/digits --tune data/digits_tune)
     ;;
   fashion-mnist)
     data=data/fashion-mnist-10000$suffix
+    : "${MEAN:=0.286 0.286 0.286}" "${STD:=0.353 0.353 0.353}"
     package=/usr/share/datasets/fashion-mnist # Debian: apt install dataset-fashion-mnist
     [[ -n ${FASHION_MNIST_DIR:-} || ! -d $package ]] || FASHION_MNIST_DIR=$package
     : "${FASHION_MNIST_DIR:=data/torchvision}"
@@ -94,7 +97,7 @@ case $DATA in
     [[ $TUNE == 0 ]] || stop "TUNE=1 with DATA=$DATA: split your training images yourself, and give that folder as DATA"
     ;;
 esac
-: "${SIZE:=24}"
+: "${SIZE:=24}" "${MEAN:=0.485 0.456 0.406}" "${STD:=0.229 0.224 0.225}"
 check_number SIZE 1
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, -) || gpus=""
 IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES-$gpus}"
@@ -119,8 +122,8 @@ choose_cell() {
 # settings: print what the results of the cell depend on, a name and its value per line.
 settings() {
   local name
-  for name in arch recipe net seed data SIZE epochs warmup batch lr wd out_dim hidden bottleneck temp momentum crop patch \
-    probe_lr PRETRAIN_FLAGS PROBE_FLAGS KNN_FLAGS EQUIVARIANCE_FLAGS; do
+  for name in arch recipe net seed data SIZE MEAN STD epochs warmup batch lr wd out_dim hidden bottleneck temp momentum crop \
+    patch probe_lr PRETRAIN_FLAGS PROBE_FLAGS KNN_FLAGS EQUIVARIANCE_FLAGS; do
     printf '%s %s\n' "$name" "${!name}"
   done
 }
@@ -143,7 +146,7 @@ pretrain() {
   # With little data, the loss leaves its plateau at ln(out_dim) only with batch norm in narrow heads, a sharp teacher that
   # follows quickly, and similar views. No local views: they take too much time.
   run main_dino.py --net "$network" --arch "$arch" --patch_size "$patch" --aug "$recipe" --epochs "$epochs" --seed "$seed" \
-    --data_path "$data/train" --output_dir "$folder" --saveckp_freq 0 --batch_size_per_gpu "$batch" \
+    --data_path "$data/train" --mean $MEAN --std $STD --output_dir "$folder" --saveckp_freq 0 --batch_size_per_gpu "$batch" \
     --lr "$lr" --min_lr 1e-5 --warmup_epochs "$warmup" --weight_decay "$wd" --weight_decay_end "$wd" \
     --use_bn_in_head true --out_dim "$out_dim" --head_hidden_dim "$hidden" --head_bottleneck_dim "$bottleneck" \
     --hp1 0.8 --sep_lambd 1.0 --reg_lambd _reg0.001 --DVR_out_dim "$out_dim" \

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from augmentations import PERTURBATIONS
+from evaluation.hits import unpack_hits
 from evaluation.names import PARTS
-from scripts.results_table import PART_ORDER, PERTURBATIONS, rank
+from scripts.results_table import PART_ORDER, rank
 from utils import InputError, describe_error, write_text_atomically
 
 # A cell is one network with its results, as read_cell returns it. {(arch, recipe, net, seed): cell}
@@ -20,6 +22,10 @@ COMPARED = (("CLeVER", "ALL"), ("CLeVER", "IR"))  # each minus the baseline's AL
 MEASURES = {"probe": "linear probe", "knn": "20-NN"}
 OWN_SETTINGS = ("arch", "recipe", "net", "seed")  # in which the cells of a study may differ, of one backbone
 
+# Fields of the results and gaps of eval_equivariance.py: what was measured, and the scores.
+MEASURED = {"results": ("transform", "head", "input", "part", "control"), "gaps": ("transform", "part", "control")}
+SCORES = {"results": ("r2", "mae_degrees", "accuracy", "auc"), "gaps": ("cosine_gap", "gram_gap")}
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -31,21 +37,40 @@ def load_study(source: Path) -> Study:
     if source.is_dir():
         cells = [read_cell(path.parent) for path in sorted(source.rglob("settings.txt"))]
     else:
-        try:
+        with readable(source, "neither a folder nor a file records.json"):
             cells = json.loads(source.read_text())["cells"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source}: neither a folder nor a file records.json ({type(error).__name__})") from error
+            for cell in cells:
+                check_cell(cell)
     if not cells:
         raise InputError(f"{source}: no cells of scripts/study.sh (settings.txt)")
     study: Study = {}
     for cell in cells:
-        settings = cell["settings"]
-        key = settings["arch"], settings["recipe"], settings["net"], int(settings["seed"])
+        key = key_of(cell)
         if key in study:
             raise InputError(f"{source}: two cells {' '.join(map(str, key))}")
         study[key] = cell
     check_settings(study)
     return study
+
+
+def key_of(cell: dict[str, Any]) -> tuple[str, str, str, int]:
+    """(arch, recipe, net, seed)."""
+    settings = cell["settings"]
+    return settings["arch"], settings["recipe"], settings["net"], int(settings["seed"])
+
+
+def check_cell(cell: dict[str, Any]) -> None:
+    """Raise an error that `readable` expects unless the cell has the fields that tables and pictures need."""
+    key_of(cell)
+    for entries in (*cell["probe"].values(), *cell["knn"].values()):
+        for entry in entries.values():
+            float(entry["top1"])
+            if "correct" in entry:
+                unpack_hits(entry["correct"], cell["num_test_images"])
+    sum(cell["loss"])
+    for kind, names in MEASURED.items():
+        for entry in cell.get(kind, ()):
+            select_fields(entry, names)
 
 
 def check_settings(study: Study) -> None:
@@ -71,9 +96,12 @@ def read_cell(folder: Path) -> dict[str, Any]:
     `correct` are the hits (evaluation/hits.py) that differences need, `loss` (normalised, per epoch), `results` and `gaps` of
     eval_equivariance.py.
     """
-    lines = (folder / "settings.txt").read_text().splitlines()
-    settings = {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
-    cell: dict[str, Any] = {"settings": settings, "num_test_images": None, "probe": {}, "knn": {}, "loss": []}
+    cell: dict[str, Any] = {"settings": {}, "num_test_images": None, "probe": {}, "knn": {}, "loss": []}
+    with readable(path := folder / "settings.txt", "not the settings of a cell"):
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            cell["settings"][name] = value.strip()
+        key_of(cell)
     for measure, pattern in (("probe", "only_eval_*.json"), ("knn", "knn*.json")):
         for path in sorted(folder.glob(pattern)):
             with readable(path):
@@ -83,23 +111,20 @@ def read_cell(folder: Path) -> dict[str, Any]:
             epochs = map(json.loads, path.read_text().splitlines())
             cell["loss"] = [round(epoch["train_normalized_loss"], 4) for epoch in epochs]
     if (path := folder / "equivariance.json").exists():
-        results = ("transform", "head", "input", "part", "control", "r2", "mae_degrees", "accuracy", "auc")
-        gaps = ("transform", "part", "control", "cosine_gap", "gram_gap")
         with readable(path):
             record = json.loads(path.read_text())
-            cell["results"] = [select_fields(entry, results) for entry in record["results"]]
-            cell["gaps"] = [select_fields(entry, gaps) for entry in record["gaps"]]
+            for kind, names in MEASURED.items():
+                cell[kind] = [select_fields(entry, names + SCORES[kind]) for entry in record[kind]]
     return cell
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """An error while this result is read becomes an InputError that names the file."""
+def readable(path: Path, problem: str = "not a result of the study; remove it, and repeat its step") -> Iterator[None]:
+    """An error while this file is read, such as a missing field, becomes an InputError that names the file and the problem."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = describe_error(error)
-        raise InputError(f"{path}: not a result of the study ({why}); remove it, and repeat its step") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: {problem} ({describe_error(error)})") from error
 
 
 def add_accuracy(cell: dict[str, Any], measure: str, record: dict[str, Any]) -> None:
@@ -107,6 +132,7 @@ def add_accuracy(cell: dict[str, Any], measure: str, record: dict[str, Any]) -> 
     result, name = (record["results"][0], "top1") if measure == "knn" else (record, "accuracy")
     part, entry = PARTS[record["part"]], {"top1": round(result[name], 4)}
     if cell["settings"]["net"] == BASELINE or (cell["settings"]["net"], part) in COMPARED:
+        unpack_hits(result["correct"], record["num_test_images"])  # raises an error if they are damaged
         entry["correct"] = result["correct"]
     cell[measure].setdefault(part, {})[record["test_aug_type"]] = entry
     cell["num_test_images"] = record["num_test_images"]
@@ -114,7 +140,7 @@ def add_accuracy(cell: dict[str, Any], measure: str, record: dict[str, Any]) -> 
 
 def select_fields(entry: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """These fields, rounded; scores that are None are left out."""
-    fields = {name: entry.get(name) for name in names}
+    fields = {name: entry[name] for name in names}
     rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in fields.items()}
     return {name: value for name, value in rounded.items() if value is not None or name == "control"}
 

@@ -166,6 +166,17 @@ def equivariance_table(study: Study, arch: str, kind: str, field: str, **wanted:
     return align(lines, text_columns=3)
 
 
+def equivariance_sections(study: Study, arch: str) -> list[str]:
+    """Titles and tables of one backbone; only those for which there are scores."""
+    entries = [entry for key, cell in study.items() for entry in cell.get("results", ()) if key[0] == arch]
+    tables = [
+        (f"what is known about transformations, {title} (head {head}, input {kind})", "results", field, head, kind)
+        for head, kind in dict.fromkeys((entry["head"], entry["input"]) for entry in entries)
+        for field, title in (("r2", "R2"), ("accuracy", "accuracy"))
+    ]
+    return []
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 Cell = tuple[int, str]  # number of seeds, and what they say
@@ -199,13 +210,7 @@ def report(study: Study) -> str:
         for measure, title in MEASURES.items():
             sections += [f"### {arch}: top-1 (%), {title}", accuracy_table(study, arch, measure)]
             sections += [f"### {arch}: differences of top-1 (points), {title}", difference_table(study, arch, measure)]
-        entries = [entry for cell in study.values() for entry in cell.get("results", ())]
-        for head, kind in dict.fromkeys((entry["head"], entry["input"]) for entry in entries):
-            for field, title in (("r2", "R2"), ("accuracy", "accuracy")):
-                table = equivariance_table(study, arch, "results", field, head=head, input=kind)
-                sections += [f"### {arch}: what is known about transformations, {title} (head {head}, input {kind})", table]
-        if entries:
-            sections += [f"### {arch}: cosine gap", equivariance_table(study, arch, "gaps", "cosine_gap")]
+        sections += equivariance_sections(study, arch)
     seeds = " ".join(map(str, seeds_of(study)))
     note = f"Mean ± standard deviation over seeds ({seeds}); in brackets, 95 % intervals over seeds and test images."
     return "\n\n".join([note, *sections]) + "\n"
@@ -292,10 +297,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for records.json, tables.md and, as far as there are results to draw, "
         "curves.png and differences.png; default: tables are only printed")  # fmt: skip
     args = parser.parse_args()
+    if args.out:
+        check_writable(args.out, "--out")
     study = load_study(args.source)
     text = report(study)
     if args.out:
-        check_writable(args.out)
         save_records(study, args.out / "records.json")
         write_text_atomically(text, args.out / "tables.md")
         if any(cell["loss"] for cell in study.values()):

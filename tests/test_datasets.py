@@ -155,12 +155,14 @@ def test_jpeg_files_are_decoded_as_pillow_does(tmp_path, monkeypatch, mode, inst
     np.testing.assert_array_equal(pixels, np.asarray(read_image(path)))
 
 
-def test_a_cut_jpeg_is_refused_by_both_readers(tmp_path):
-    photo(60, 45).save(tmp_path / "whole.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1000])
-    for read in (read_image, read_pixels):
-        with pytest.raises(InputError, match="cut.jpg: cannot be read"):
-            read(tmp_path / "cut.jpg")
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_cut_file_is_refused_by_both_readers(tmp_path, suffix):
+    photo(60, 45).save(tmp_path / f"whole.{suffix}")
+    for length in (12, 30, 1000):
+        (tmp_path / f"cut.{suffix}").write_bytes((tmp_path / f"whole.{suffix}").read_bytes()[:length])
+        for read in (read_image, read_pixels):
+            with pytest.raises(InputError, match=f"cut.{suffix}: cannot be read"):
+                read(tmp_path / f"cut.{suffix}")
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
