@@ -76,7 +76,7 @@ def check_args(args: argparse.Namespace) -> None:
     for temperature in args.temperature:
         if not MIN_TEMPERATURE <= temperature < float("inf"):
             raise InputError(f"--temperature {temperature}: must be {MIN_TEMPERATURE} or more, and finite")
-    check_trial_name(args.trial_name)
+    check_trial_name(args.trial_name, reserved=(*PERTURBATIONS, r"hp[\d.][^_]*", "else"))  # what part_suffix gives, too
     if args.load_features:
         for name in ("pretrained_weights", "arch", "patch_size", "img_size", "data_path", "dump_features"):
             if getattr(args, name) is not None:

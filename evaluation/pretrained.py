@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,10 +87,22 @@ def single_run(args: argparse.Namespace, part: str, perturbation: str) -> argpar
     return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation})
 
 
-def check_trial_name(name: str) -> None:
-    """Raise InputError unless --trial_name can be a part of a file name."""
+MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
+
+
+def check_trial_name(name: str, reserved: Sequence[str] = ()) -> None:
+    """Raise InputError unless --trial_name can be the last part of a file name.
+
+    It must not begin with one of the `reserved` parts, regular expressions, which would make it the name of another result.
+    """
+    length = len(os.fsencode(name))
+    if length > MAX_TRIAL_NAME:
+        raise InputError(f"--trial_name of {length} bytes: must have at most {MAX_TRIAL_NAME}, it is part of a file name")
     if os.sep in name:
         raise InputError(f"--trial_name {name!r}: must not contain {os.sep}, it is part of a file name")
+    other = re.match(f"({'|'.join(reserved)})(_|$)", name) if reserved else None
+    if other:
+        raise InputError(f"--trial_name {name!r}: must not begin with {other[1]}, with which the names of other results begin")
 
 
 def resolve_option(name: str, given: Any, stored: Any, default: Any, source: str = "checkpoint was") -> Any:

@@ -201,6 +201,8 @@ PROBE = [
     ("--img_size 33", "33x33", "patch size 8"),
     ("--avgpool_patchtokens perhaps", "--avgpool_patchtokens", "'perhaps'", "true, false, on, off, 1, 0"),
     ("--trial_name a/b", "'a/b'", "/"),
+    ("--trial_name " + 300 * "x", "--trial_name of 300 bytes", "at most 100"),
+    ("--trial_name " + 34 * "\u2192", "--trial_name of 102 bytes", "at most 100"),
     ("--checkpoint_key ema", "'ema'", "student, teacher"),
     ("--pretrained_weights {root}/absent.pth", "{root}/absent.pth", "no such file"),
     ("--pretrained_weights {damaged}", "{damaged}", "damaged"),

@@ -231,6 +231,12 @@ def test_several_perturbations_equal_separate_runs(world, tmp_path):
     assert results(tmp_path / "together", "knn_aug1_2") != results(world.root / "all")
 
 
+def test_other_trial_names_end_the_files_name(world, tmp_path):
+    for trial in ("aug1x", "basics", "hpx", "elsewhere", 100 * "x"):
+        assert knn("--load_features", world.features, "--output_dir", tmp_path, "--trial_name", trial).status == 0
+        assert (tmp_path / f"knn_{trial}.json").exists()
+
+
 def test_hits_of_every_image_by_hand(tmp_path):
     """Nine queries at the angle of one of two training images; the true class is the other one's for images 1 and 6."""
     labels = [0, 1, 0, 1, 0, 1, 0, 1, 0]
@@ -313,6 +319,12 @@ BAD = [
     (CLEVER + "--temperature 0.07 0.001", "--temperature 0.001", "0.002 or more"),
     (CLEVER + "--batch_size_per_gpu 0", "--batch_size_per_gpu 0", "greater than 0"),
     (CLEVER + "--trial_name a/b", "'a/b'", "must not contain /"),
+    (CLEVER + "--trial_name aug1_2", "--trial_name 'aug1_2'", "must not begin with aug1"),
+    (CLEVER + "--trial_name aug1_3_again", "'aug1_3_again'", "must not begin with aug1"),
+    (CLEVER + "--trial_name basic_", "'basic_'", "must not begin with basic"),
+    (CLEVER + "--trial_name hp0.8", "'hp0.8'", "must not begin with hp0.8"),
+    (CLEVER + "--trial_name else_t", "'else_t'", "must not begin with else"),
+    (CLEVER + "--trial_name " + 101 * "x", "--trial_name of 101 bytes", "at most 100"),
     (CLEVER + "--output_dir {root}/clever.pth", "{root}/clever.pth", "is a file"),
     (CLEVER + "--dump_features {root}/clever.pth", "{root}/clever.pth", "is a file"),
     ("--pretrained_weights {root}/dino.pth --data_path {data} --else_part main_part", "dino checkpoint has no parts"),
