@@ -38,6 +38,9 @@ from evaluation.pretrained import (
 from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError, bool_flag
 
+# What a result's name contains before the trial name, besides knn: a perturbation, and what part_suffix returns.
+RESERVED = (*PERTURBATIONS, r"hp[\d.][^_]*", "else")
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__)
@@ -76,7 +79,7 @@ def check_args(args: argparse.Namespace) -> None:
     for temperature in args.temperature:
         if not MIN_TEMPERATURE <= temperature < float("inf"):
             raise InputError(f"--temperature {temperature}: must be {MIN_TEMPERATURE} or more, and finite")
-    check_trial_name(args.trial_name, reserved=(*PERTURBATIONS, r"hp[\d.][^_]*", "else"))  # what part_suffix gives, too
+    check_trial_name(args.trial_name, RESERVED)
     if args.load_features:
         for name in ("pretrained_weights", "arch", "patch_size", "img_size", "data_path", "dump_features"):
             if getattr(args, name) is not None:

@@ -3,7 +3,7 @@
 Shapes: D width of the features, M training images, N test images, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from evaluation.hits import pack_hits
 from telemetry import with_progress
 
 MIN_TEMPERATURE = 0.002  # exp(1 / 0.002) is 1e217
+MAX_QUERIES, MAX_SIMILARITIES = 1024, 2**28  # of a chunk: at most 1 GiB of similarities
 
 
 def nearest_neighbors(train_features: torch.Tensor, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +26,20 @@ def nearest_neighbors(train_features: torch.Tensor, features: torch.Tensor, k: i
     Both arguments are L2-normalised, [M, D] and [B, D]. k is at most M.
     """
     return (features @ train_features.T).topk(min(k, len(train_features)), dim=-1)
+
+
+def search_neighbors(
+    train_features: torch.Tensor, train_labels: torch.Tensor, features: torch.Tensor, k: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+    """For each chunk of B features: similarities and classes [B, k] of their neighbours, and the chunk's place in `features`.
+
+    Features are L2-normalised, as for nearest_neighbors. MAX_QUERIES and MAX_SIMILARITIES limit a chunk, and so the memory.
+    """
+    chunk = max(1, min(MAX_QUERIES, MAX_SIMILARITIES // len(train_features)))
+    for start in range(0, max(1, len(features)), chunk):  # without features: one empty chunk
+        rows = slice(start, start + chunk)
+        similarity, nearest = nearest_neighbors(train_features, features[rows], k)  # B, k
+        yield similarity, train_labels[nearest], rows
 
 
 def knn_scores(similarity: torch.Tensor, labels: torch.Tensor, num_classes: int, temperature: float = 0.07) -> torch.Tensor:
@@ -44,18 +59,15 @@ def knn_predict(
     k: int,
     num_classes: int,
     temperature: float = 0.07,
-    chunk: int = 1024,
 ) -> torch.Tensor:
     """Class scores [B, C] of features [B, D] by weighted votes of their k nearest training features [M, D].
 
     Features are L2-normalised here. k is at most M.
     """
-    train = F.normalize(train_features, dim=-1)  # M, D
-    scores = []
-    for queries in F.normalize(features, dim=-1).split(chunk):
-        similarity, nearest = nearest_neighbors(train, queries, k)  # B, k
-        scores.append(knn_scores(similarity, train_labels[nearest], num_classes, temperature))  # B, C
-    return torch.cat(scores)
+    train, queries = F.normalize(train_features, dim=-1), F.normalize(features, dim=-1)  # M, D and B, D
+    found = search_neighbors(train, train_labels, queries, k)
+    scores = [knn_scores(similarity, classes, num_classes, temperature) for similarity, classes, _ in found]
+    return torch.cat(scores)  # B, C
 
 
 def knn_accuracies(
@@ -87,12 +99,9 @@ def knn_accuracies(
 
     settings = [(k, temperature) for k in neighbors for temperature in temperatures]
     hits = [torch.empty(len(settings), 2, 0, dtype=torch.uint8, device=device)]
-    chunk = max(1, min(1024, 2**28 // len(train)))  # at most 1 GiB of similarities at a time
-    batches = zip(test.split(chunk), labels.split(chunk), strict=True)
-    for queries, query_labels in with_progress(batches, "nearest neighbours", len(test)):
-        similarity, nearest = nearest_neighbors(train, queries, max(neighbors))  # B, k
-        classes = train_labels[nearest]  # B, k
-        found = [knn_hits(similarity[:, :k], classes[:, :k], query_labels, num_classes, t) for k, t in settings]
+    batches = search_neighbors(train, train_labels, test, max(neighbors))
+    for similarity, classes, rows in with_progress(batches, "nearest neighbours", len(test)):  # B, k
+        found = [knn_hits(similarity[:, :k], classes[:, :k], labels[rows], num_classes, t) for k, t in settings]
         hits.append(torch.stack(found).to(device))  # settings, 2, B
     own = torch.cat(hits, dim=-1)  # settings, 2, N / world
     percent = (100 * all_reduce_sum(own.sum(-1).double()) / total).tolist()

@@ -7,6 +7,7 @@ from torch import nn
 
 import eval_linear
 from backbones import build_backbone
+from evaluation import knn
 from evaluation.features import FeatureExtractor, extract_features, extract_parts, select_part
 from evaluation.knn import knn_predict
 from evaluation.pretrained import Pretrained, check_part, load_pretrained
@@ -208,7 +209,23 @@ def test_votes_equal_scikit_learns(k):
     expected = torch.from_numpy(reference.predict_proba(queries))
     assert torch.allclose(scores / scores.sum(1, keepdim=True), expected, atol=1e-5)
     assert torch.equal(scores.argmax(1), torch.from_numpy(reference.predict(queries)))
-    assert torch.allclose(knn_predict(*arguments, k=k, num_classes=5, chunk=10), scores, rtol=1e-9)
+
+
+@pytest.mark.parametrize("train_images, sizes", [(60, [10, 10, 10, 7]), (1000, 37 * [1]), (5, [37])])
+def test_the_memory_of_the_search_is_bounded(monkeypatch, train_images, sizes):
+    """At most 600 similarities at a time, or one query; votes are as if they were computed at once."""
+    torch.manual_seed(0)
+    arguments = torch.randn(train_images, 8), torch.randint(5, (train_images,)), torch.randn(37, 8)
+    whole = knn_predict(*arguments, k=3, num_classes=5)
+    found, real = [], knn.nearest_neighbors
+    monkeypatch.setattr(knn, "MAX_SIMILARITIES", 600, raising=False)
+    monkeypatch.setattr(knn, "nearest_neighbors", lambda train, x, k: found.append(len(x)) or real(train, x, k))
+    assert torch.allclose(knn_predict(*arguments, k=3, num_classes=5), whole, rtol=1e-4)
+    assert found == sizes
+
+
+def test_no_queries_have_no_votes():
+    assert knn_predict(torch.randn(4, 8), torch.arange(4), torch.empty(0, 8), k=3, num_classes=4).shape == (0, 4)
 
 
 def test_prototypes_are_found_and_shuffled_labels_are_not():
