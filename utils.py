@@ -89,10 +89,10 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def check_not_negative(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these arguments is finite and at least 0."""
+    """Raise InputError unless each of these arguments is at least 0 and below 2**63, which torch's seeds must not reach."""
     for name in names:
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 0 or greater, and finite")
+        if not 0 <= getattr(args, name) < 2**63:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 0 or greater, and less than 2**63")
 
 
 def check_choices(flag: str, values: Sequence[str], choices: Iterable[str]) -> None:
@@ -165,10 +165,7 @@ def save_png(pixels: np.ndarray, path: str | Path) -> None:
 
 
 def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Raise InputError, which names the flag, unless `folder`, or the nearest parent that exists, can be written.
-
-    Leaves no file behind.
-    """
+    """Raise InputError, which names the flag, unless `folder` or its nearest existing parent is writable; leaves no file."""
     path = Path(folder).absolute()
     try:
         if path.exists() and not path.is_dir():

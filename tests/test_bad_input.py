@@ -89,8 +89,8 @@ PRETRAINING += [
     (f"--{name} {value}", f"--{name} {value}", "0 or greater")
     for name, value in (
         ("epochs", "-1"), ("local_crops_number", "-1"), ("num_workers", "-1"), ("warmup_epochs", "-1"),
-        ("warmup_teacher_temp_epochs", "-1"), ("saveckp_freq", "-1"), ("seed", "-1"), ("lr", "-0.1"), ("lr", "nan"),
-        ("lr", "inf"), ("min_lr", "nan"), ("clip_grad", "nan"), ("weight_decay", "nan"), ("sep_lambd", "nan"),
+        ("warmup_teacher_temp_epochs", "-1"), ("saveckp_freq", "-1"), ("seed", "-1"), ("seed", str(2**64)), ("lr", "-0.1"),
+        ("lr", "nan"), ("lr", "inf"), ("min_lr", "nan"), ("clip_grad", "nan"), ("weight_decay", "nan"), ("sep_lambd", "nan"),
     )
 ]  # fmt: skip
 
@@ -197,6 +197,7 @@ PROBE = [
     ("--epochs 0", "--epochs 0", "greater than 0"),
     ("--num_workers -1", "--num_workers -1", "0 or greater"),
     ("--seed -1", "--seed -1", "0 or greater"),
+    (f"--seed {2**64}", f"--seed {2**64}", "less than 2**63"),
     ("--img_size 0", "--img_size 0", "1 or more"),
     ("--img_size 33", "33x33", "patch size 8"),
     ("--avgpool_patchtokens perhaps", "--avgpool_patchtokens", "'perhaps'", "true, false, on, off, 1, 0"),

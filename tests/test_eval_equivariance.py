@@ -243,6 +243,7 @@ BAD = [
     (CLEVER + "--batch_size_per_gpu 0", "--batch_size_per_gpu 0", "greater than 0"),
     (CLEVER + "--random_subspaces -1", "--random_subspaces -1", "0 or greater"),
     (CLEVER + "--num_images -1", "--num_images -1", "0 or greater"),
+    (CLEVER + f"--seed {2**63}", f"--seed {2**63}", "less than 2**63"),
     (CLEVER + "--num_images 4", "to fit regressors to 4, to test them on 4", "at least 5 and 2"),
     (CLEVER + "--trial_name a/b", "'a/b'", "must not contain /"),
     (CLEVER + "--output_dir {root}/clever.pth", "{root}/clever.pth", "is a file"),
