@@ -156,7 +156,7 @@ def append_log(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def truncate_log(path: str | Path, epoch: int) -> None:
-    """Remove the lines of `epoch` and later, and incomplete ones, before an interrupted run continues from `epoch`."""
+    """Remove the lines of `epoch` and later, and those without a record, before an interrupted run continues from `epoch`."""
     path = Path(path)
     if not path.exists():
         return
@@ -166,7 +166,7 @@ def truncate_log(path: str | Path, epoch: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record.get("epoch", epoch) < epoch:
+        if isinstance(record, dict) and record.get("epoch", epoch) < epoch:
             kept.append(line)
     write_text_atomically("".join(line + "\n" for line in kept), path)
 

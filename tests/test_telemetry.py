@@ -104,6 +104,14 @@ def test_truncate_log_drops_later_and_half_written_lines(tmp_path):
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("line", ["5", "null", '"text"', "[1]", "{}"])
+def test_truncate_log_drops_lines_without_a_record(tmp_path, line):
+    path = tmp_path / "log.txt"
+    path.write_text(f'{line}\n{{"epoch": 0}}\n{line}\n')
+    truncate_log(path, 1)
+    assert path.read_text() == '{"epoch": 0}\n'
+
+
 def test_truncate_log_without_a_log_makes_none(tmp_path):
     truncate_log(tmp_path / "log.txt", 3)
     assert not any(tmp_path.iterdir())
