@@ -80,8 +80,8 @@ def _read_tensor(path: Path, source: str) -> torch.Tensor:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{source} {path}: damaged, or contains more than a tensor") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
-        raise InputError(f"{source} {path}: contains no tensor, or an empty one")
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.numel() == 0:
+        raise InputError(f"{source} {path}: contains no tensor, an empty one, or a single number")
     return tensor
 
 
@@ -90,6 +90,6 @@ def _read_description(path: Path, source: str) -> dict[str, Any]:
         description = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise InputError(f"{source} {path}: damaged ({error})") from error
-    if not isinstance(description, dict):
-        raise InputError(f"{source} {path}: must contain a JSON object")
+    if not isinstance(description, dict) or not isinstance(description.get("classes", []), list):
+        raise InputError(f"{source} {path}: must contain a JSON object, and its `classes` a list")
     return description

@@ -364,6 +364,9 @@ FEATURES = [
     ("trainlabels", torch.tensor([0.5, 1]), "labels of train must be whole"),
     ("trainfeat", torch.full((2, 4), float("nan")), "features of train are not finite"),
     ("trainfeat", torch.empty(0, 4), "trainfeat.pth: contains no tensor"),
+    ("trainfeat", torch.tensor(1.0), "trainfeat.pth: contains no tensor"),
+    ("testfeat", torch.tensor(1.0), "testfeat.pth: contains no tensor"),
+    ("trainlabels", torch.tensor(1), "trainlabels.pth: contains no tensor"),
     ("testfeat", {"x": torch.ones(2, 4)}, "testfeat.pth: contains no tensor"),
     ("testfeat", np.ones((2, 4)), "testfeat.pth: damaged, or contains more"),
     ("testfeat", None, "testfeat.pth: damaged"),
@@ -391,6 +394,9 @@ def test_features_of_clever_need_their_cut(tmp_path):
         assert_refused(knn("--load_features", folder, "--output_dir", tmp_path, *flags), message)
     (folder / "features.json").write_text("{")
     assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), "features.json: damaged")
+    for content in ("5", '{"classes": 5}', '{"classes": null}'):
+        (folder / "features.json").write_text(content)
+        assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), "features.json: must contain a JSON object")
 
 
 def test_features_that_are_not_finite_are_an_error(world, tmp_path):
