@@ -1,7 +1,7 @@
 """Finds and loads the compiled libraries of csrc/, or says why they cannot be used.
 
 They are plain shared libraries with a C interface, so one build serves every version of Python and torch. A build in place
-(`python csrc/<folder>/setup.py build_ext --inplace`, scripts/setup.sh) is preferred to the installed package
+(`python csrc/<folder>/setup.py build_ext --inplace`, scripts/setup.sh) is preferred to an installed package
 (`pip install ./csrc/<folder>`), which may come from older sources.
 """
 
@@ -18,8 +18,15 @@ class Unavailable(RuntimeError):
 
 
 def build_info(folder: Path) -> dict:
-    """Contents of build.json: compiler, instruction sets, CUDA architectures, and why a library was not built."""
-    return json.loads((folder / "build.json").read_text())
+    """Contents of build.json: compiler, instruction sets, CUDA architectures, and why a library was not built.
+
+    Empty if the file is damaged.
+    """
+    try:
+        info = json.loads((folder / "build.json").read_text())
+    except ValueError:
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 class CompiledPackage:
@@ -36,9 +43,8 @@ class CompiledPackage:
     def __init__(self, title: str, prefix: str, sources: str, package: str, abi_version: int) -> None:
         self.title, self.prefix, self.package, self.abi_version = title, prefix, package, abi_version
         self.in_place = ROOT / sources / package
-        self.rebuild_in_place = f"python {sources}/setup.py build_ext --inplace"
-        self.install = f"pip install ./{sources}"
-        self.rebuild = f"pip install --force-reinstall ./{sources}"
+        self.build_command = f"python {sources}/setup.py build_ext --inplace"
+        self.reinstall_command = f"pip install --force-reinstall ./{sources}"  # for an installed package
         self.found: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
 
     def build_folders(self) -> list[Path]:
@@ -64,10 +70,11 @@ class CompiledPackage:
         function = f"{self.prefix}_abi_version"
         if not hasattr(library, function):
             kind = self.title.replace(" ", "-")
-            raise Unavailable(f"{path} is not a {kind} library (it has no {function}); {self.rebuild}")
+            raise Unavailable(f"{path} is not a {kind} library (it has no {function}); {self.build_command} --force")
         version = getattr(library, function)()
         if version != self.abi_version:
-            raise Unavailable(f"{path} has interface version {version}, this code needs {self.abi_version}; {self.rebuild}")
+            versions = f"has interface version {version}, this code needs {self.abi_version}"
+            raise Unavailable(f"{path} {versions}; {self.build_command} --force")
         return library
 
     def find(self, name: str) -> tuple[ctypes.CDLL | None, str | None]:
@@ -83,7 +90,7 @@ class CompiledPackage:
                 return self.open_library(folder, name), None
             except Unavailable as error:
                 reasons.append(str(error))
-        return None, "; ".join(reasons) or f"the compiled {self.title} is not installed: {self.install}"
+        return None, "; ".join(reasons) or f"the compiled {self.title} is not built: {self.build_command}"
 
     def unavailable_reason(self, name: str) -> str | None:
         """None if the library, such as `scan_cpu`, can be used, otherwise the reason in one line."""

@@ -101,24 +101,24 @@ def show_renderer() -> str | None:
     reason = views_cpp.unavailable_reason()
     if reason:
         row("views", f"torchvision and Pillow; cpp: {reason}")
-        return views_cpp.VIEWS.rebuild_in_place
+        return views_cpp.VIEWS.build_command
     folder = views_cpp.VIEWS.build_folders()[0]
     is_old = is_outdated(build_info(folder), build_tool.VIEWS)
     note = ", OUT OF DATE: the sources have changed since" if is_old else ""
     row("views", f"cpp selected ({views_cpp.instruction_set()} instructions{note})")
-    return views_cpp.VIEWS.rebuild_in_place if is_old else None
+    return views_cpp.VIEWS.build_command if is_old else None
 
 
 def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: bool, renderer: str | None) -> str:
     """The command to run next; `renderer` is the one that builds the renderer, or None."""
     if outdated:
-        return extension.REBUILD_IN_PLACE if extension.IN_PLACE in outdated else extension.REBUILD
+        return extension.BUILD if extension.IN_PLACE in outdated else extension.REINSTALL
     if chosen["cpu"] != "cpp":
         hint = "" if compiler else "install a C++ compiler (apt install g++, or conda install gxx), then: "
-        return hint + extension.INSTALL
+        return hint + extension.BUILD
     if chosen.get("cuda", "cuda") != "cuda":
         hint = "" if nvcc else f"stay with {chosen['cuda']}, or install the CUDA toolkit (nvcc), then: "
-        return hint + f"SCAN_CUDA=1 {extension.REBUILD}"
+        return hint + f"SCAN_CUDA=1 {extension.BUILD}"
     if renderer:
         return renderer
     return "nothing to install; python -m scripts.bench.scan measures the scan, python -m scripts.bench.views the renderer"

@@ -113,9 +113,9 @@ def test_parameters_are_those_of_the_header():
 
 def test_without_a_build_the_reason_names_the_command(use):
     use()
-    reason = "the compiled view renderer is not installed: pip install ./csrc/views"
+    reason = "the compiled view renderer is not built: python csrc/views/setup.py build_ext --inplace"
     assert views_cpp.unavailable_reason() == reason
-    with pytest.raises(Unavailable, match="not installed"):
+    with pytest.raises(Unavailable, match="not built"):
         render(np.zeros((4, 4, 3), np.uint8), view_of((4, 4), 4))
 
 

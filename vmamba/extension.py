@@ -12,7 +12,7 @@ ABI_VERSION = 1  # SCAN_ABI_VERSION of scan.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
 
 SCAN = CompiledPackage("selective scan", "scan", "csrc/selective_scan", "clever_selective_scan", ABI_VERSION)
-IN_PLACE, REBUILD_IN_PLACE, INSTALL, REBUILD = SCAN.in_place, SCAN.rebuild_in_place, SCAN.install, SCAN.rebuild
+IN_PLACE, BUILD, REINSTALL = SCAN.in_place, SCAN.build_command, SCAN.reinstall_command
 build_folders, unavailable_reason, load = SCAN.build_folders, SCAN.unavailable_reason, SCAN.load
 
 

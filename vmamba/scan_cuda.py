@@ -61,7 +61,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return (
         f"the library does not run on {name} (compute capability {major}.{minor}): {reason.decode()}; "
         f"build it for this GPU, with a CUDA toolkit that the driver supports: "
-        f"TORCH_CUDA_ARCH_LIST={major}.{minor} {extension.REBUILD}"
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor} {extension.BUILD}"
     )
 
 

@@ -259,9 +259,12 @@ def build_cuda(library: Library, output: Path, environ: Mapping[str, str]) -> di
 
 
 def read_build(folder: Path) -> dict[str, Any]:
-    """Contents of build.json in a folder of built libraries; empty if there is none."""
-    path = folder / "build.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Contents of build.json in a folder of built libraries; empty if there is none, or if it is damaged."""
+    try:
+        info = json.loads((folder / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 def is_up_to_date(library: Library, folder: Path, environ: Mapping[str, str]) -> bool:

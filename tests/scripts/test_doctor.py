@@ -29,9 +29,9 @@ OTHER = Path("elsewhere")
     [
         ({"cpu": "cpp"}, [], (True, True), "nothing to install"),
         ({"cpu": "cpp", "cuda": "cuda"}, [], (True, True), "nothing to install"),
-        ({"cpu": "cpp"}, [extension.IN_PLACE, OTHER], (True, False), extension.REBUILD_IN_PLACE),
-        ({"cpu": "cpp"}, [OTHER], (True, False), extension.REBUILD),
-        ({"cpu": "torch"}, [], (True, False), extension.INSTALL),
+        ({"cpu": "cpp"}, [extension.IN_PLACE, OTHER], (True, False), extension.BUILD),
+        ({"cpu": "cpp"}, [OTHER], (True, False), extension.REINSTALL),
+        ({"cpu": "torch"}, [], (True, False), extension.BUILD),
         ({"cpu": "torch"}, [], (False, False), "install a C++ compiler"),
         ({"cpu": "cpp", "cuda": "triton"}, [], (True, True), "SCAN_CUDA=1"),
         ({"cpu": "cpp", "cuda": "torch"}, [], (True, False), "stay with torch, or install the CUDA toolkit"),
@@ -43,7 +43,7 @@ def test_advice(chosen, outdated, tools, words):
 
 def test_advice_for_the_renderer_comes_after_that_for_the_scan():
     assert doctor.advice({"cpu": "cpp"}, [], True, True, "build it") == "build it"
-    assert doctor.advice({"cpu": "torch"}, [], True, True, "build it") == extension.INSTALL
+    assert doctor.advice({"cpu": "torch"}, [], True, True, "build it") == extension.BUILD
 
 
 @pytest.mark.parametrize("reason", [None, "no such library"])

@@ -264,9 +264,9 @@ def test_the_command_builds_in_place_when_sources_changed_or_it_is_forced(tmp_pa
 
 def test_no_build_at_all(use):
     use()
-    reason = "the compiled selective scan is not installed: pip install ./csrc/selective_scan"
+    reason = "the compiled selective scan is not built: python csrc/selective_scan/setup.py build_ext --inplace"
     assert extension.unavailable_reason("scan_cpu") == reason
-    with pytest.raises(extension.Unavailable, match="not installed"):
+    with pytest.raises(extension.Unavailable, match="not built"):
         extension.load("scan_cpu")
 
 
@@ -285,7 +285,8 @@ def test_another_interface_is_refused(use, built, monkeypatch):
     use(built)
     monkeypatch.setattr(extension.SCAN, "abi_version", 999)
     reason = extension.unavailable_reason("scan_cpu")
-    assert f"has interface version {SELECTIVE_SCAN.abi_version()}, this code needs 999; pip install" in reason
+    assert f"has interface version {SELECTIVE_SCAN.abi_version()}, this code needs 999; " in reason
+    assert reason.endswith("python csrc/selective_scan/setup.py build_ext --inplace --force")
 
 
 def copy_with(built: Path, folder: Path, library: bytes) -> Path:
@@ -303,6 +304,17 @@ def test_a_damaged_library_is_passed_over_for_the_next(use, built, tmp_path):
     assert "\n" not in reason
     use(damaged, built)
     assert extension.unavailable_reason("scan_cpu") is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "5", "null"])
+def test_a_damaged_record_of_a_build_is_no_record(use, built, tmp_path, content):
+    """The libraries beside it are used, and a new build replaces them."""
+    folder = copy_with(built, tmp_path / "folder", (built / "libscan_cpu.so").read_bytes())
+    (folder / "build.json").write_text(content)
+    use(folder)
+    assert extension.unavailable_reason("scan_cpu") is None and extension.build_info(folder) == {}
+    assert extension.unavailable_reason("scan_cuda").endswith("libscan_cuda.so is missing")
+    assert not build_tool.is_up_to_date(SELECTIVE_SCAN, folder, {"SCAN_CUDA": "0"})
 
 
 def test_a_library_of_something_else_is_refused(use, built, tmp_path):
