@@ -165,9 +165,12 @@ def check_args(args: argparse.Namespace) -> None:
     if args.amp_dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise InputError(f"--amp_dtype {args.amp_dtype!r}: must be one of auto, bf16, fp16, fp32")
     utils.check_positive(
-        args, "out_dim", "DVR_out_dim", "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation",
-        "patch_size", "global_crops_size", "local_crops_size", "print_freq", "warmup_teacher_temp", "teacher_temp",
+        args, "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation", "patch_size",
+        "global_crops_size", "local_crops_size", "print_freq", "warmup_teacher_temp", "teacher_temp",
     )  # fmt: skip
+    for name in ("out_dim", "DVR_out_dim"):  # the softmax of a single output is constant, and ln(1) = 0
+        if getattr(args, name) < 2:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 2 or greater")
     utils.check_not_negative(
         args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
         "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "sep_lambd", "seed",

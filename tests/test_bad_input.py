@@ -80,11 +80,14 @@ PRETRAINING += [("--hp1 1", "hp1 1.0", "EF", "empty"), ("--net dino --hp1 2", "-
 PRETRAINING += [
     (f"--{name} {value}", f"--{name} {value}", "greater than 0")
     for name in (
-        "out_dim", "DVR_out_dim", "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation", "patch_size",
-        "global_crops_size", "local_crops_size", "print_freq",
+        "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation", "patch_size", "global_crops_size",
+        "local_crops_size", "print_freq",
     )
     for value in ("0", "-3")
 ]  # fmt: skip
+PRETRAINING += [
+    (f"--{name} {value}", f"--{name} {value}", "2 or greater") for name in ("out_dim", "DVR_out_dim") for value in ("1", "-3")
+]
 PRETRAINING += [
     (f"--{name} {value}", f"--{name} {value}", "0 or greater")
     for name, value in (
