@@ -222,7 +222,7 @@ class MultiCropAugmentation(Views):
         check_crop_scale("global_crops_scale", global_crops_scale)
         check_crop_scale("local_crops_scale", local_crops_scale)
         if local_crops_number < 0:
-            raise InputError(f"local_crops_number {local_crops_number}: must be 0 or more")
+            raise InputError(f"--local_crops_number {local_crops_number}: must be 0 or more")
         view = replace(DINO_VIEW, **recipe)
         large = replace(view, size=global_crops_size, scale=tuple(global_crops_scale))
         small = replace(view, size=local_crops_size, scale=tuple(local_crops_scale), blur_p=0.5)
@@ -269,12 +269,12 @@ class ToNormalizedTensor:
 
 
 def check_crop_scale(name: str, scale: Sequence[float]) -> None:
-    """Raise InputError unless `scale` is two increasing numbers in (0, 1], shares of the image's area."""
-    if len(scale) != 2 or not 0 < scale[0] < scale[1] <= 1:
-        raise InputError(f"{name} {' '.join(map(str, scale))}: must be two increasing numbers in (0, 1]")
+    """Raise InputError, which names the flag, unless `scale` is a minimum and a maximum share of the image's area."""
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(f"--{name} {' '.join(map(str, scale))}: must be two numbers in (0, 1], minimum and maximum")
 
 
 def _choose(name: str, choice: str, table: dict[str, Any]) -> Any:
     if choice not in table:
-        raise InputError(f"{name} {choice!r}: choose one of {', '.join(table)}")
+        raise InputError(f"--{name} {choice!r}: choose one of {', '.join(table)}")
     return table[choice]

@@ -168,13 +168,18 @@ def equivariance_table(study: Study, arch: str, kind: str, field: str, **wanted:
 
 def equivariance_sections(study: Study, arch: str) -> list[str]:
     """Titles and tables of one backbone; only those for which there are scores."""
-    entries = [entry for key, cell in study.items() for entry in cell.get("results", ()) if key[0] == arch]
-    tables = [
-        (f"what is known about transformations, {title} (head {head}, input {kind})", "results", field, head, kind)
-        for head, kind in dict.fromkeys((entry["head"], entry["input"]) for entry in entries)
-        for field, title in (("r2", "R2"), ("accuracy", "accuracy"))
-    ]
-    return []
+    entries = [entry for key, cell in study.items() if key[0] == arch for entry in cell.get("results", ())]
+    tables: dict[str, tuple[str, str, dict[str, str]]] = {}
+    for head, given in dict.fromkeys((entry["head"], entry["input"]) for entry in entries):
+        for field, title in (("r2", "R2"), ("accuracy", "accuracy")):
+            title = f"what is known about transformations, {title} (head {head}, input {given})"
+            tables[title] = "results", field, {"head": head, "input": given}
+    tables["cosine gap"] = "gaps", "cosine_gap", {}
+    sections = []
+    for title, (kind, field, wanted) in tables.items():
+        if equivariance_scores(study, arch, kind, field, **wanted):
+            sections += [f"### {arch}: {title}", equivariance_table(study, arch, kind, field, **wanted)]
+    return sections
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

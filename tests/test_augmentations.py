@@ -208,17 +208,17 @@ def test_normalisation():
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(InputError, match="aug9.*aug1, aug1_2, aug1_4_2"):
+    with pytest.raises(InputError, match="--aug 'aug9'.*aug1, aug1_2, aug1_4_2"):
         MultiCropAugmentation("aug9")
-    with pytest.raises(InputError, match="aug1_9.*ori, basic, aug1, aug1_2, aug1_3, aug1_4_1, aug1_4_2, aug1_4_3"):
+    with pytest.raises(InputError, match="--test_aug_type 'aug1_9'.*ori, basic, aug1, aug1_2, aug1_3, aug1_4_1, aug1_4_2, aug1_4_3"):
         eval_transform("aug1_9")
-    with pytest.raises(InputError, match="local_crops_number -1"):
+    with pytest.raises(InputError, match="--local_crops_number -1"):
         MultiCropAugmentation("aug1", local_crops_number=-1)
 
 
 @pytest.mark.parametrize("scale", [(0.4,), (0.4, 0.6, 1), (0, 1), (0.5, 1.1), (0.6, 0.4), (-1, 0.5), (float("nan"), 1)])
 def test_bad_crop_scales(scale):
-    with pytest.raises(InputError, match="local_crops_scale .*two increasing numbers"):
+    with pytest.raises(InputError, match="--local_crops_scale .*two numbers in .0, 1., minimum and maximum"):
         check_crop_scale("local_crops_scale", scale)
     with pytest.raises(InputError, match="local_crops_scale"):
         MultiCropAugmentation("aug1", local_crops_scale=scale)

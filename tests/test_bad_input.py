@@ -72,9 +72,9 @@ PRETRAINING = [
     ("--mean 0.5", "--mean", "3 arguments"),
 ]
 PRETRAINING += [
-    (f"--{name} {value}", f"{name} {' '.join(str(float(v)) for v in value.split())}", "two increasing numbers in (0, 1]")
+    (f"--{name} {value}", f"--{name} {' '.join(str(float(v)) for v in value.split())}", "two numbers in (0, 1]")
     for name in ("global_crops_scale", "local_crops_scale")
-    for value in ("0.5", "0.2 0.4 0.6", "0.6 0.4", "0.5 0.5", "0 0.5", "0.5 1.5", "nan 1", "0.1 nan", "-0.5 0.5")
+    for value in ("0.5", "0.2 0.4 0.6", "0.6 0.4", "0 0.5", "0.5 1.5", "nan 1", "0.1 nan", "-0.5 0.5")
 ]
 PRETRAINING += [("--hp1 1", "hp1 1.0", "EF", "empty"), ("--net dino --hp1 2", "--hp1 2.0", "(0, 1]")]
 PRETRAINING += [

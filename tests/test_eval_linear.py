@@ -368,7 +368,7 @@ def test_two_processes_train_several_parts_as_separately(weights, colours, tmp_p
         ("--else_part", "--else_part: expected at least one argument"),
         ("--evaluate --test_aug_type ori aug9", "--test_aug_type 'aug9': must be one of ori, basic, "),
         ("--evaluate --test_aug_type ori basic ori", "--test_aug_type 'ori': given twice"),
-        ("--crop_scale 0.5", "crop_scale 0.5: must be two increasing numbers in (0, 1]"),
+        ("--crop_scale 0.5", "--crop_scale 0.5: must be two numbers in (0, 1]"),
         ("--else_part ALL --lr 5 --epochs 8 --crop_scale 0.5 1", "--crop_scale [0.5, 1.0]: the probe "),
         ("--per_image true", "--per_image true: only with --evaluate"),
         ("--test_aug_type ori basic", "--test_aug_type ori basic: only with --evaluate"),

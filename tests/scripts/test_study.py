@@ -21,7 +21,7 @@ from support.shell import SCRIPTS, run
 from evaluation.equivariance_report import SPACES
 from evaluation.hits import pack_hits
 from scripts import study_table
-from scripts.study_records import load_study
+from scripts.study_records import load_study, save_records
 from scripts.study_table import make_row, mean_and_std, paired_interval
 
 IMAGES = 400
@@ -53,16 +53,25 @@ def write_cell(root: Path, net: str, seed: int, recipe: str = "aug1_2", **settin
 
 
 def write_equivariance(folder: Path, net: str, seed: int) -> None:
-    """R2 of rotation .5 for ALL, .2 for IR, .4 for EF, .3 for random subspaces, and .1 more for each next seed."""
+    """R2 of rotation .5 for ALL, .2 for IR, .4 for EF, .3 for random subspaces, and .1 more for each next seed; of flip half.
+
+    The fields are those that eval_equivariance.py writes.
+    """
     known = {("ALL", None): 0.5, ("EF", "random_subspace"): 0.3, ("ALL", "untrained"): 0.1, ("ALL", "shuffled"): 0.0}
     known |= {("IR", None): 0.2, ("EF", None): 0.4} if net == "CLeVER" else {}
     results, gaps = [], []
     for (part, control), r2 in known.items():
         space = {"part": part, "control": control}
-        scores = {"head": "linear", "input": "pair", "mae_degrees": 20.0}
-        results.append({"transform": "rotation", **space, **scores, "r2": r2 + seed / 10, "accuracy": None, "auc": None})
-        results.append({"transform": "flip", **space, **scores, "r2": None, "accuracy": r2 + 0.5, "auc": 0.75})
-        gaps.append({"transform": "rotation", **space, "cosine_gap": r2 / 2, "gram_gap": 0.01})
+        r2 += seed / 10
+        known_of_class = {"mae_degrees": None, "accuracy": (r2 + 1) / 2, "auc": 0.75}
+        known_of_angle = {"mae_degrees": 20.0, "accuracy": None, "auc": None}
+        for name, value, scores in (("rotation", r2, known_of_angle), ("flip", r2 / 2, known_of_class)):
+            result = {"transform": name, "head": "linear", "input": "pair", **space, "r2": value, "r2_sie": value}
+            if control == "random_subspace":
+                result |= {"draws": 5, "r2_std": 0.02}
+            results.append(result | {"r2_per_target": {name: value}} | scores)
+            if control != "shuffled":
+                gaps.append({"transform": name, **space, "cosine_gap": value / 2, "gram_gap": 0.01})
     (folder / "equivariance.json").write_text(json.dumps({"kind": "equivariance", "results": results, "gaps": gaps}))
 
 
@@ -156,12 +165,33 @@ def test_equivariance(cells):
     title, *rows = tables["resnet8: what is known about transformations, R2 (head linear, input pair)"]
     found = {tuple(row[:3]): dict(zip(title[3:], row[3:], strict=True)) for row in rows}
     clever, dino = (found["rotation", "aug1_2", net] for net in ("CLeVER", "dino"))
-    assert len(found) == 2 and clever["seeds"] == "3"
+    assert len(found) == 4 and clever["seeds"] == "3" and found["flip", "aug1_2", "dino"]["ALL"] == "0.300 ± 0.050"
     assert [clever[part] for part in ("ALL", "IR", "EF")] == ["0.600 ± 0.100", "0.300 ± 0.100", "0.500 ± 0.100"]
     assert clever[SPACES["EF", "random_subspace"]] == "0.400 ± 0.100"
     assert "untrained IR" not in clever and (dino["ALL"], dino["IR"], dino["EF"]) == ("0.600 ± 0.100", "", "")
-    assert tables["resnet8: what is known about transformations, accuracy (head linear, input pair)"][1][4] == "1.000 ± 0.000"
-    assert tables["resnet8: cosine gap"][1][4] == "0.250 ± 0.000"
+    title, *rows = tables["resnet8: what is known about transformations, accuracy (head linear, input pair)"]
+    assert [row[:5] for row in rows] == [["flip", "aug1_2", net, "3", "0.800 ± 0.050"] for net in ("dino", "CLeVER")]
+    assert tables["resnet8: cosine gap"][1][4] == "0.300 ± 0.050"
+
+
+def test_no_table_of_equivariance_without_results(cells):
+    """Another backbone without this step; no transformation whose result is an accuracy."""
+    (write_cell(cells / "second", "dino", 0, arch="vit_micro") / "equivariance.json").unlink()
+    file = write_cell(cells / "third", "dino", 0, arch="resnet18") / "equivariance.json"
+    record = json.loads(file.read_text())
+    record["results"] = [result for result in record["results"] if result["transform"] == "rotation"]
+    file.write_text(json.dumps(record))
+    titles = {arch: [] for arch in ("resnet8", "vit_micro", "resnet18")}
+    for title, rows in tables_of(cells).items():
+        titles[title.split(":")[0]].append(title.split(": ")[1].split(" (")[0])
+        assert len(rows) > 1, title
+    accuracies = ["top-1", "differences of top-1"] * 2
+    known = "what is known about transformations"
+    assert titles == {
+        "resnet8": [*accuracies, f"{known}, R2", f"{known}, accuracy", "cosine gap"],
+        "vit_micro": accuracies,
+        "resnet18": [*accuracies, f"{known}, R2", "cosine gap"],
+    }
 
 
 def test_missing_results_are_named(cells):
@@ -227,14 +257,54 @@ def test_refused_sources(cells, tmp_path):
     shutil.rmtree(cells / "resnet8_aug1_2_dino_seed3")
     for name in ("knn_ori_ALL.json", "only_eval_ori_linear_ALL.json", "log.txt", "equivariance.json"):
         file = cells / "resnet8_aug1_2_dino_seed0" / name
-        for text in ("{", '{"part": "ALL"}'):
+        for text in ("{", '{"part": "ALL"}', "[5]", '{"results": []}', '{"results": [1]}'):
             whole = file.read_text()
             file.write_text(text)
             assert_refused(call(study_table.main, cells), str(file), "not a result of the study")
             file.write_text(whole)
+    for text in ("", "arch resnet8\nrecipe aug1_2\nnet dino\nseed x\n"):
+        file = cells / "resnet8_aug1_2_dino_seed0" / "settings.txt"
+        whole = file.read_text()
+        file.write_text(text)
+        assert_refused(call(study_table.main, cells), str(file), "not the settings of a cell")
+        file.write_text(whole)
     shutil.rmtree(tmp_path / "empty")
     (tmp_path / "other.json").unlink()
     assert snapshot(tmp_path) == before
+
+
+def test_damaged_hits_are_refused(cells):
+    file = cells / "resnet8_aug1_2_dino_seed0" / "knn_ori_ALL.json"
+    record = json.loads(file.read_text())
+    record["results"][0]["correct"] = pack_hits(np.ones(IMAGES // 2))
+    file.write_text(json.dumps(record))
+    assert_refused(call(study_table.main, cells), str(file), "not a result of the study", "expected 400")
+
+
+def test_damaged_records_are_refused(cells, tmp_path):
+    """Each field of the collected records that tables need, lost or of another kind."""
+    save_records(load_study(cells), records := tmp_path / "records.json")
+    whole = records.read_text()
+    assert call(study_table.main, records).status == 0
+
+    def damage(**fields):
+        """The text of the records in which these fields of the last cell, one of dino, are others, or are lost if None."""
+        *others, cell = json.loads(whole)["cells"]
+        cell = {name: value for name, value in {**cell, **fields}.items() if value is not None}
+        return json.dumps({"cells": [*others, cell]})
+
+    texts = ["[]", '{"cells": 5}', '{"cells": [1]}', '{"cells": [{"settings": {}}]}']
+    texts += [damage(**{name: value}) for name in ("settings", "probe", "knn", "loss") for value in (None, ["x"], "x")]
+    texts += [damage(results=[1]), damage(gaps=[{}]), damage(num_test_images=8)]
+    texts += [damage(probe={"ALL": {"ori": entry}}) for entry in ({}, {"top1": "x"}, {"top1": 1, "correct": "!"})]
+    for text in texts:
+        records.write_text(text)
+        assert_refused(call(study_table.main, records), f"{records}: neither a folder nor a file records.json")
+
+
+def test_a_file_in_place_of_the_output_folder_is_refused_before_anything_is_read(tmp_path):
+    (file := tmp_path / "file").write_text("x")
+    assert_refused(call(study_table.main, tmp_path / "none", "--out", file), f"--out {file}: is a file")
 
 
 def test_hits_are_kept_only_where_differences_need_them(cells):
