@@ -1,6 +1,7 @@
 """Checkpoint files: safe reading, atomic writing, and loading into networks and optimizers."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from utils import InputError, atomic_file, plain_args
+from utils import InputError, atomic_file, describe_error, plain_args
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 
@@ -27,6 +28,9 @@ _SAFE_GLOBALS = [
     *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")},
 ]
 
+# Under this key of a safetensors file's metadata, export.py writes `args` and `epoch` of the pretraining as JSON.
+SAFETENSORS_METADATA = "clever"
+
 # Raised by torch.load for truncated or damaged files, old formats included.
 _DAMAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
@@ -34,18 +38,22 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running any code that it may contain.
 
-    Tensors, plain values, argparse.Namespace and numpy scalars are read (the originals' files contain the last two).
-    Raises InputError if the file is missing or damaged, contains another type, or is not a dict.
+    Tensors, plain values, argparse.Namespace and numpy scalars are read (the originals' files contain the last two). With
+    `mmap`, which needs a zip file, as torch.save writes it today, tensors stay on the disk until they are used.
+    A file *.safetensors is read as `{"model": state dict}`. Raises InputError if the file is missing or damaged, contains
+    another type, or is not a dict.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: no such file")
+    if Path(path).suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about reading without full support; if that fails, the error says so
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\w[\w.]*)", str(error))
         if foreign:
@@ -59,6 +67,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a dict")
     return checkpoint
+
+
+def _load_safetensors(path: str | Path) -> dict[str, Any]:
+    """`{"model": state dict}` of a safetensors file, with `args` and `epoch` of the pretraining if export.py has written it."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise InputError(f"checkpoint {path}: safetensors is not installed: pip install safetensors") from error
+    try:
+        with safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {}).get(SAFETENSORS_METADATA, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        return {"model": state, "args": dict(described.get("args", {})), "epoch": described.get("epoch")}
+    except (SafetensorError, *_DAMAGE) as error:
+        raise InputError(f"checkpoint {path}: damaged or incomplete ({describe_error(error)[:100]})") from error
 
 
 def save_atomically(obj: Any, path: str | Path) -> None:
