@@ -35,7 +35,7 @@ VIEW = np.dtype(
         ("grey", "i4"), ("solarize", "i4"),  # 1: applied
         ("elastic_seed", "u4"),  # of the displacement field
         ("angle", "f4"),  # of the rotation about the centre, degrees counter-clockwise; 0: none
-        ("elastic_alpha", "f4"),  # strength of the elastic distortion, 2 * pixels; 0: none
+        ("elastic_alpha", "f4"),  # elastic distortion: twice the largest shift before smoothing, pixels; 0: none
         ("brightness", "f4"), ("contrast", "f4"), ("saturation", "f4"),  # factors; 1: unchanged
         ("hue", "f4"),  # shift, as a share of the colour circle; 0: unchanged
         ("blur", "f4"),  # standard deviation of the Gaussian blur, pixels; 0: none

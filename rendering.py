@@ -165,7 +165,7 @@ def render_batch(images: Sequence[np.ndarray], views: np.ndarray, renderer: str)
         steps = np.arange(len(images))[:, None] * (3 * np.square(sizes))  # B, V: bytes before each image
         addresses = np.array(by_view, np.uint64) + steps.astype(np.uint64)  # B, V
         for image, parameters, address in zip(images, np.ascontiguousarray(views), addresses, strict=True):
-            views_cpp.render_to(image, parameters, address)
+            views_cpp.render(image, parameters, address)
         return tensors
     outputs = [tensor[v].numpy() for tensor in tensors for v in range(len(tensor))]  # V times B, 3, S, S
     for b, image in enumerate(images):

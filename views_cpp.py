@@ -7,7 +7,6 @@ Shapes: V views of an image, S side of a view.
 """
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -40,27 +39,18 @@ def instruction_set() -> str:
     return isa().decode()
 
 
-def render(image: np.ndarray, views: np.ndarray, outputs: Sequence[np.ndarray]) -> None:
+def render(image: np.ndarray, views: np.ndarray, addresses: np.ndarray) -> None:
     """Views of one image.
 
     Args:
         image: uint8 [H, W, 3], contiguous.
         views: parameters, augmentations.VIEW [V], contiguous.
-        outputs: V contiguous arrays uint8 [3, S, S], which are overwritten.
+        addresses: uint64 [V], of the memory that the views are written to, each uint8 [3, S, S]. They are not checked.
 
     Raises:
         ValueError: an array has another type, shape or layout, or a view is invalid.
         compiled.Unavailable: there is no compiled renderer.
     """
-    for view, output in zip(views, outputs, strict=True):
-        size = int(view["size"])
-        if output.dtype != np.uint8 or output.shape != (3, size, size) or not output.flags.c_contiguous:
-            raise ValueError(f"output {output.dtype} {list(output.shape)}: must be contiguous, uint8 [3, {size}, {size}]")
-    render_to(image, views, np.array([output.ctypes.data for output in outputs], np.uint64))
-
-
-def render_to(image: np.ndarray, views: np.ndarray, addresses: np.ndarray) -> None:
-    """The same, with the memory addresses of the outputs, uint64 [V], which are not checked."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.flags.c_contiguous:
         raise ValueError(f"image {image.dtype} {list(image.shape)}: must be contiguous, uint8 [H, W, 3]")
     if views.dtype.itemsize != VIEW_BYTES or views.ndim != 1 or not views.flags.c_contiguous:
