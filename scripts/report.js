@@ -100,7 +100,7 @@ function extent(values) {
 
 function draw(figure) {
   const chart = curves.charts[figure.dataset.chart], plot = one(".plot", figure), width = plot.clientWidth;
-  const shown = chart.curves.map(([x, y], run) => ({ x, y, run }))
+  const shown = chart.curves.map(({ x, y }, run) => ({ x: x ?? curves.epochs[run], y, run }))
     .filter(({ y, run }) => chips[run].ariaPressed === "true" && y.some((value) => value !== null));
   figure.state = null;
   if (!shown.length) return plot.replaceChildren(make("div", "empty", "no values of the chosen runs"));
@@ -113,7 +113,7 @@ function draw(figure) {
   const X = (x) => LEFT + ((x - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
   const Y = (y) => HEIGHT - BOTTOM - ((y - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
   const parts = [];
-  for (const y of ticks(y0, y1, 4)) {
+  for (const y of ticks(y0, y1, 5)) {
     parts.push(`<line class="grid" x1="${LEFT}" x2="${width - RIGHT}" y1="${Y(y)}" y2="${Y(y)}"/><text x="${LEFT - 6}" y="${Y(y) + 4}" text-anchor="end">${label(y)}</text>`);
   }
   for (const x of ticks(x0, x1, Math.max(2, Math.min(8, width / 70))).filter((x) => Number.isInteger(x))) {

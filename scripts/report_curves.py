@@ -11,8 +11,8 @@ from scripts.report_records import Run
 # Groups of charts, and patterns of the names in log.txt; the rest is the last group.
 GROUPS = {
     "Losses": ("train_normalized_loss", "train_loss", "train_loss_*", "test_loss"),
-    "Accuracy while training": ("knn_*", "test_acc*"),
-    "R2 of rotation while training": ("rotation_r2_*",),
+    "Accuracy while training": ("knn_top1", "knn_ALL", "knn_IR", "knn_EF", "test_acc*"),
+    "R2 of rotation while training": ("rotation_r2_ALL", "rotation_r2_IR", "rotation_r2_EF"),
     "Schedules": ("train_lr", "train_wd", "train_momentum"),
     "Collapse": ("train_feature_std*", "train_teacher_entropy", "train_center*"),
     "Speed and memory": ("train_images_per_second", "seconds*", "memory_gib"),
@@ -47,11 +47,21 @@ def group_names(names: Iterable[str]) -> dict[str, list[str]]:
     return {title: chosen for title, chosen in groups.items() if chosen}
 
 
-def curve(run: Run, name: str) -> list[list[float | None]]:
-    """Epochs and values of one quantity; a value that is not finite is None."""
-    points = [(record["epoch"], record[name]) for record in run.log if name in record]
-    rounded = [(int(x) if x == int(x) else x, float(f"{y:.6g}") if math.isfinite(y) else None) for x, y in points]
-    return [list(axis) for axis in zip(*rounded, strict=True)] if rounded else [[], []]
+def plain(value: float) -> float | None:
+    """A number with the digits that a chart can show; None if it is not finite."""
+    return None if not math.isfinite(value) else int(value) if value == int(value) else float(f"{value:.5g}")
+
+
+def curve(run: Run, name: str) -> dict[str, list[float | None]]:
+    """Values `y` of one quantity, None where they are not finite; with their epochs `x` if some epochs have no value."""
+    found = {"y": [plain(record[name]) for record in run.log if name in record]}
+    if 0 < len(found["y"]) < len(run.log):
+        found["x"] = epochs_of([record for record in run.log if name in record])
+    return found
+
+
+def epochs_of(log: list[dict[str, float]]) -> list[float | None]:
+    return [plain(record["epoch"]) for record in log]
 
 
 def swatch(index: int) -> Html:
@@ -67,7 +77,7 @@ def curves_section(runs: list[Run], labels: list[str]) -> Html:
         figures = []
         for name in names:
             curves = [curve(run, name) for run in runs]
-            lost = sum(y is None for _, ys in curves for y in ys)
+            lost = sum(y is None for found in curves for y in found["y"])
             note = f"{lost} values are not finite" if lost > 1 else "1 value is not finite" if lost else ""
             heading = tag("figcaption", TITLES.get(name, name.removeprefix("train_")), tag("small", note) if note else "")
             figures.append(tag("figure", heading, tag("div", class_="plot"), class_="chart", data_chart=len(charts)))
@@ -84,6 +94,7 @@ def curves_section(runs: list[Run], labels: list[str]) -> Html:
     note = tag("p", f"The first {SHOWN_RUNS} of {len(runs)} runs are shown.", class_="note") if len(runs) > SHOWN_RUNS else ""
     buttons = [*every, *chips] if len(runs) > 1 else chips
     legend = tag("div", *buttons, class_="legend", role="group", aria_label="runs in the charts")
-    data = json_block("curves-data", {"labels": labels, "charts": charts})
+    epochs = [epochs_of(run.log) for run in runs]
+    data = json_block("curves-data", {"labels": labels, "epochs": epochs, "charts": charts})
     hint = tag("p", "By epoch. Point at a chart to read its values; press a run's name to hide or show it.", class_="note")
     return tag("section", tag("h2", "Curves"), hint, note, legend, *groups, data)

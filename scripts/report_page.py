@@ -1,17 +1,18 @@
 """The HTML of a report: summary first, then curves, arguments, results and pictures."""
 
 import datetime
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from scripts.report_curves import curves_section, swatch
-from scripts.report_html import Html, data_uri, document, json_block, number, tag, text_of, void
+from scripts.report_html import Html, data_uri, document, escape, json_block, number, tag, text_of, void
 from scripts.report_records import Found, Picture, Run, short_names
 from scripts.report_tables import (
     KINDS,
     KNN,
-    PERTURBATION,
+    ORDERS,
     PROBE,
     SETTINGS,
     TABLES,
@@ -25,10 +26,17 @@ from scripts.report_tables import (
     other_table,
     sort_key,
 )
+from scripts.results_table import rank
 
 MARKER = "<!doctype html><!-- scripts/report.py -->"  # the beginning of every report, by which it is known
 MAX_HEADLINES = 4  # pairs of data and backbone; beyond, the table below says it better
 MEASURES = {PROBE: "Linear probe", KNN: "k-NN"}
+RUN_COLUMNS = (
+    Column("net", "network"), Column("arch", "backbone"), Column("aug", "recipe"), Column("epochs", "epochs"),
+    Column("train_loss", "loss", 3), Column("train_normalized_loss", "of ln K", 3), Column("knn_ALL", "20-NN", 1),
+    Column("train_images_per_second", "images/s", 0), Column("seconds", "time"), Column("memory_gib", "memory, GiB", 2),
+    Column("seed", "seed"), Column("backbone", "weights"),
+)  # fmt: skip
 HIDDEN = ("args", "kind", "file", "correct", "frames")  # of a result's record: shown elsewhere, or long and not for reading
 
 
@@ -112,10 +120,10 @@ def headline(measure: str, group: tuple[str, str], best: dict[tuple[str, str], R
             "div",
             tag("dt", net, " ", tag("b", part)),
             tag("dd", number(record["accuracy"], 1), tag("small", f"{gain:+.1f} against dino".replace("-", "−"))
-                if gain is not None else tag("small", "percent")),
+                if gain is not None else tag("small", "baseline" if base else "percent")),
             class_="tile", title=names[record["file"].parent],
         ))  # fmt: skip
-    heading = f"{measure}: best top-1 accuracy on clean images of {group[0]}, {group[1]}"
+    heading = f"{measure}: best top-1 accuracy on clean images of {group[0]}, {group[1]} (percent)"
     return tag("div", tag("h3", heading), tag("dl", *tiles, class_="tiles"), class_="headline")
 
 
@@ -134,49 +142,43 @@ def best_table(kind: str, best: Best, columns: list[str], records: list[Record],
             line.append(tag("td", number(value, 1), data_v=repr(value), title=names[record["file"].parent], class_="bar best"
                 if value == top[column] else "bar", style=f"--share:{max(0, min(1, value / 100)):.3f}"))  # fmt: skip
         rows.append(tag("tr", *line))
-    chance = {record.get("num_labels") for record in records}
-    chance = f" Chance: {number(100 / min(chance), 1)}." if len(chance) == 1 and min(chance, default=0) else ""
-    note = f"In percent; ori: unchanged test images. Of several results for a cell the best one counts.{chance}"
+    note = "In percent; ori: unchanged test images. Of several results for a cell the best one counts. Bold: best of a column."
+    classes = {record.get("num_labels") for record in records}
+    if len(classes) == 1 and isinstance(count := classes.pop(), int) and count > 0:
+        note += f" Chance: {number(100 / count, 1)}."
     heads = [Column("row", "network"), *(Column(column, column, 1) for column in columns)]
     return table_box(f"{MEASURES[kind]}: top-1 accuracy by perturbation of the test images", note, heads, rows)
 
 
 def runs_table(found: Found, names: dict[Path, str]) -> Html:
     """What every run has reached."""
-    heads = [Column(title, title) for title in (
-        "run", "network", "backbone", "recipe", "epochs", "loss", "of ln K", "20-NN", "learning rate", "images/s", "time",
-        "memory, GiB", "seed", "weights",
-    )]  # fmt: skip
     weights: dict[Path, dict[str, None]] = {}
     for record in found.results:
         if record.get("backbone"):
             weights.setdefault(record["file"].parent, {})[str(record["backbone"])] = None
     rows = []
     for i, run in enumerate(found.runs):
-        last, seconds = last_values(run), sum(record.get("seconds", 0) for record in run.log)
-        about = run.arguments.get
-        values = [
-            about("net"), about("arch"), about("aug"), len(run.log), last.get("train_loss"), last.get("train_normalized_loss"),
-            last.get("knn_ALL", last.get("knn_top1")), last.get("train_lr"), last.get("train_images_per_second"),
-            duration(seconds), last.get("memory_gib"), about("seed"),
-        ]  # fmt: skip
-        name = tag("th", swatch(i), names[run.folder], scope="row", title=run.folder)
-        cells = [cell(Column("", ""), text_of(value) if isinstance(value, (list, dict)) else value) for value in values]
-        prints = tag("td", ", ".join(weights.get(run.folder, {})) or "–", class_="code")
-        cells[9] = tag("td", duration(seconds), data_v=repr(seconds), class_="num")
-        rows.append(tag("tr", name, *cells, prints))
+        name = tag("th", swatch(i), breakable(names[run.folder]), scope="row", title=run.folder)
+        prints = list(weights.get(run.folder, {}))
+        shown = ", ".join(prints[:2]) + (f" and {len(prints) - 2} more" if len(prints) > 2 else "")
+        rows.append((name, run_values(run) | {"backbone": shown or None}))
     note = "The last value of each. Weights: fingerprints that the results in the same folder name."
-    return table_box("Runs", note, heads, rows)
+    return rows_table("Runs", note, "run", RUN_COLUMNS, rows)
 
 
-def last_values(run: Run) -> dict[str, float]:
-    """The last value of every quantity in the log."""
-    return {name: value for record in run.log for name, value in record.items()}
+def run_values(run: Run) -> dict[str, Any]:
+    """The values of RUN_COLUMNS; of quantities in the log the last one."""
+    last = {name: value for record in run.log for name, value in record.items()}
+    arguments = {key: text_of(run.arguments[key]) for key in ("net", "arch", "aug", "seed") if key in run.arguments}
+    seconds = sum(record.get("seconds", 0) for record in run.log)
+    return {column.key: last.get(column.key) for column in RUN_COLUMNS} | arguments | {
+        "epochs": len(run.log), "seconds": seconds or None, "knn_ALL": last.get("knn_ALL", last.get("knn_top1")),
+    }  # fmt: skip
 
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds."""
-    return str(datetime.timedelta(seconds=round(seconds))) if 0 < seconds < 1e9 else "–"
+    return str(datetime.timedelta(seconds=round(seconds))) if 0 <= seconds < 1e9 else number(seconds)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -242,18 +244,28 @@ def describe(record: Record) -> dict[str, Any]:
 
 
 def result_table(table: Table, rows: list[tuple[int, Record]], labels: list[str]) -> Html:
-    """The rows, each with the number of its result. Settings that all rows share stand in the note instead."""
-    own = [column for column in table.columns if any(row[column.key] is not None for _, row in rows)]
-    settings = [column for column in SETTINGS if any(row[column.key] is not None for _, row in rows)]
-    shared = [column for column in (*own, *settings) if column.digits is None and same(row[column.key] for _, row in rows)]
-    shown = [column for column in (*own, *settings) if column not in shared]
-    shared_text = ", ".join(f"{column.title} {text_of(rows[0][1][column.key])}" for column in shared)
+    """The rows, each with the number of its result; parts and perturbations of a folder in their usual order."""
+
+    def place(numbered: tuple[int, Record]) -> tuple:
+        i, row = numbered
+        return labels[i], *(rank(order, str(row[key])) for key, order in ORDERS.items() if key in row)
+
     lines = []
-    for i, row in rows:
-        button = tag("button", labels[i], type="button", class_="more", data_result=i)
-        lines.append(tag("tr", tag("th", button, scope="row"), *(cell(column, row[column.key]) for column in shown)))
-    note = f"{table.note} In all rows: {shared_text}." if shared else table.note
-    return table_box(table.title, note, [Column("folder", "folder"), *shown], lines)
+    for i, row in sorted(rows, key=place):
+        button = tag("button", breakable(labels[i]), type="button", class_="more", data_result=i)
+        lines.append((tag("th", button, scope="row"), row))
+    return rows_table(table.title, table.note, "folder", (*table.columns, *SETTINGS), lines)
+
+
+def rows_table(title: str, note: str, head: str, columns: tuple[Column, ...], rows: list[tuple[Html, Record]]) -> Html:
+    """A table of rows with these first cells. What all rows share stands in the note; columns without values are left out."""
+    used = [column for column in columns if any(row[column.key] is not None for _, row in rows)]
+    shared = [column for column in used if column.digits is None and len(rows) > 1 and same(row[column.key] for _, row in rows)]
+    shown = [column for column in used if column not in shared]
+    if shared:
+        note += f" In all rows: {', '.join(f'{column.title} {text_of(rows[0][1][column.key])}' for column in shared)}."
+    lines = [tag("tr", first, *(cell(column, row[column.key]) for column in shown)) for first, row in rows]
+    return table_box(title, note, [Column(head, head), *shown], lines)
 
 
 def same(values: Iterable[Any]) -> bool:
@@ -263,10 +275,14 @@ def same(values: Iterable[Any]) -> bool:
 
 def cell(column: Column, value: Any) -> Html:
     """A cell with what it is sorted by."""
-    key = sort_key(column, value)
-    code = "code" if column.key == "backbone" else None
-    named = isinstance(value, str) or column == PERTURBATION
-    return tag("td", text_of(value, column.digits), data_v=key or None, class_=code or (None if named else "num"))
+    text = duration(value) if column.key == "seconds" and value is not None else text_of(value, column.digits)
+    kind = "code" if column.key == "backbone" else None if isinstance(value, str) else "num"
+    return tag("td", text, data_v=sort_key(column, value) or None, class_=kind)
+
+
+def breakable(name: str) -> Html:
+    """A name that may continue in a new line after /, _ and -."""
+    return Html("".join(f"{escape(piece)}<wbr>" if piece in "/_-" else escape(piece) for piece in re.split("([/_-])", name)))
 
 
 def table_box(title: str, note: str, heads: list[Column], rows: list[Html], marks: dict[str, Html] | None = None) -> Html:
@@ -299,7 +315,7 @@ def picture_section(pictures: list[Picture], max_bytes: float) -> Html | None:
         image = void("img", src=data_uri(picture.path), alt=names[picture.path], width=picture.width, height=picture.height,
             decoding="async")  # fmt: skip
         button = tag("button", image, type="button", class_="zoom", aria_label=f"enlarge {names[picture.path]}")
-        wide = "wide" if picture.width > 1.8 * picture.height else None
+        wide = "wide" if picture.width > 2.4 * picture.height else None
         figures.append(tag("figure", button, tag("figcaption", names[picture.path], title=picture.path), class_=wide))
     rest = tag("details", tag("summary", f"{plural(len(left_out), 'picture')} left out, beyond --max_pictures_mb"),
         tag("ul", *(tag("li", name) for name in left_out)), class_="group") if left_out else ""  # fmt: skip

@@ -128,9 +128,9 @@ def read_result(path: Path) -> Record | None:
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, also if it is nested too deeply."""
+    """The value of a JSON text; long integers become floats, or infinite. Raises ValueError, also if nested too deeply."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -168,7 +168,7 @@ def log_record(line: str) -> dict[str, float] | None:
         if not isinstance(record, dict):
             return None
         numbers = {k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    except (ValueError, OverflowError):
+    except ValueError:
         return None
     return numbers if math.isfinite(numbers.get("epoch", math.nan)) else None
 
@@ -178,10 +178,13 @@ def read_arguments(path: Path, problems: list[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return plain_args(load_checkpoint(path, mmap=zipfile.is_zipfile(path)).get("args", {}))
-    except (InputError, TypeError, OSError) as error:
-        problems.append(f"{path}: its arguments cannot be read" if not isinstance(error, InputError) else str(error))
-        return {}
+        args = load_checkpoint(path, mmap=zipfile.is_zipfile(path)).get("args", {})
+        return dict(parse(json.dumps(plain_args(args), default=str)))
+    except InputError as error:
+        problems.append(str(error))
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        problems.append(f"{path}: its arguments cannot be read ({describe_error(error)})")
+    return {}
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ SETTINGS = (
     Column("seed", "seed"), Column("num_train_images", "training images"), Column("num_test_images", "test images"),
     Column("num_labels", "classes"), Column("backbone", "weights"),
 )  # fmt: skip
-PART, PERTURBATION = Column("part", "part"), Column("test_aug_type", "test images are")
+PART, PERTURBATION = Column("part", "part"), Column("test_aug_type", "images")
 ORDERS = {PART.key: PART_ORDER, PERTURBATION.key: tuple(PERTURBATIONS)}  # of values that are not sorted by name
 
 
@@ -125,8 +125,6 @@ class Table:
 
 def plain_value(value: Any, column: Column) -> Value:
     """The value of a cell. Raises TypeError if it is not a number where one is needed, or if it has parts of its own."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = value if abs(value) < 1e15 else math.inf  # larger ones may have no float
     if column.digits is not None and not (value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))):
         raise TypeError(f"{column.key} is not a number")
     if not isinstance(value, (str, int, float, bool, type(None))):
@@ -210,10 +208,12 @@ def check_result(record: Record) -> list[tuple[Table, list[dict[str, Value]]]]:
     cells = ((row[column.key], column) for table, rows in found for row in rows for column in table.columns)
     if not any(value is not None for value, column in cells if column.digits is not None):
         raise ValueError("holds no scores")
-    if record["kind"] in (PROBE, KNN):
+    if record["kind"] in (PROBE, KNN):  # the summary needs these
         for name in ("net", "part", "test_aug_type"):
             if not isinstance(record[name], str):
                 raise TypeError(f"{name} is not text")
+    if record["kind"] == PROBE:
+        record["accuracy"]
     return found
 
 
