@@ -107,13 +107,13 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
-            return _to_rgb(image)
+            return to_rgb(image)
     except DECODE_ERRORS as error:
         raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
 
 
-def _to_rgb(image):
-    """Drops transparency without blending, and scales 16-bit grey to 8 bits (Pillow would clip it)."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: drops transparency without blending, scales 16-bit grey to 8 bits (Pillow would clip it)."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:

@@ -33,6 +33,7 @@ class Pretrained:
         fingerprint: hash of the weights.
         options: patch_size and img_size, with which the backbone was built.
         pretraining_seed: seed of the pretraining, or None if the checkpoint does not say.
+        training_args: arguments of the pretraining, as far as the checkpoint has them.
     """
 
     backbone: nn.Module
@@ -47,6 +48,7 @@ class Pretrained:
     fingerprint: str
     options: dict[str, int] = field(default_factory=dict)
     pretraining_seed: int | None = None
+    training_args: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -178,6 +180,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         fingerprint=fingerprint(state),
         options=options,
         pretraining_seed=stored.get("seed"),
+        training_args=stored,
     )
 
 

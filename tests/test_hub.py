@@ -1,0 +1,130 @@
+"""`load_backbone` and hubconf.py: the network, its transform as in the evaluations, the split; from any folder."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.processes import ROOT, write_images
+
+import hubconf
+from augmentations import eval_transform, normalize
+from backbones import build_backbone
+from datasets import ImageDataset, list_images
+from evaluation import load_backbone
+from rendering import choose_renderer
+from utils import InputError
+
+STATS = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkpoint of a network with random weights, and images."""
+    root = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_micro", patch_size=8, img_size=32).eval()
+    state = {f"module.backbone.{name}": value for name, value in backbone.state_dict().items()}
+    arguments = {"arch": "vit_micro", "patch_size": 8, "net": "CLeVER", "hp1": 0.8, "global_crops_size": 32}
+    arguments |= {"mean": STATS[0], "std": STATS[1]}
+    torch.save({"teacher": state, "args": arguments}, root / "clever.pth")
+    torch.save({"teacher": state, "args": arguments | {"net": "dino"}}, root / "dino.pth")
+    torch.save(state, root / "bare.pth")
+    return SimpleNamespace(root=root, backbone=backbone, images=write_images(root / "images", 2))
+
+
+def test_the_network_is_frozen_in_eval_mode_with_the_pretrained_weights(world):
+    network, _, _ = load_backbone(world.root / "clever.pth")
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(images), world.backbone(images))
+
+
+def test_images_are_transformed_as_by_the_evaluations(world):
+    transform = load_backbone(world.root / "clever.pth").transform
+    paths = list_images(world.images)
+    dataset = ImageDataset([(path, 0) for path in paths], eval_transform("ori", 32), renderer=choose_renderer("auto"))
+    for index, path in enumerate(paths):
+        pixels, _ = dataset[index]
+        with Image.open(path) as image:
+            found = transform(image)
+        assert found.shape == (3, 32, 32) and found.dtype == torch.float32
+        assert torch.equal(found, normalize(pixels, *STATS))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_images_of_any_mode_are_accepted(world, mode):
+    transform = load_backbone(world.root / "clever.pth").transform
+    image = Image.fromarray(np.full((40, 48), 32896, np.uint16)) if mode == "I;16" else Image.new("RGB", (48, 40)).convert(mode)
+    grey = 128 / 255 if mode == "I;16" else 0.0
+    expected = (grey - torch.tensor(STATS[0])) / torch.tensor(STATS[1])
+    torch.testing.assert_close(transform(image)[:, 16, 16], expected)
+
+
+def test_the_transform_draws_no_random_numbers(world):
+    transform = load_backbone(world.root / "clever.pth").transform
+    before = torch.get_rng_state()
+    transform(Image.new("RGB", (48, 40)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_split_gives_ir_and_ef(world):
+    split = load_backbone(world.root / "clever.pth").split
+    z = torch.arange(2 * 128.0).view(2, 128)
+    ir, ef = split(z)
+    assert torch.equal(ir, z[:, :102]) and torch.equal(ef, z[:, 102:])  # int(128 * 0.8) = 102
+
+
+def test_what_the_checkpoint_does_not_say_is_given(world):
+    options = {"arch": "vit_micro", "patch_size": 8, "net": "CLeVER", "hp1": 0.5, "img_size": 24}
+    network, transform, split = load_backbone(world.root / "bare.pth", **options)
+    z = network(transform(Image.new("RGB", (48, 40)))[None])
+    assert [part.shape for part in split(z)] == [(1, 64), (1, 64)]
+    assert transform(Image.new("RGB", (48, 40))).shape == (3, 24, 24)
+
+
+def test_errors_are_input_errors(world):
+    with pytest.raises(InputError, match="dino network has no IR and EF"):
+        load_backbone(world.root / "dino.pth").split(torch.zeros(1, 128))
+    with pytest.raises(InputError, match="no such file"):
+        load_backbone(world.root / "absent.pth")
+    with pytest.raises(InputError, match="--hp1"):
+        load_backbone(world.root / "clever.pth", hp1=0.5)
+    with pytest.raises(AttributeError, match="load_backbon"):
+        import evaluation
+
+        evaluation.load_backbon  # noqa: B018
+    (world.root / "damaged.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="damaged.safetensors: damaged"):
+        load_backbone(world.root / "damaged.safetensors")
+
+
+# A user's process, elsewhere: the network and the transform are used after torch.hub has forgotten the repository.
+USER = """
+import sys, torch
+from PIL import Image
+network, transform, split = torch.hub.load(sys.argv[1], "backbone", "clever.pth", source="local")
+assert sys.argv[1] not in sys.path
+images = torch.stack([transform(Image.open(path)) for path in sys.argv[2:]])
+z = network(images)
+torch.save([z, *split(z)], "features.pt")
+"""
+
+
+def test_torch_hub_loads_it_in_one_line_from_any_folder(world):
+    paths = list_images(world.images)
+    command = [sys.executable, "-I", "-c", USER, str(ROOT), *paths]
+    process = subprocess.run(command, cwd=world.root, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    network, transform, split = hubconf.backbone(world.root / "clever.pth")
+    z = network(torch.stack([transform(Image.open(path)) for path in paths]))
+    for found, expected in zip(torch.load(world.root / "features.pt"), [z, *split(z)], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_importing_a_light_module_of_the_package_does_not_import_torch():
+    code = "import sys, evaluation, evaluation.names; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
