@@ -14,14 +14,17 @@ function make(name, className, ...children) {
 
 function compare(a, b, sign) { // numbers by value, other text by its words; missing values last in both directions
   const [x, y] = [a, b].map((cell) => (cell.dataset.v === undefined ? null : Number(cell.dataset.v)));
-  if (x === null || y === null) return sign * ((x !== null) - (y !== null) || a.textContent.localeCompare(b.textContent, "en", { numeric: true }));
+  if (x === null || y === null) {
+    const order = (x !== null) - (y !== null) || a.textContent.localeCompare(b.textContent, "en", { numeric: true });
+    return sign * order;
+  }
   if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
   return x === y ? 0 : sign * (x < y ? -1 : 1);
 }
 
 function sortTable(table, column) {
   const heads = [...table.tHead.rows[0].cells];
-  const numeric = [...table.tBodies[0].rows].some((row) => row.cells[column].classList.contains("num") || row.cells[column].classList.contains("bar"));
+  const numeric = table.tBodies[0].rows[0].cells[column].matches(".num, .bar");
   const before = heads[column].ariaSort;
   const descending = before === "none" ? numeric : before === "ascending"; // the highest numbers first
   heads.forEach((head, i) => (head.ariaSort = i !== column ? "none" : descending ? "descending" : "ascending"));
@@ -41,7 +44,7 @@ for (const box of all(".table")) {
   const table = one("table", box);
   all("thead button", table).forEach((button, column) => button.addEventListener("click", () => sortTable(table, column)));
   const first = table.tBodies[0].rows[0];
-  [...table.tHead.rows[0].cells].forEach((head, i) => head.classList.toggle("num", Boolean(first?.cells[i].classList.contains("num"))));
+  [...table.tHead.rows[0].cells].forEach((head, i) => head.classList.toggle("num", first.cells[i].matches(".num")));
   one("input", box)?.addEventListener("input", (event) => filterTable(box, event.target.value));
 }
 
@@ -82,7 +85,8 @@ const HEIGHT = 190, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 22, TIP_LINES = 10;
 function ticks(low, high, count) { // round numbers within the range
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
-  return Array.from({ length: Math.floor(high / step) - Math.ceil(low / step) + 1 }, (_, i) => (Math.ceil(low / step) + i) * step);
+  const first = Math.ceil(low / step), last = Math.floor(high / step);
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
 function label(value) {
@@ -93,14 +97,19 @@ function label(value) {
 
 function extent(values) {
   let low = Infinity, high = -Infinity;
-  for (const value of values) if (value !== null) { low = Math.min(low, value); high = Math.max(high, value); }
-  if (low === high) { const margin = Math.abs(low) * 0.05 || 1; low -= margin; high += margin; }
-  return [low, high];
+  for (const value of values) {
+    if (value === null) continue;
+    low = Math.min(low, value);
+    high = Math.max(high, value);
+  }
+  const margin = low === high ? Math.abs(low) * 0.05 || 1 : 0;
+  return [low - margin, high + margin];
 }
 
 function draw(figure) {
   const chart = curves.charts[figure.dataset.chart], plot = one(".plot", figure), width = plot.clientWidth;
-  const shown = chart.curves.map(({ x, y }, run) => ({ x: x ?? curves.epochs[run], y, run }))
+  const shown = chart.curves
+    .map(({ x, y }, run) => ({ x: x ?? curves.epochs[run], y, run }))
     .filter(({ y, run }) => chips[run].ariaPressed === "true" && y.some((value) => value !== null));
   figure.state = null;
   if (!shown.length) return plot.replaceChildren(make("div", "empty", "no values of the chosen runs"));
@@ -113,13 +122,15 @@ function draw(figure) {
   const X = (x) => LEFT + ((x - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
   const Y = (y) => HEIGHT - BOTTOM - ((y - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
   const parts = [];
+  const line = (kind, y) => `<line class="${kind}" x1="${LEFT}" x2="${width - RIGHT}" y1="${Y(y)}" y2="${Y(y)}"/>`;
   for (const y of ticks(y0, y1, 5)) {
-    parts.push(`<line class="grid" x1="${LEFT}" x2="${width - RIGHT}" y1="${Y(y)}" y2="${Y(y)}"/><text x="${LEFT - 6}" y="${Y(y) + 4}" text-anchor="end">${label(y)}</text>`);
+    parts.push(line("grid", y));
+    parts.push(`<text x="${LEFT - 6}" y="${Y(y) + 4}" text-anchor="end">${label(y)}</text>`);
   }
   for (const x of ticks(x0, x1, Math.max(2, Math.min(8, width / 70))).filter((x) => Number.isInteger(x))) {
     parts.push(`<text x="${X(x)}" y="${HEIGHT - 6}" text-anchor="middle">${label(x)}</text>`);
   }
-  if (nearLimit) parts.push(`<line class="limit" x1="${LEFT}" x2="${width - RIGHT}" y1="${Y(chart.line)}" y2="${Y(chart.line)}"/>`);
+  if (nearLimit) parts.push(line("limit", chart.line));
   for (const { x, y, run } of shown) {
     let path = "", dots = "";
     y.forEach((value, i) => {
@@ -130,7 +141,8 @@ function draw(figure) {
     });
     parts.push(`<g class="c${run % 8}"><path class="curve d${Math.floor(run / 8) % 3}" d="${path}"/>${dots}</g>`);
   }
-  plot.innerHTML = `<svg width="${width}" height="${HEIGHT}" role="img">${parts.join("")}<g class="pointer"></g></svg>`; // numbers only
+  // As HTML, since there are only numbers in it.
+  plot.innerHTML = `<svg width="${width}" height="${HEIGHT}" role="img">${parts.join("")}<g class="pointer"></g></svg>`;
   one("svg", plot).setAttribute("aria-label", one("figcaption", figure).textContent);
   figure.state = { shown, X, Y, width };
 }
@@ -139,12 +151,15 @@ function point(figure, clientX) { // show the values at the epoch nearest to the
   if (!figure.state) return;
   const { shown, X, Y, width } = figure.state, plot = one(".plot", figure);
   const at = clientX - plot.getBoundingClientRect().left;
-  let epoch = null;
-  for (const { x } of shown) for (const value of x) if (epoch === null || Math.abs(X(value) - at) < Math.abs(X(epoch) - at)) epoch = value;
-  const values = shown.map(({ x, y, run }) => ({ run, value: y[x.indexOf(epoch)] ?? null })).filter(({ value }) => value !== null);
-  values.sort((a, b) => b.value - a.value);
-  const dots = values.map(({ run, value }) => `<circle class="c${run % 8}" cx="${X(epoch)}" cy="${Y(value)}" r="3.5"/>`).join("");
-  one(".pointer", plot).innerHTML = `<line class="cursor" x1="${X(epoch)}" x2="${X(epoch)}" y1="${TOP}" y2="${HEIGHT - BOTTOM}"/>${dots}`;
+  const distance = (epoch) => Math.abs(X(epoch) - at);
+  const epoch = shown.flatMap(({ x }) => x).reduce((best, other) => (distance(other) < distance(best) ? other : best));
+  const values = shown
+    .map(({ x, y, run }) => ({ run, value: y[x.indexOf(epoch)] ?? null }))
+    .filter(({ value }) => value !== null)
+    .sort((a, b) => b.value - a.value);
+  const dot = ({ run, value }) => `<circle class="c${run % 8}" cx="${X(epoch)}" cy="${Y(value)}" r="3.5"/>`;
+  const line = `<line class="cursor" x1="${X(epoch)}" x2="${X(epoch)}" y1="${TOP}" y2="${HEIGHT - BOTTOM}"/>`;
+  one(".pointer", plot).innerHTML = line + values.map(dot).join("");
   const lines = values.slice(0, TIP_LINES).map(({ run, value }) => {
     const swatch = one(".swatch", chips[run]).cloneNode();
     return make("div", "", swatch, make("span", "", curves.labels[run]), make("b", "", label(value)));
@@ -153,8 +168,8 @@ function point(figure, clientX) { // show the values at the epoch nearest to the
   const tip = make("div", "tip", make("small", "", `epoch ${epoch}`), ...lines);
   one(".tip", plot)?.remove();
   plot.append(tip);
-  const right = X(epoch) < width / 2;
-  tip.style[right ? "left" : "right"] = `${Math.min(right ? X(epoch) + 12 : width - X(epoch) + 12, width - tip.offsetWidth)}px`;
+  const right = X(epoch) < width / 2, distanceToEdge = 12 + (right ? X(epoch) : width - X(epoch));
+  tip.style[right ? "left" : "right"] = `${Math.min(distanceToEdge, width - tip.offsetWidth)}px`;
 }
 
 function leave(figure) {
@@ -167,8 +182,8 @@ if (curves) {
   const drawAll = () => visible.forEach(draw);
   const observer = new IntersectionObserver((entries) => { // draw what comes into view
     for (const { target, isIntersecting } of entries) {
-      if (!isIntersecting) visible.delete(target);
-      else if (!visible.has(target)) { visible.add(target); draw(target); }
+      visible[isIntersecting ? "add" : "delete"](target);
+      if (isIntersecting) draw(target);
     }
   }, { rootMargin: "300px" });
   for (const figure of all(".chart")) {
@@ -177,11 +192,11 @@ if (curves) {
     figure.addEventListener("pointerdown", (event) => point(figure, event.clientX));
     figure.addEventListener("pointerleave", () => leave(figure));
   }
-  for (const chip of chips) chip.addEventListener("click", () => { chip.ariaPressed = String(chip.ariaPressed !== "true"); drawAll(); });
-  for (const button of all("[data-all]")) button.addEventListener("click", () => {
-    chips.forEach((chip) => (chip.ariaPressed = String(button.dataset.all === "all")));
+  const press = (chosen, pressed) => {
+    for (const chip of chosen) chip.ariaPressed = String(pressed);
     drawAll();
-  });
-  let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
+  };
+  for (const chip of chips) chip.addEventListener("click", () => press([chip], chip.ariaPressed !== "true"));
+  for (const button of all("[data-all]")) button.addEventListener("click", () => press(chips, button.dataset.all === "all"));
+  addEventListener("resize", drawAll);
 }

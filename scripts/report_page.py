@@ -41,10 +41,7 @@ HIDDEN = ("args", "kind", "file", "correct", "frames")  # of a result's record: 
 
 
 def render(found: Found, folders: list[Path], max_bytes: float) -> str:
-    """The page. Pictures are included as long as they fit into `max_bytes`; the others are named.
-
-    Adds a problem to `found` for a picture that has become unreadable since it was found.
-    """
+    """The page. Pictures are included as long as they fit into `max_bytes`; the others are named."""
     names = short_names([run.folder for run in found.runs] + [record["file"].parent for record in found.results])
     results, count = result_sections(found, names)
     pictures = picture_section(found.pictures, max_bytes)

@@ -26,7 +26,7 @@ LOG, CHECKPOINT = "log.txt", "checkpoint.pth"
 # Pictures of our scripts that sum up a result; masks and frames, of which there may be thousands, are not among them.
 PICTURES = (
     "results.png", "curves.png", "differences.png", "equivariance*.png", "overview.png", "contact_sheet-*.png",
-    "attn-mean.png", "*pca*.png", "*tsne*.png", "*umap*.png",
+    "*pca*.png", "*tsne*.png", "*umap*.png",
 )  # fmt: skip
 MAX_PIXELS = 50e6  # of a picture; browsers need four bytes for each
 MAX_JSON = 100e6  # bytes of a file

@@ -212,8 +212,8 @@ def check_result(record: Record) -> list[tuple[Table, list[dict[str, Value]]]]:
         for name in ("net", "part", "test_aug_type"):
             if not isinstance(record[name], str):
                 raise TypeError(f"{name} is not text")
-    if record["kind"] == PROBE:
-        record["accuracy"]
+    if record["kind"] == PROBE and "accuracy" not in record:
+        raise LookupError("has no accuracy")
     return found
 
 
