@@ -172,9 +172,11 @@ knn() {
 # shellcheck disable=SC2086
 equivariance() {
   [[ $net != untrained ]] || return 0 # it is a control in the results of every trained network
-  run eval_equivariance.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" \
-    --hp1 0.8 --transforms rotation crop jitter blur flip solarize --num_images 2000 --views_per_image 4 --seed "$seed" \
-    $EQUIVARIANCE_FLAGS # hp1 tells the width of the EF, for dino; no transformation `grey`, which grey images do not show
+  local hp1=""
+  [[ $net != dino ]] || hp1="--hp1 0.8" # the width of random parts; CLeVER's checkpoints say how wide the EF is
+  run eval_equivariance.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" $hp1 \
+    --transforms rotation crop jitter blur flip solarize --num_images 2000 --views_per_image 4 --seed "$seed" \
+    $EQUIVARIANCE_FLAGS # no transformation `grey`, which grey images do not show
 }
 
 is_complete() {
