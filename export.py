@@ -17,6 +17,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from heads import split_sizes
 from utils import InputError, describe_error
+from vmamba import is_config_name
 
 TOLERANCE = 1e-5  # largest difference of features, as a fraction of the largest feature
 BATCHES = (1, 3)  # numbers of random images to compare; programs are traced with another one
@@ -201,8 +203,8 @@ def largest_difference(network: Network, features: Features) -> float:
         expected, found = network.features(images), features(images)  # B, P
         if not expected.isfinite().all():
             raise InputError("--pretrained_weights: the features of random images are not finite, the network is damaged")
-        if found.shape != expected.shape:
-            return float("inf")
+        if found.shape != expected.shape or not found.isfinite().all():
+            return math.inf
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)))
     return worst
 
@@ -224,6 +226,8 @@ def export(args: argparse.Namespace, pretrained: Pretrained) -> float:
     network = network_to_export(args, pretrained)
     target = FORMATS[args.format](network)
     out = Path(args.out)
+    if target.is_program and is_config_name(network.arch):
+        print(f"tracing {network.arch}: a large VMamba takes minutes", flush=True)
     with unfinished(out) as folder:
         draft, draft_json, draft_card = outputs(folder / out.name)
         difference = write_and_compare(network, target, draft)
