@@ -266,7 +266,7 @@ BAD = [  # checkpoint, flags, what the message must hold
     ("vit_test", "--format torchvision --out F.pth", "vit_test", "resnet18 and resnet50", "timm, safetensors, onnx"),
     ("resnet8", "--format timm --out F.pth", "no resnet8", "safetensors, onnx or torch_export"),
     ("resnet8", "--format torchvision --out F.pth", "resnet8", "choose safetensors, onnx or torch_export"),
-    ("dino", "--format onnx --part main_part --out F.onnx", "--part main_part", "dino", "ALL"),
+    ("dino", "--format torch_export --part main_part --out F.pt2", "--part main_part", "dino", "ALL"),
     ("nan", "--format timm --out F.pth", "not finite"),
     ("absent", "--format timm --out F.pth", "no such file"),
     ("vit_test", "--format timm --out /proc/F.pth", "--out", "/proc", "cannot be written"),
