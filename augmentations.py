@@ -7,6 +7,7 @@ run, does not depend on how views are rendered, and an evaluation of equivarianc
 Shapes: V views of an image, R random numbers of a view.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -250,8 +251,14 @@ def probe_train_transform(size: int = 224, scale: Sequence[float] = (0.08, 1.0))
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, normalised with the channels' mean and standard deviation for pixels in 0..1."""
-    mean, std = (255 * torch.tensor(values, device=pixels.device)[:, None, None] for values in (mean, std))  # 3, 1, 1
+    mean, std = (_per_channel(tuple(values), pixels.device) for values in (mean, std))  # 3, 1, 1
     return pixels.to(torch.float32).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values for pixels in 0..1 -> [3, 1, 1] for pixels in 0..255. Kept, since a copy to a GPU waits for all its earlier work."""
+    return 255 * torch.tensor(values, device=device)[:, None, None]
 
 
 class ToNormalizedTensor:
