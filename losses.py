@@ -4,13 +4,15 @@ Shapes: K, K2 outputs of the head and of CLeVER's EF head; V views of the studen
 views that the teacher sees.
 
 Both losses are means over all pairs (q, v) of a teacher view and a different student view. They are computed in closed form,
-which visits every student view once: written pair by pair they would need 18 softmaxes of the student at 10 views. The
-gradient is computed together with the value and kept for the backward pass in place of activations.
+which visits every student view once: written pair by pair they would need 18 softmaxes of the student at 10 views. On a GPU
+loss_kernels.py computes them. Elsewhere the gradient is computed together with the value and kept for the backward pass.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +72,56 @@ def _cosine(logits, directions, n):
     p_hat = F.normalize(F.softmax(logits, dim=-1), dim=-1)  # B, K
     cosine = torch.einsum("bk,bk->b", directions, p_hat)[:, None]  # B, 1
     return cosine.sum(), torch.addcmul(directions, cosine, p_hat, value=-1).mul_(p_hat)
+
+
+class PairLoss(NamedTuple):
+    """A loss of pairs of views that is linear in the teacher's target.
+
+    view_loss: the function of student logits that `_MeanOverPairs` describes.
+    power: the teacher's target is exp(p y - ...), normalised such that the sum of its p-th powers is 1: its softmax (1), or the
+        softmax's direction (2).
+    """
+
+    view_loss: Callable
+    power: int
+
+
+CROSS_ENTROPY, COSINE = PairLoss(_cross_entropy, 1), PairLoss(_cosine, 2)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def mean_over_pairs(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    center: torch.Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    pair_loss: PairLoss,
+    kernels: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean of `pair_loss` over all pairs of different views, and of CROSS_ENTROPY the teacher's mean entropy in nats.
+
+    Args:
+        student: logits [V, B, K], the global views first.
+        teacher: logits [Q, B, K] of the global views.
+        center: [1, K], subtracted from the teacher's logits.
+        kernels: use the Triton kernels (loss_kernels.py); default: if the logits are on a GPU.
+    """
+    if (student.is_cuda and _has_triton()) if kernels is None else kernels:
+        import loss_kernels
+
+        return loss_kernels.mean_over_pairs(student, teacher, center, student_temp, teacher_temp, pair_loss.power)
+    log_t = F.log_softmax((teacher.float() - center) / teacher_temp, dim=-1)  # Q, B, K
+    t = log_t.exp()
+    if pair_loss.power == 1:
+        targets, entropy = t, -torch.einsum("qbk,qbk->qb", t, log_t).mean()
+    else:
+        targets, entropy = F.normalize(t, dim=-1), None
+    return _MeanOverPairs.apply(student, targets, student_temp, pair_loss.view_loss), entropy
 
 
 class DINOLoss(nn.Module):
@@ -152,20 +204,18 @@ class DINOLoss(nn.Module):
         }
 
     def _cross_entropy_of_views(self, student, teacher, epoch):
-        log_t = F.log_softmax((teacher.float() - self.center) / self.teacher_temps[epoch], dim=-1)  # Q*B, K
-        t = log_t.exp()
-        self.teacher_entropy = -torch.einsum("bk,bk->b", t, log_t).mean()
-        return self._mean_over_pairs(student, t, _cross_entropy)
+        loss, self.teacher_entropy = self._mean_over_pairs(student, teacher, self.center, epoch, CROSS_ENTROPY)
+        return loss
 
-    def _mean_over_pairs(self, student, targets, view_loss):
+    def _mean_over_pairs(self, student, teacher, center, epoch, pair_loss):
         student = student.unflatten(0, (self.ncrops, -1))  # V, B, K
-        targets = targets.unflatten(0, (TEACHER_VIEWS, -1))  # Q, B, K
-        return _MeanOverPairs.apply(student, targets, self.student_temp, view_loss)
+        teacher = teacher.unflatten(0, (TEACHER_VIEWS, -1))  # Q, B, K
+        return mean_over_pairs(student, teacher, center, self.student_temp, float(self.teacher_temps[epoch]), pair_loss)
 
     @torch.no_grad()
     def _update_center(self, name: str, teacher: torch.Tensor, update: bool) -> None:
         pending = self._pending.setdefault(name, [])
-        pending.append(teacher.float().mean(0, keepdim=True))  # 1, K
+        pending.append(teacher.mean(0, keepdim=True, dtype=torch.float32))  # 1, K
         if update:
             mean = all_reduce_sum(torch.stack(pending).mean(0)) / get_world_size()  # 1, K
             getattr(self, name).lerp_(mean, 1 - self.center_momentum)
@@ -225,8 +275,7 @@ class CLeVERLoss(DINOLoss):
         """
         (student_ir, student_ef), (teacher_ir, teacher_ef) = student, teacher
         loss_dir = self._cross_entropy_of_views(student_ir, teacher_ir, epoch)
-        t2 = F.softmax((teacher_ef.float() - self.center2) / self.teacher_temps[epoch], dim=-1)  # Q*B, K2
-        loss_dvr = self._mean_over_pairs(student_ef, F.normalize(t2, dim=-1), _cosine)
+        loss_dvr, _ = self._mean_over_pairs(student_ef, teacher_ef, self.center2, epoch, COSINE)
         self._update_center("center", teacher_ir, update_center)
         self._update_center("center2", teacher_ef, update_center)
         terms = {"loss": loss_dir + self.sep_lambd * loss_dvr, "loss_DIR": loss_dir, "loss_DVR": loss_dvr}
