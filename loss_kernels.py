@@ -14,7 +14,7 @@ with o[v] = exp(x[v] - log_norm(x[v])), n[v] the number of rows q != v, and grad
 
 A program handles one sample and a block of its outputs, for all views: the teacher's rows are read once. The sums over a row
 are put together from those of its blocks in a fixed order, so that results have the same bits in every run. Logits are read
-twice (the second time for the gradient, in the backward pass) and the gradient is written once; nothing else of their size exists.
+twice (the second time for the gradient, in the backward pass) and the gradient is written once; nothing else is of their size.
 
 Shapes: V views of the student, Q = 2 of the teacher, B samples, K outputs, C blocks of a row.
 """
@@ -125,10 +125,8 @@ def join_student(sums, log_norms, values, B, C, POWER: tl.constexpr, BLOCKS: tl.
     log_norm = largest + tl.log(total) / POWER
     products = tl.load(at + 2 * rows * C, mask=mask, other=0.0)
     n = tl.where(row < 2 * B, 1.0, 2.0)
-    if POWER == 1:
-        value = n * log_norm - tl.sum(products, 0)
-    else:
-        value = tl.sum(weight * products, 0) * tl.exp(largest - log_norm)
+    cosine = tl.sum(weight * products, 0) * tl.exp(largest - log_norm)
+    value = n * log_norm - tl.sum(products, 0) if POWER == 1 else cosine
     tl.store(log_norms + row, log_norm)
     tl.store(values + row, value)
 
@@ -147,16 +145,13 @@ def student_gradient(
         P, n = _other_views(first, second, view)
         row = view * B + sample
         o = tl.exp(_load(student, row, k, K, student_scale) - tl.load(log_norms + row))
-        if POWER == 1:
-            value = n * o - P
-        else:
-            value = o * (P - tl.load(values + row) * o)
+        value = n * o - P if POWER == 1 else o * (P - tl.load(values + row) * o)
         at = gradient + row.to(tl.int64) * K + k
         tl.store(at, (scale * value).to(gradient.dtype.element_ty), mask=k < K)
 
 
 class _MeanOverPairs(torch.autograd.Function):
-    """Mean over pairs (q, v) of different views, and the mean entropy of the teacher's rows (for p = 1), which has no gradient."""
+    """Mean over pairs (q, v) of different views, and the mean entropy of the teacher's rows, which has no gradient."""
 
     @staticmethod
     def forward(ctx, student, teacher, center, student_temp: float, teacher_temp: float, power: int):

@@ -42,7 +42,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="images per batch, one number for each size")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the scan's input and of the model's autocast")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="backends to time; not given: all that can run here")
-    parser.add_argument("--repeats", type=int, default=10, help="repetitions; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=10, help="repetitions on a CPU; the fastest counts")
     parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=True, help="time the loop over positions too")
     parser.add_argument("--model", action=argparse.BooleanOptionalAction, default=True, help="time the whole model too")
     parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
@@ -54,15 +54,18 @@ def get_args() -> argparse.Namespace:
 
 
 def fastest(functions: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Seconds of each function, the fastest of `repeats`. They run in turn, so that other load affects all of them."""
+    """Seconds of each function: the fastest of `repeats`, on a GPU the median of many, with an empty cache each time.
+
+    On a CPU they run in turn, so that other load affects all of them.
+    """
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return {name: do_bench(function, return_mode="median") / 1e3 for name, function in functions.items()}
 
     def seconds(function: Callable[[], object]) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
         function()
-        if device == "cuda":
-            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     rounds = []
@@ -163,7 +166,7 @@ def scan_functions(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]
 def bench_scans(args: argparse.Namespace) -> list[dict]:
     """One row for each size and stage."""
     rate, functions = copy_rate(args.device), scan_functions(args)
-    print(f"memory: {rate / 1e9:.1f} GB/s (copy); forward + backward in milliseconds, fastest of {args.repeats}\n")
+    print(f"memory: {rate / 1e9:.1f} GB/s (copy); forward + backward in milliseconds\n")
     print(" " * 22 + "".join(f"{name:>19}" for name in [*functions, "kernel", "memory", "arithmetic", "limit"]))
     rows = []
     for size, batch in zip(args.sizes, args.batch, strict=True):
