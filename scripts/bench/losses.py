@@ -74,7 +74,7 @@ def main() -> None:
     rate = copy_rate(args.device)
     print(f"torch {torch.__version__}, {device}, {rate / 1e9:.0f} GB/s (copy); {args.dtype}, batch {args.batch_size}, "
           f"{args.views} views, out_dim {args.out_dim}, DVR_out_dim {args.DVR_out_dim}; milliseconds\n")  # fmt: skip
-    print("| net | ours | plain PyTorch | pair by pair | memory | ours / memory | pair by pair / ours |\n|---|---|---|---|---|---|---|")
+    print("| net | ours | plain PyTorch | pair by pair | memory | ours / memory | pair by pair / ours |\n" + "|---" * 7 + "|")
     rows = {}
     for net in args.net:
         functions, moved = loss_functions([args.out_dim] + [args.DVR_out_dim] * (net == "CLeVER"), args)
@@ -85,7 +85,8 @@ def main() -> None:
         rows[net] = times
     if args.output:
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        save_json({"kind": "bench_losses", "machine": device, "torch": torch.__version__, **settings, "seconds": rows}, args.output)
+        settings |= {"machine": device, "torch": torch.__version__}
+        save_json({"kind": "bench_losses", **settings, "seconds": rows}, args.output)
 
 
 if __name__ == "__main__":
