@@ -257,7 +257,7 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Values for pixels in 0..1 -> [3, 1, 1] for pixels in 0..255. Kept, since a copy to a GPU waits for all its earlier work."""
+    """Values for pixels in 0..1 -> [3, 1, 1] for pixels in 0..255. Kept: a copy to a GPU waits for the GPU's earlier work."""
     return 255 * torch.tensor(values, device=device)[:, None, None]
 
 
