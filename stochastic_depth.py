@@ -18,19 +18,19 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
     def __init__(self, p: float) -> None:
         super().__init__(p, mode="row")
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], mixes_samples: bool = False) -> Tensor:
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], all_samples: bool = False) -> Tensor:
         """x [B, ...] -> [B, ...].
 
         Args:
             branch: maps [B', ...] to [B', ...] for any B' of at least 1.
-            mixes_samples: whether the branch depends on the batch, as batch norm does; it then runs on all samples.
+            all_samples: run the branch on all samples, and drop its results. Needed if it mixes samples, as batch norm does.
         """
         if not self.training or self.p == 0:
             return x + branch(x)
         keep_prob = 1 - self.p
         scale = 1 / keep_prob if keep_prob else 0.0
         # A graph has fixed shapes: while a compiler or fvcore records one, the branch runs on all samples.
-        if mixes_samples or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if all_samples or torch.compiler.is_compiling() or torch.jit.is_tracing():
             weights = torch.empty(len(x), device=x.device).bernoulli_(keep_prob) * scale  # [B], 0 where the branch is dropped
             return x + branch(x) * weights.view(-1, *[1] * (x.ndim - 1))
         kept = torch.empty(len(x)).bernoulli_(keep_prob)  # [B], 1 where the branch is kept

@@ -64,26 +64,26 @@ def test_branch_sees_only_the_kept_samples():
     drop, x = StochasticDepth(0.5).train(), torch.ones(64, 3)
     y = drop(x, branch)
     assert sizes == [(y[:, 0] == 3).sum()] and 16 < sizes[0] < 48
-    drop(x, branch, mixes_samples=True)
+    drop(x, branch, all_samples=True)
     drop.eval()(x, branch)
     assert sizes[1:] == [64, 64]
 
 
-@pytest.mark.parametrize("mixes_samples", [False, True])
-def test_gradients_when_all_samples_are_dropped(mixes_samples):
+@pytest.mark.parametrize("all_samples", [False, True])
+def test_gradients_when_all_samples_are_dropped(all_samples):
     drop, branch = StochasticDepth(1.0).train(), nn.Linear(4, 4)
     x = torch.randn(3, 4, requires_grad=True)
-    y = drop(x, branch, mixes_samples)
+    y = drop(x, branch, all_samples)
     assert torch.equal(y, x)
     y.square().sum().backward()
     assert torch.equal(x.grad, 2 * x)
     assert all(p.grad is not None and not p.grad.any() for p in branch.parameters())
 
 
-def test_branch_that_mixes_samples_sees_the_whole_batch():
+def test_branch_that_all_samples_sees_the_whole_batch():
     torch.manual_seed(0)
     x, norm = torch.randn(32, 4), nn.BatchNorm1d(4)
-    y = StochasticDepth(0.5).train()(x, norm, mixes_samples=True)
+    y = StochasticDepth(0.5).train()(x, norm, all_samples=True)
     expected = nn.BatchNorm1d(4)(x) * 2
     kept = (y != x).any(1)
     assert 8 < kept.sum() < 24

@@ -113,10 +113,12 @@ class VSSBlock(nn.Module):
             self.mlp = MLP(dim, hidden_dim, config.mlp_act_layer, config.mlp_drop_rate, config.gmlp)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixes_samples = not isinstance(self.norm, nn.LayerNorm)  # batch norm's statistics are those of the whole batch
-        x = self.drop_path(x, lambda x: self.op(normalize(self.norm, x)), mixes_samples)
+        # Batch norm's statistics are those of the whole batch. On a GPU, cuDNN searches anew for the fastest convolution for
+        # every number of kept samples, which takes longer than dropping them saves.
+        all_samples = x.is_cuda or not isinstance(self.norm, nn.LayerNorm)
+        x = self.drop_path(x, lambda x: self.op(normalize(self.norm, x)), all_samples)
         if self.mlp is not None:
-            x = self.drop_path(x, lambda x: self.mlp(normalize(self.norm2, x)), mixes_samples)
+            x = self.drop_path(x, lambda x: self.mlp(normalize(self.norm2, x)), all_samples)
         return x
 
 
