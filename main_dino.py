@@ -39,6 +39,7 @@ from checkpoint import load_resumable, save_atomically
 from datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
+from loggers import Loggers, add_logger_argument, check_log_to
 from losses import TEACHER_VIEWS, CLeVERLoss, DINOLoss
 from pretraining import Pretraining
 from rendering import add_renderer_argument, renderer_line, resolve_renderer
@@ -144,6 +145,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     add("--saveckp_freq", type=int, default=20, help="epochs between kept checkpoints, checkpoint<epoch>.pth; 0: none")
     add("--print_freq", type=int, default=20, help="micro-batches between progress lines")
     add("--seed", type=int, default=0, help="seed of the weights, the order of the images, and the views")
+    add_logger_argument(group)
 
 
 def parse_reg_lambd(text: str) -> float:
@@ -191,6 +193,7 @@ def check_args(args: argparse.Namespace) -> None:
     parse_reg_lambd(args.reg_lambd)
     check_online_args(args)
     utils.check_writable(args.output_dir)
+    check_log_to(args)
 
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
@@ -420,6 +423,7 @@ def main() -> None:
         run.save(args.output_dir, -1)
     del state
 
+    loggers = Loggers(args.log_to, args.output_dir, run.arguments, start_epoch, dataset)
     run.distribute()
     watch = CollapseWatch()
     for epoch in range(start_epoch, args.epochs):
@@ -433,7 +437,9 @@ def main() -> None:
         if distributed.is_main_process():
             append_log(log, record)
         run.save(args.output_dir, epoch, args.saveckp_freq)
+        loggers.send(record)
         print(epoch_line(epoch, args.epochs, record))
+    loggers.close()
     print(f"done: {args.output_dir}")
 
 

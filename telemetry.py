@@ -155,6 +155,12 @@ def append_log(path: str | Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of log.txt, one per epoch; none if there is no such file."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def truncate_log(path: str | Path, epoch: int) -> None:
     """Remove the lines of `epoch` and later, and those without a record, before an interrupted run continues from `epoch`."""
     path = Path(path)
