@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from utils import InputError, atomic_file, describe_error, plain_args
+from arguments import plain_args
+from utils import InputError, atomic_file, describe_error
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 

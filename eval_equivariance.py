@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+import arguments
 import distributed
 import utils
+from arguments import bool_flag
 from datasets import UNLABELLED, keep_readable, list_images
 from evaluation.equivariance import (
     FOLDS,
@@ -41,7 +43,7 @@ from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, check_trial_name, load_pretrained, result_record
 from evaluation.regression import LinearRegressor, MLPRegressor
 from rendering import add_renderer_argument, resolve_renderer
-from utils import InputError, bool_flag
+from utils import InputError
 
 INPUTS = ("pair", "single")
 HEADS = ("linear", "mlp")
@@ -54,7 +56,7 @@ MIN_TRAIN, MIN_TEST = FOLDS, 2  # images; a cosine gap needs another image
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
     add = parser.add_argument
     add("--data_path", required=True, help="folder of images. If it has train/ and val/, regressors are fitted to train/ and "
@@ -87,26 +89,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what the protocol sets. Raises InputError for invalid values, before anything is read or written."""
-    utils.check_choices("protocol", [args.protocol], PROTOCOLS)
+    arguments.check_choices("protocol", [args.protocol], PROTOCOLS)
     for name, value in PROTOCOLS[args.protocol].items():
         given = getattr(args, name)
         if args.protocol == "sie" and name in ("head", "input") and given not in (None, value):
             raise InputError(f"--{name} {' '.join(given)} with --protocol sie: it is {value[0]} there")
         setattr(args, name, value if given is None else given)
-    utils.check_choices("head", args.head, HEADS)
-    utils.check_choices("input", args.input, INPUTS)
+    arguments.check_choices("head", args.head, HEADS)
+    arguments.check_choices("input", args.input, INPUTS)
     if args.transforms is None:
         args.transforms = [name for name, transform in TRANSFORMS.items() if inputs_of(transform, args.input)]
-    utils.check_choices("transforms", args.transforms, TRANSFORMS)
+    arguments.check_choices("transforms", args.transforms, TRANSFORMS)
     for name in args.transforms:
         if not inputs_of(TRANSFORMS[name], args.input):
             raise InputError(f"--transforms {name} with --input {' '.join(args.input)}: told from pairs only, add pair")
     if args.parts is not None:
-        utils.check_choices("parts", args.parts, PARTS)
-    utils.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
-    utils.check_not_negative(args, "num_images", "random_subspaces", "num_workers", "seed")
+        arguments.check_choices("parts", args.parts, PARTS)
+    arguments.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
+    arguments.check_not_negative(args, "num_images", "random_subspaces", "num_workers", "seed")
     check_trial_name(args.trial_name)
-    utils.check_writable(args.output_dir)
+    arguments.check_writable(args.output_dir)
     return args
 
 

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import arguments
 import distributed
 import utils
+from arguments import bool_flag
 from augmentations import PERTURBATIONS, eval_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset, make_loader, shard
 from evaluation.feature_files import FeatureSet, load_features, save_features
@@ -36,14 +38,14 @@ from evaluation.pretrained import (
     single_run,
 )
 from rendering import add_renderer_argument, resolve_renderer
-from utils import InputError, bool_flag
+from utils import InputError
 
 # What a result's name contains before the trial name, besides knn: a perturbation, and what part_suffix returns.
 RESERVED = (*PERTURBATIONS, r"hp[\d.][^_]*", "else")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, required=False)
     add = parser.add_argument
     add("--else_part", type=part_flag, nargs="+", default=["ALL"], help="parts of the representation: ALL, main_part (IR), "
@@ -69,8 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
-    utils.check_choices("else_part", args.else_part, PARTS)
-    utils.check_choices("test_aug_type", args.test_aug_type, PERTURBATIONS)
+    arguments.check_choices("else_part", args.else_part, PARTS)
+    arguments.check_choices("test_aug_type", args.test_aug_type, PERTURBATIONS)
     for name in ("load_features", "dump_features"):
         if getattr(args, name) is not None and args.test_aug_type != ["ori"]:
             raise InputError(f"--{name} with --test_aug_type {' '.join(args.test_aug_type)}: only with ori, the clean images")
@@ -88,11 +90,11 @@ def check_args(args: argparse.Namespace) -> None:
         for name in ("pretrained_weights", "data_path"):
             if getattr(args, name) is None:
                 raise InputError(f"--{name}: must be given, unless --load_features is")
-    utils.check_positive(args, "batch_size_per_gpu")
-    utils.check_not_negative(args, "num_workers")
-    utils.check_writable(args.output_dir)
+    arguments.check_positive(args, "batch_size_per_gpu")
+    arguments.check_not_negative(args, "num_workers")
+    arguments.check_writable(args.output_dir)
     if args.dump_features:
-        utils.check_writable(args.dump_features)
+        arguments.check_writable(args.dump_features)
 
 
 # --- features ----------------------------------------------------------------------------------------------------------

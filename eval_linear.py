@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+import arguments
 import optim
-import utils
+from arguments import bool_flag
 from augmentations import Views, eval_transform, probe_train_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
 from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
@@ -40,13 +41,13 @@ from evaluation.probe_arguments import (
     write_result,
 )
 from rendering import resolve_renderer
-from utils import InputError, bool_flag
+from utils import InputError
 
 CLASSES = {"Imagenet": 1000, "IN100": 100}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
     add_probe_arguments(parser, several=True)
     add = parser.add_argument
@@ -69,7 +70,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--per_image true: only with --evaluate")
     if args.dataset_type is not None and args.dataset_type not in CLASSES:
         raise InputError(f"--dataset_type {args.dataset_type!r}: must be one of {', '.join(CLASSES)}")
-    utils.check_writable(args.output_dir)
+    arguments.check_writable(args.output_dir)
 
 
 def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDataset:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-import utils
+import arguments
+from arguments import TypedFloat, bool_flag
 from augmentations import Views, eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
 from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples
@@ -41,7 +42,7 @@ from evaluation.probe_arguments import (
     write_result,
 )
 from rendering import resolve_renderer
-from utils import InputError, TypedFloat, bool_flag
+from utils import InputError
 from vmamba import is_config_name
 
 MODES = ("linear", "ds_ft", "semi_1", "semi_10")
@@ -54,7 +55,7 @@ CHECKPOINT = ".pth.tar"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
     add_probe_arguments(parser)
     add = parser.add_argument
@@ -100,13 +101,13 @@ def check_args(args: argparse.Namespace) -> None:
     if args.train_on_val and args.dataset_type != "Flowers102":
         raise InputError("--train_on_val true: only for --dataset_type Flowers102")
     frozen = args.ds_mode == "linear"
-    utils.check_not_negative(args, "backbone_lr", "weight_decay")
+    arguments.check_not_negative(args, "backbone_lr", "weight_decay")
     for name in ("backbone_lr", "weight_decay"):
         if frozen and getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)}: must be 0 with --ds_mode linear")
     if os.path.isdir(args.output_dir) and args.output_dir.endswith(CHECKPOINT):
         raise InputError(f"--output_dir {args.output_dir}: is a folder, but names a checkpoint (*{CHECKPOINT})")
-    utils.check_writable(Path(args.output_dir).parent if args.output_dir.endswith(CHECKPOINT) else args.output_dir)
+    arguments.check_writable(Path(args.output_dir).parent if args.output_dir.endswith(CHECKPOINT) else args.output_dir)
 
 
 def data_name(args: argparse.Namespace) -> str:

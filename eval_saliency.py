@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+import arguments
 import distributed
 import utils
 from augmentations import ToNormalizedTensor
@@ -51,7 +52,7 @@ IMAGE_ERRORS = (InputError, MemoryError, torch.OutOfMemoryError)  # may concern 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, parts=False)
     add = parser.add_argument
     add("--data_path", help="folder of the data sets, for --dataset")
@@ -97,8 +98,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--gt_threshold {args.gt_threshold}: must lie in 1..255")
     if not 0 <= args.nb_vis <= 50:
         raise InputError(f"--nb_vis {args.nb_vis}: must lie in 0..50")
-    utils.check_not_negative(args, "max_side", "num_workers")
-    utils.check_writable(args.output_dir)
+    arguments.check_not_negative(args, "max_side", "num_workers")
+    arguments.check_writable(args.output_dir)
 
 
 # --- building ----------------------------------------------------------------------------------------------------------

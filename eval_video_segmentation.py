@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 
+import arguments
 import distributed
 import utils
+from arguments import bool_flag
 from augmentations import IMAGENET_STD
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
 from evaluation.video import davis, metrics
@@ -36,14 +38,14 @@ from evaluation.video.masks import write_mask
 from evaluation.video.metrics import VideoScores
 from evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
 from telemetry import Progress
-from utils import InputError, bool_flag, whole_folder
+from utils import InputError, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
 MAX_READING_THREADS = 4
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, parts=False)
     add = parser.add_argument
     add("--data_path", required=True, help="folder of DAVIS, which contains JPEGImages, Annotations and ImageSets")
@@ -68,11 +70,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
-    utils.check_positive(args, "topk", "short_side", "bs", "similarity_mb")
-    utils.check_not_negative(args, "n_last_frames", "size_mask_neighborhood", "num_workers")
+    arguments.check_positive(args, "topk", "short_side", "bs", "similarity_mb")
+    arguments.check_not_negative(args, "n_last_frames", "size_mask_neighborhood", "num_workers")
     if args.std is not None and not all(0 < value < math.inf for value in args.std):
         raise InputError(f"--std {args.std}: must be greater than 0, and finite")
-    utils.check_writable(args.output_dir)
+    arguments.check_writable(args.output_dir)
 
 
 # --- building ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+import arguments
 import distributed
 import utils
 from evaluation.export_formats import FORMATS, Features, Format, Network
@@ -41,7 +42,7 @@ BATCHES = (1, 3)  # numbers of random images to compare; programs are traced wit
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
     add = parser.add_argument
     add("--format", required=True, help=f"{', '.join(FORMATS)}; see above")
@@ -55,13 +56,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values and missing packages, before anything is read or written."""
-    utils.check_choices("format", [args.format], FORMATS)
-    utils.check_choices("part", [args.part], PARTS)
+    arguments.check_choices("format", [args.format], FORMATS)
+    arguments.check_choices("part", [args.part], PARTS)
     suffixes, suffix = FORMATS[args.format].suffixes, Path(args.out).suffix
     if suffix not in suffixes:
         raise InputError(f"--out {args.out}: with --format {args.format} its name must end with {' or '.join(suffixes)}")
     check_packages(args.format, (*FORMATS[args.format].packages, *(("safetensors",) if suffix == ".safetensors" else ())))
-    utils.check_writable(Path(args.out).parent, "--out")
+    arguments.check_writable(Path(args.out).parent, "--out")
     for path in outputs(args.out):
         if path.is_dir():
             raise InputError(f"--out {args.out}: {path} is a folder")

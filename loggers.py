@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from arguments import check_choices, check_writable
 from datasets import ImageDataset
 from distributed import is_main_process
 from telemetry import read_log
-from utils import InputError, check_choices, check_writable, describe_error, save_json
+from utils import InputError, describe_error, save_json
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}  # what pip installs
 FOLDERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlruns"}  # of their files, below the output folder

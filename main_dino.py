@@ -23,9 +23,11 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+import arguments
 import distributed
 import optim
 import utils
+from arguments import bool_flag
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale
 from backbones import (
     build_backbone,
@@ -44,7 +46,7 @@ from losses import TEACHER_VIEWS, CLeVERLoss, DINOLoss
 from pretraining import Pretraining
 from rendering import add_renderer_argument, renderer_line, resolve_renderer
 from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
-from utils import InputError, bool_flag
+from utils import InputError
 
 NETS = ("dino", "CLeVER")
 # Arguments that determine the tensors of a checkpoint: a run cannot resume with other ones.
@@ -59,7 +61,7 @@ CLEVER_TENSOR_ARGUMENTS = (*TENSOR_ARGUMENTS, "hp1", "DVR_out_dim")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_network_arguments(parser.add_argument_group("network"))
     add_optimization_arguments(parser.add_argument_group("teacher and optimisation"))
     add_data_arguments(parser.add_argument_group("data"))
@@ -166,14 +168,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--net {args.net!r}: must be one of {', '.join(NETS)}")
     if args.amp_dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise InputError(f"--amp_dtype {args.amp_dtype!r}: must be one of auto, bf16, fp16, fp32")
-    utils.check_positive(
+    arguments.check_positive(
         args, "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation", "patch_size",
         "global_crops_size", "local_crops_size", "print_freq", "warmup_teacher_temp", "teacher_temp",
     )  # fmt: skip
     for name in ("out_dim", "DVR_out_dim"):  # the softmax of a single output is constant, and ln(1) = 0
         if getattr(args, name) < 2:
             raise InputError(f"--{name} {getattr(args, name)}: must be 2 or greater")
-    utils.check_not_negative(
+    arguments.check_not_negative(
         args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
         "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "sep_lambd", "seed",
     )  # fmt: skip
@@ -192,7 +194,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_crop_scale("local_crops_scale", args.local_crops_scale)
     parse_reg_lambd(args.reg_lambd)
     check_online_args(args)
-    utils.check_writable(args.output_dir)
+    arguments.check_writable(args.output_dir)
     check_log_to(args)
 
 
@@ -321,7 +323,7 @@ def build_pretraining(
         print_freq=args.print_freq,
         mean=args.mean,
         std=args.std,
-        arguments=utils.plain_args(args),
+        arguments=arguments.plain_args(args),
     )
 
 
@@ -397,7 +399,8 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
 
 
 def main() -> None:
-    args = resolve_args(get_args_parser().parse_args())
+    given = get_args_parser().parse_args()
+    args = resolve_args(given)
     device = distributed.init_distributed(args)
 
     fixed = CLEVER_TENSOR_ARGUMENTS if args.net == "CLeVER" else TENSOR_ARGUMENTS
@@ -416,6 +419,7 @@ def main() -> None:
         os.makedirs(args.output_dir, exist_ok=True)
         truncate_log(log, start_epoch)
         readable.save()
+        arguments.save_config(given, Path(args.output_dir) / "config.yaml")
     print_summary(args, run, len(dataset), steps_per_epoch)
     if state:
         print(f"continuing {args.output_dir} from epoch {start_epoch}")

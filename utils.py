@@ -1,18 +1,15 @@
-"""Errors, command-line parsing, seeds, and atomic writers."""
+"""Errors, seeds, and atomic writers."""
 
-import argparse
 import contextlib
 import csv
 import io
 import json
-import math
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,79 +32,6 @@ def error_prefix(prefix: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{prefix}: {error}") from error
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description, and shows the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        if action.default in (None, "", argparse.SUPPRESS) or action.const is True or "default" in text:
-            return text
-        default = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
-        return f"{text} (default: {default})".strip()
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Raises InputError instead of printing the usage: one line, of one process, as for any other invalid input."""
-
-    def __init__(self, description: str | None = None, **options: Any) -> None:
-        super().__init__(description=description, **{"formatter_class": HelpFormatter, **options})
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists all arguments)")
-
-
-def bool_flag(text: str) -> bool:
-    """Parse true/false/on/off/1/0 for argparse."""
-    values = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false, on, off, 1, 0")
-    return values[text.lower()]
-
-
-class TypedFloat(float):
-    """A float that prints as it was typed: file names contain lr and hp1 as the launch scripts spell them."""
-
-    def __new__(cls, text: str):
-        try:
-            number = super().__new__(cls, text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        number.text = text
-        return number
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these arguments is finite and greater than 0."""
-    for name in names:
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name)}: must be greater than 0, and finite")
-
-
-def check_not_negative(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these arguments is at least 0 and below 2**63, which torch's seeds must not reach."""
-    for name in names:
-        if not 0 <= getattr(args, name) < 2**63:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 0 or greater, and less than 2**63")
-
-
-def check_choices(flag: str, values: Sequence[str], choices: Iterable[str]) -> None:
-    """Raise InputError if one of the values of a flag is unknown or given twice."""
-    for i, value in enumerate(values):
-        if value not in choices:
-            raise InputError(f"--{flag} {value!r}: must be one of {', '.join(choices)}")
-        if value in values[:i]:
-            raise InputError(f"--{flag} {value!r}: given twice")
-
-
-def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
-    """Arguments as a dict of plain values, as checkpoints and JSON files store them; the originals store a Namespace."""
-    values = args if isinstance(args, dict) else vars(args)
-    return {name: float(value) if isinstance(value, TypedFloat) else value for name, value in values.items()}
 
 
 def seed_everything(*key: int) -> None:
@@ -162,20 +86,6 @@ def save_png(pixels: np.ndarray, path: str | Path) -> None:
     """Write a picture, uint8 [H, W] or [H, W, channels], as PNG, atomically."""
     with atomic_file(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
-
-
-def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Raise InputError, which names the flag, unless `folder` or its nearest existing parent is writable; leaves no file."""
-    path = Path(folder).absolute()
-    try:
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{flag} {folder}: is a file, not a folder")
-        while not path.exists():
-            path = path.parent
-        with tempfile.TemporaryFile(dir=path):  # permission bits say nothing about root and read-only file systems
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: {path} cannot be written ({error.strerror})") from error
 
 
 @contextlib.contextmanager

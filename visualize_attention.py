@@ -27,20 +27,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import arguments
 import distributed
 import utils
+from arguments import bool_flag
 from datasets import keep_readable, list_images, shard
 from evaluation.attention import PictureDataset, ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
 from evaluation.pretrained import add_backbone_arguments, load_pretrained
 from evaluation.video.files import DEFAULT_FPS, FORMATS, SUFFIXES, extract_frames, write_video
 from telemetry import with_progress
-from utils import InputError, bool_flag
+from utils import InputError
 
 OUTPUT_NAMES = re.compile(r"(overview|img|overlay|attn-.*|mask_th.*)\.png|video\..*")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser, required=False, parts=False)
     add = parser.add_argument
     add("--image_path", "--input_path", help="an image, a folder of images, or a video")
@@ -76,9 +78,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: must lie in (0, 1]")
     if args.fps is not None:
-        utils.check_positive(args, "fps")
-    utils.check_not_negative(args, "num_workers")
-    utils.check_writable(output)
+        arguments.check_positive(args, "fps")
+    arguments.check_not_negative(args, "num_workers")
+    arguments.check_writable(output)
 
 
 def check_paths(source: Path, output: Path, video: bool) -> None:

@@ -3,7 +3,7 @@
 The launch scripts run it as a command, which prints one name:
     python evaluation/names.py linear --part main_part --hp1 0.8 --lr 0.001 --epochs 100 --trial_name T
 It imports only the standard library: the command is fast and works on machines without torch. Names contain lr, epochs
-and hp1 as the user typed them (0.50 stays 0.50): pass strings or utils.TypedFloat.
+and hp1 as the user typed them (0.50 stays 0.50): pass strings or arguments.TypedFloat.
 """
 
 import argparse

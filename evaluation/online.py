@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import utils
+import arguments
 from augmentations import eval_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
 from evaluation.equivariance import FOLDS, TRANSFORMS, TransformDataset, linear_r2
@@ -35,7 +35,7 @@ def add_online_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_online_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values of these flags."""
-    utils.check_positive(args, "knn_freq", "probe_freq")
+    arguments.check_positive(args, "knn_freq", "probe_freq")
     if args.probe_images < 2 * FOLDS:
         raise InputError(f"--probe_images {args.probe_images}: must be {2 * FOLDS} or more")
 

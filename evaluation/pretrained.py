@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from arguments import TypedFloat, plain_args
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import backbone_state, build_backbone, image_size_of, load_backbone_weights, vit_names
 from checkpoint import load_checkpoint
 from evaluation.names import part_flag
 from heads import check_hp1, split_sizes
-from utils import InputError, TypedFloat, error_prefix, plain_args, seed_everything
+from utils import InputError, error_prefix, seed_everything
 
 
 @dataclass

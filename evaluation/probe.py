@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+import arguments
 import utils
 from backbones import backbone_state, load_backbone_weights
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
@@ -134,7 +135,7 @@ class Probe:
         missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
         if missing:
             raise InputError(f"probe checkpoint {self.path}: cannot be resumed, lacks {', '.join(sorted(missing))}")
-        stored = utils.plain_args(state.get("args", {}))
+        stored = arguments.plain_args(state.get("args", {}))
         for name in self.fixed_arguments:
             if name in stored and stored[name] != self.arguments[name]:
                 raise InputError(

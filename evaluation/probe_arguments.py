@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+import arguments
 import utils
+from arguments import TypedFloat, bool_flag
 from augmentations import PERTURBATIONS, check_crop_scale
 from distributed import get_world_size, is_main_process
 from evaluation.features import FeatureExtractor
@@ -16,7 +18,7 @@ from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, check_trial_name, result_record
 from evaluation.probe import LinearClassifier, Probe, ProbeGroup
 from rendering import add_renderer_argument
-from utils import InputError, TypedFloat, bool_flag
+from utils import InputError
 
 # Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
 FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size", "crop_scale")
@@ -56,14 +58,14 @@ def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) 
 def check_probe_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values of these flags."""
     parts, perturbations = (value if isinstance(value, list) else [value] for value in (args.else_part, args.test_aug_type))
-    utils.check_choices("else_part", parts, PARTS)
-    utils.check_choices("test_aug_type", perturbations, PERTURBATIONS)
+    arguments.check_choices("else_part", parts, PARTS)
+    arguments.check_choices("test_aug_type", perturbations, PERTURBATIONS)
     if perturbations != ["ori"] and not args.evaluate:
         raise InputError(f"--test_aug_type {' '.join(perturbations)}: only with --evaluate; otherwise it must be ori")
     check_trial_name(args.trial_name)
     check_crop_scale("crop_scale", args.crop_scale)
-    utils.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
-    utils.check_not_negative(args, "num_workers", "seed")
+    arguments.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
+    arguments.check_not_negative(args, "num_workers", "seed")
 
 
 def check_class_count(args: argparse.Namespace, where: str, found: int, known: dict[str, int]) -> None:
@@ -99,7 +101,7 @@ def build_probe(
             "part": args.else_part, "net": pretrained.net, "num_labels": len(classes), "dim": extractor.dim,
             "classes": short_hash(classes), "backbone": pretrained.fingerprint, **identity,
         },
-        arguments=utils.plain_args(args),
+        arguments=arguments.plain_args(args),
         fixed_arguments=(*FIXED_ARGUMENTS, *fixed_arguments),
     )  # fmt: skip
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from arguments import ArgumentParser, check_positive
 from backbones import backbone_names, build_backbone
 from distributed import run_entry_point
-from utils import ArgumentParser, InputError, check_positive, write_text_atomically
+from utils import InputError, write_text_atomically
 from vmamba.selective_scan import scan_flops
 
 HEADER = ("backbone", "dimensions", "params (M)", "GFLOPs", "with scan")

@@ -10,10 +10,11 @@ pictures that sum up results. Files that cannot be read are named on stderr and 
 import sys
 from pathlib import Path
 
+from arguments import ArgumentParser, check_not_negative, check_writable
 from distributed import run_entry_point
 from scripts.report_page import MARKER, render
 from scripts.report_records import collect
-from utils import ArgumentParser, InputError, atomic_file, check_not_negative, check_writable
+from utils import InputError, atomic_file
 
 
 def check_out(path: Path) -> None:

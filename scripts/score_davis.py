@@ -6,13 +6,14 @@ Prints the scores. With --out, also writes the two tables of the DAVIS tool to t
 
 from pathlib import Path
 
+import arguments
 import distributed
 import utils
 from evaluation.video import davis, metrics
 
 
 def main() -> None:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     parser.add_argument("--data_path", required=True, help="folder of DAVIS, with JPEGImages, Annotations and ImageSets")
     parser.add_argument("--masks", required=True, type=Path, help="folder of the masks to score")
     parser.add_argument("--subset", default="val", help="list of videos: a file of ImageSets/2017, without .txt")

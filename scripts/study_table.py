@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from arguments import ArgumentParser, check_writable
 from distributed import run_entry_point
 from evaluation.equivariance_report import SPACES
 from evaluation.hits import unpack_hits
@@ -39,7 +40,7 @@ from scripts.study_records import (
     save_records,
     seeds_of,
 )
-from utils import ArgumentParser, atomic_file, check_writable, write_text_atomically
+from utils import atomic_file, write_text_atomically
 
 COLORS = {"dino": "#1f6fb4", "CLeVER": "#e6731a"}
 DRAWS = 1000

@@ -70,7 +70,7 @@ def uninterrupted(images, tmp_path_factory, request):
 def test_files_of_a_run(uninterrupted):
     folder, _ = uninterrupted
     checkpoints = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth"}
-    assert names(folder) == {*checkpoints, "log.txt", "checked_images.npy"}
+    assert names(folder) == {*checkpoints, "log.txt", "checked_images.npy", "config.yaml"}
     epochs = {name: load_checkpoint(folder / name)["epoch"] for name in names(folder) if name.endswith(".pth")}
     assert epochs == {"checkpoint.pth": 4, "checkpoint0000.pth": 1, "checkpoint0002.pth": 3}  # the next one to run
     log = read_log(folder)
@@ -112,7 +112,7 @@ def test_a_finished_run_started_again_changes_nothing(images, tmp_path):
     flags = ("--epochs", 1, "--saveckp_freq", 0)
     pretrain(images, folder, *flags, output=output)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert before.keys() == {"checkpoint.pth", "log.txt", "checked_images.npy"}
+    assert before.keys() == {"checkpoint.pth", "log.txt", "checked_images.npy", "config.yaml"}
     text = pretrain(images, folder, *flags, output=output)
     assert text.count("epoch 0/1 done") == 1 and text.count(f"done: {folder}") == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -121,7 +121,7 @@ def test_a_finished_run_started_again_changes_nothing(images, tmp_path):
 def test_zero_epochs_write_the_network_that_training_starts_from(images, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "output"
     pretrain(images, folder, "--epochs", 0, output=output)
-    assert names(folder) == {"checkpoint.pth", "checked_images.npy"}
+    assert names(folder) == {"checkpoint.pth", "checked_images.npy", "config.yaml"}
     state = load_checkpoint(folder / "checkpoint.pth")
     assert state["epoch"] == 0 and state["optimizer"]["state"] == {}
     assert_same(state["teacher"], state["student"])

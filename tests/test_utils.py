@@ -1,9 +1,6 @@
-"""Flags, seeds, and writers of files."""
+"""Seeds and writers of files."""
 
-import argparse
-import copy
 import json
-import math
 import os
 import random
 
@@ -12,81 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+import arguments
 import utils
-from utils import InputError, TypedFloat
-
-# --- flags -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["true", "True", "TRUE", "on", "On", "1"])
-def test_true_flags(text):
-    assert utils.bool_flag(text) is True
-
-
-@pytest.mark.parametrize("text", ["false", "False", "off", "OFF", "0"])
-def test_false_flags(text):
-    assert utils.bool_flag(text) is False
-
-
-@pytest.mark.parametrize("text", ["yes", "", "2", "tru", " true"])
-def test_other_flags_are_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r} is not one of true, false, on, off, 1, 0"):
-        utils.bool_flag(text)
-
-
-@pytest.mark.parametrize("text", ["0.80", "1e-3", "1E-03", ".5", "5", "5.", "inf"])
-def test_typed_floats_print_as_typed(text):
-    number = TypedFloat(text)
-    assert number == float(text) and isinstance(number, float)
-    assert str(number) == f"{number}" == f"{number!s}" == text
-    assert type(number * 2) is float and copy.deepcopy(number) == number and str(copy.deepcopy(number)) == text
-
-
-def test_typed_float_refuses_words():
-    with pytest.raises(argparse.ArgumentTypeError, match="'1/2' is not a number"):
-        TypedFloat("1/2")
-
-
-def test_plain_arguments():
-    for args in ({"lr": TypedFloat("1e-3"), "n": 3}, argparse.Namespace(lr=TypedFloat("1e-3"), n=3)):
-        values = utils.plain_args(args)
-        assert values == {"lr": 0.001, "n": 3} and type(values["lr"]) is float
-
-
-def test_parser_reports_in_one_line():
-    parser = utils.ArgumentParser()
-    parser.add_argument("--size", type=int, required=True)
-    with pytest.raises(InputError, match=r"^argument --size: invalid int value: 'x' \(--help lists all arguments\)$"):
-        parser.parse_args(["--size", "x"])
-    with pytest.raises(InputError, match="required: --size"):
-        parser.parse_args([])
-
-
-def test_help_shows_every_default():
-    parser = utils.ArgumentParser(description="What it does.\n    python example.py")
-    parser.add_argument("--size", type=int, default=3, help="side, pixels")
-    parser.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.0], help="from and to")
-    parser.add_argument("--arch", help="network; default: the checkpoint's")
-    parser.add_argument("--evaluate", action="store_true", help="only evaluate")
-    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
-    assert "--size SIZE side, pixels (default: 3)" in lines and "--scale SCALE SCALE from and to (default: 0.5 1.0)" in lines
-    assert "--arch ARCH network; default: the checkpoint's" in lines and "--evaluate only evaluate" in lines
-    assert "    python example.py" in parser.format_help().splitlines()
-
-
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_check_positive(value):
-    utils.check_positive(argparse.Namespace(lr=1e-9), "lr")
-    with pytest.raises(InputError, match=f"--lr {value}: must be greater than 0"):
-        utils.check_positive(argparse.Namespace(lr=value), "lr")
-
-
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
-def test_check_not_negative(value):
-    utils.check_not_negative(argparse.Namespace(lr=0), "lr")
-    with pytest.raises(InputError, match=f"--lr {value}: must be 0 or greater"):
-        utils.check_not_negative(argparse.Namespace(lr=value), "lr")
-
+from utils import InputError
 
 # --- seeds -------------------------------------------------------------------------------------------------------------
 
@@ -153,13 +78,13 @@ def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path):
 
 
 def test_check_writable_leaves_nothing(tmp_path):
-    utils.check_writable(tmp_path)
-    utils.check_writable(tmp_path / "a" / "b")
+    arguments.check_writable(tmp_path)
+    arguments.check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file, not a folder"):
-        utils.check_writable(tmp_path / "file")
+        arguments.check_writable(tmp_path / "file")
     with pytest.raises(InputError, match="file cannot be written"):
-        utils.check_writable(tmp_path / "file" / "below")
+        arguments.check_writable(tmp_path / "file" / "below")
     with pytest.raises(InputError, match="cannot be written"):
-        utils.check_writable(tmp_path / ("x" * 300) / "below")
+        arguments.check_writable(tmp_path / ("x" * 300) / "below")

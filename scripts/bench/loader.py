@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 import main_dino
+from arguments import ArgumentParser, check_positive
 from augmentations import RECIPES
 from datasets import CheckRecord
 from distributed import run_entry_point
 from scripts.bench.pretrain import Repeat
 from scripts.bench.products import synchronize
 from scripts.bench.views import write_images
-from utils import ArgumentParser, InputError, check_positive, save_json
+from utils import InputError, save_json
 
 
 def build(options: argparse.Namespace, folder: Path) -> tuple:

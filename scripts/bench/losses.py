@@ -19,11 +19,12 @@ from unittest import mock
 import torch
 
 import losses
+from arguments import ArgumentParser, check_positive
 from distributed import run_entry_point
 from losses import CLeVERLoss, DINOLoss
 from scripts.bench.pretrain import StraightforwardLoss
 from scripts.bench.scan import DTYPES, copy_rate, fastest
-from utils import ArgumentParser, check_positive, save_json
+from utils import save_json
 
 TEMPERATURES = (0.04, 0.04, 0, 1)  # of the teacher: at the start, at the end, epochs of warm-up, epochs
 

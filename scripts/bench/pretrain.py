@@ -30,10 +30,10 @@ import torch.nn.functional as F
 import main_dino
 import optim
 import utils
+from arguments import ArgumentParser
 from pretraining import Pretraining
 from scripts.bench.products import ProductRecorder, gigaflops, synchronize, time_products
 from telemetry import peak_memory_gib
-from utils import ArgumentParser
 
 IMPLEMENTATIONS = ("ours", "straightforward")
 

@@ -25,6 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+import arguments
 import distributed
 import utils
 from vmamba import build_vssm, scan_cpp, scan_reference
@@ -36,7 +37,7 @@ MODEL = "vssm2-vmambav2_tiny_224"
 
 
 def get_args() -> argparse.Namespace:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96], help="image sizes in pixels")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="images per batch, one number for each size")
@@ -49,7 +50,7 @@ def get_args() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.batch) != len(args.sizes):
         raise utils.InputError(f"--batch {args.batch}: give one number for each of --sizes {args.sizes}")
-    utils.check_positive(args, "repeats")
+    arguments.check_positive(args, "repeats")
     return args
 
 

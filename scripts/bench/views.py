@@ -26,11 +26,12 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from arguments import ArgumentParser, check_positive
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, RECIPES, MultiCropAugmentation
 from datasets import ImageDataset, list_images
 from distributed import run_entry_point
 from rendering import RENDERERS
-from utils import ArgumentParser, InputError, check_positive, save_json
+from utils import InputError, save_json
 from views_cpp import unavailable_reason
 
 SETS = {"photos": (224, 96, 8), "small": (24, 0, 0)}  # sides of global and local views, number of local views

@@ -9,10 +9,11 @@ The 100 classes are those of scripts/data/imagenet100.txt; --classes reads anoth
 import argparse
 from pathlib import Path
 
+from arguments import ArgumentParser
 from datasets import list_images
 from distributed import run_entry_point
 from scripts.data.layout import check_output, link_or_copy
-from utils import ArgumentParser, InputError
+from utils import InputError
 
 SPLITS = ("train", "val")
 

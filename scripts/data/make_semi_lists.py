@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from arguments import ArgumentParser
 from datasets import labelled_samples
 from distributed import run_entry_point
 from evaluation.downstream_data import read_semi_list
-from utils import ArgumentParser, InputError, write_text_atomically
+from utils import InputError, write_text_atomically
 
 
 def get_args_parser() -> argparse.ArgumentParser:

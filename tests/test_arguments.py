@@ -1,0 +1,180 @@
+"""Flags: the parser, configurations, types and checks."""
+
+import argparse
+import copy
+import importlib
+import json
+import math
+
+import pytest
+
+import arguments
+from arguments import TypedFloat
+from utils import InputError
+
+# --- flags -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "on", "On", "1"])
+def test_true_flags(text):
+    assert arguments.bool_flag(text) is True
+
+
+@pytest.mark.parametrize("text", ["false", "False", "off", "OFF", "0"])
+def test_false_flags(text):
+    assert arguments.bool_flag(text) is False
+
+
+@pytest.mark.parametrize("text", ["yes", "", "2", "tru", " true"])
+def test_other_flags_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r} is not one of true, false, on, off, 1, 0"):
+        arguments.bool_flag(text)
+
+
+@pytest.mark.parametrize("text", ["0.80", "1e-3", "1E-03", ".5", "5", "5.", "inf"])
+def test_typed_floats_print_as_typed(text):
+    number = TypedFloat(text)
+    assert number == float(text) and isinstance(number, float)
+    assert str(number) == f"{number}" == f"{number!s}" == text
+    assert type(number * 2) is float and copy.deepcopy(number) == number and str(copy.deepcopy(number)) == text
+
+
+def test_typed_float_refuses_words():
+    with pytest.raises(argparse.ArgumentTypeError, match="'1/2' is not a number"):
+        TypedFloat("1/2")
+
+
+def test_plain_arguments():
+    for args in ({"lr": TypedFloat("1e-3"), "n": 3}, argparse.Namespace(lr=TypedFloat("1e-3"), n=3)):
+        values = arguments.plain_args(args)
+        assert values == {"lr": 0.001, "n": 3} and type(values["lr"]) is float
+
+
+def test_parser_reports_in_one_line():
+    parser = arguments.ArgumentParser()
+    parser.add_argument("--size", type=int, required=True)
+    with pytest.raises(InputError, match=r"^argument --size: invalid int value: 'x' \(--help lists all arguments\)$"):
+        parser.parse_args(["--size", "x"])
+    with pytest.raises(InputError, match="required: --size"):
+        parser.parse_args([])
+
+
+def test_help_shows_every_default():
+    parser = arguments.ArgumentParser(description="What it does.\n    python example.py")
+    parser.add_argument("--size", type=int, default=3, help="side, pixels")
+    parser.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.0], help="from and to")
+    parser.add_argument("--arch", help="network; default: the checkpoint's")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    assert "--size SIZE side, pixels (default: 3)" in lines and "--scale SCALE SCALE from and to (default: 0.5 1.0)" in lines
+    assert "--arch ARCH network; default: the checkpoint's" in lines and "--evaluate only evaluate" in lines
+    assert "    python example.py" in parser.format_help().splitlines()
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_check_positive(value):
+    arguments.check_positive(argparse.Namespace(lr=1e-9), "lr")
+    with pytest.raises(InputError, match=f"--lr {value}: must be greater than 0"):
+        arguments.check_positive(argparse.Namespace(lr=value), "lr")
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+def test_check_not_negative(value):
+    arguments.check_not_negative(argparse.Namespace(lr=0), "lr")
+    with pytest.raises(InputError, match=f"--lr {value}: must be 0 or greater"):
+        arguments.check_not_negative(argparse.Namespace(lr=value), "lr")
+
+
+# --- configurations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parser():
+    parser = arguments.ArgumentParser()
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--lr", type=TypedFloat, default=TypedFloat("0.5"))
+    parser.add_argument("--reg_lambd", default="x")
+    parser.add_argument("--scale", type=float, nargs="+", default=[0.4, 1.0])
+    parser.add_argument("--check", type=arguments.bool_flag, default=True)
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("folders", nargs="*")
+    return parser
+
+
+def test_a_configuration_gives_values_and_the_command_line_wins(parser, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 3\nlr: 5e-4\nreg_lambd: ''\nscale: [0.1, -2]\ncheck: false\nevaluate: true\nlocal_rank: 7\n")
+    found = parser.parse_args(["--config", str(path), "results"])
+    assert vars(found) == {
+        "epochs": 3, "lr": 5e-4, "reg_lambd": "", "scale": [0.1, -2.0], "check": False, "evaluate": True, "local_rank": 0,
+        "folders": ["results"],
+    }  # fmt: skip
+    assert str(found.lr) == "5e-4"
+    found = parser.parse_args(["--scale", "3", f"--config={path}", "--epochs", "9"])
+    assert (found.epochs, found.scale, found.check, found.folders) == (9, [3.0], False, [])
+    path.write_text("epochs: 3\nevaluate: false\nlr: null\n")
+    found = parser.parse_args(["--config", str(path)])
+    assert (found.epochs, found.evaluate, found.lr) == (3, False, 0.5)
+
+
+def test_flags_that_were_saved_are_the_same_when_read(parser, tmp_path):
+    words = ["--epochs", "3", "--lr", "1e-06", "--reg_lambd=", "--scale", "0.1", "1", "--check", "false", "--local_rank", "2"]
+    first = parser.parse_args(words)
+    del first.folders
+    arguments.save_config(first, tmp_path / "run.yaml")
+    again = parser.parse_args(["--config", str(tmp_path / "run.yaml")])
+    assert again.local_rank == 0
+    del again.folders
+    assert arguments.plain_args(again) | {"local_rank": 2} == arguments.plain_args(first)
+
+
+def test_the_flags_of_a_result_are_used_again(parser, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"kind": "linear_probe", "accuracy": 3, "args": {"epochs": 4, "scale": [1.0], "lr": 0.25}}))
+    found = parser.parse_args(["--config", str(path)])
+    assert (found.epochs, found.scale, found.lr) == (4, [1.0], 0.25)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("epoch: 3", ["'epoch' is not a flag", "'epochs'"]),
+        ("config: a.yaml", ["'config' is not a flag"]),
+        ("3: 4", ["'3' is not a flag"]),
+        ("- epochs", ["must be a mapping", "list"]),
+        ("", ["must be a mapping", "nothing"]),
+        ("epochs: {a: 1}", ["'epochs' must have a value, not a dict"]),
+        ("evaluate: 1", ["'evaluate' must be true or false, not 1"]),
+        ("epochs: x", ["--epochs: invalid int value: 'x'"]),
+        ("epochs: [1, 2]", ["'epochs' must have a value, not a list"]),
+        ("epochs: [", ["cannot be read"]),
+        ("!!python/object/apply:os.getcwd []", ["cannot be read"]),
+    ],
+)
+def test_bad_configurations_are_one_line(parser, tmp_path, content, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        parser.parse_args(["--config", str(path)])
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+def test_missing_configurations_are_named(parser, tmp_path):
+    for words, message in (
+        (["--config", str(tmp_path / "absent.yaml")], "absent.yaml: cannot be read"),
+        (["--config", str(tmp_path)], "cannot be read"),
+        (["--config"], "argument --config: expected one argument"),
+        (["--conf", "run.yaml", "--epochs", "1"], "write the name of this flag in full"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parser.parse_args(words)
+
+
+@pytest.mark.parametrize("name", ["main_dino", "eval_linear", "eval_linear_ds", "eval_knn", "eval_equivariance"])
+def test_every_flag_of_a_script_survives_a_configuration(name, tmp_path):
+    parser = importlib.import_module(name).get_args_parser()
+    required = [word for action in parser._actions if action.required for word in (action.option_strings[0], "x")]
+    first = parser.parse_args(required)
+    arguments.save_config(first, tmp_path / "run.yaml")
+    assert parser.parse_args(["--config", str(tmp_path / "run.yaml")]) == first
