@@ -7,8 +7,9 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,45 @@ import torch.nn as nn
 from arguments import plain_args
 from utils import InputError, atomic_file, describe_error
 
-_numpy_scalar = np.float64(0).__reduce__()[0]
+_numpy_scalar, _numpy_array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
 
-# Types in the originals' checkpoints besides tensors and plain values; nothing else is ever unpickled.
+
+class _UnreadType:
+    """Stands for a type that is not read. Its objects become dicts, whose entries are kept if the type was a kind of dict."""
+
+    def __new__(cls, *args: Any) -> OrderedDict[Any, Any]:
+        return OrderedDict()
+
+
+def _path_text(*parts: str) -> str:
+    """A pickled pathlib.Path as a string."""
+    return str(PurePath(*map(str, parts)))
+
+
+def _plain_dict(*factory: Any) -> dict[Any, Any]:
+    """A pickled defaultdict as a dict."""
+    return {}
+
+
+# What is read besides tensors and plain values. The functions return plain values instead of the pickled types.
 _SAFE_GLOBALS = [
     argparse.Namespace,
+    *[(_path_text, f"pathlib{module}.{kind}Path") for module in ("", "._local") for kind in ("Posix", "Windows")],
+    (_plain_dict, "collections.defaultdict"),
+    np.ndarray,
+    (_numpy_array, "numpy.core.multiarray._reconstruct"),
+    (_numpy_array, "numpy._core.multiarray._reconstruct"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")},
+    *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
 ]
 
 # Under this key of a safetensors file's metadata, export.py writes `args` and `epoch` of the pretraining as JSON.
 SAFETENSORS_METADATA = "clever"
+
+MAX_UNREAD_TYPES = 100  # in one file
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # in the message of torch.load
 
 # Raised by torch.load for truncated or damaged files, old formats included.
 _DAMAGE = (
@@ -42,32 +69,46 @@ _DAMAGE = (
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running any code that it may contain.
 
-    Tensors, plain values, argparse.Namespace and numpy scalars are read (the originals' files contain the last two). With
-    `mmap`, which needs a zip file, as torch.save writes it today, tensors stay on the disk until they are used.
-    A file *.safetensors is read as `{"model": state dict}`. Raises InputError if the file is missing or damaged, contains
-    another type, or is not a dict.
+    Tensors, plain values, argparse.Namespace and numpy's arrays and scalars are read; a path becomes a string. Other programs
+    store objects of further types beside their weights. They become dicts: empty ones, except for kinds of dict. With `mmap`,
+    which needs a zip file, as torch.save writes it today, tensors stay on the disk until they are used. A file *.safetensors is
+    read as `{"model": state dict}`. Raises InputError if the file is missing or damaged, or is not a dict.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: no such file")
     if Path(path).suffix == ".safetensors":
         return _load_safetensors(path)
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about reading without full support; if that fails, the error says so
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = _load_pickled(path, mmap)
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\w[\w.]*)", str(error))
+        foreign = _FOREIGN.search(str(error))
         if foreign:
-            raise InputError(
-                f"checkpoint {path}: holds {foreign[1]}; only tensors, plain values, Namespace and numpy scalars are read"
-            ) from error
+            raise InputError(f"checkpoint {path}: refused, it would call {foreign[1]}") from error
         raise InputError(f"checkpoint {path}: damaged, or not written by torch.save") from error
     except _DAMAGE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise InputError(f"checkpoint {path}: damaged or incomplete ({reason})") from error
+    if isinstance(checkpoint, OrderedDict) and not checkpoint:
+        raise InputError(f"checkpoint {path}: holds an object instead of a dict of tensors; save its state_dict()")
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a dict")
     return checkpoint
+
+
+def _load_pickled(path: str | Path, mmap: bool) -> Any:
+    """torch.load with weights_only, which names one type that it does not allow at a time: _UnreadType takes its place."""
+    unread: list[str] = []
+    while True:
+        allowed = [*_SAFE_GLOBALS, *((_UnreadType, name) for name in unread)]
+        try:
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about reading without full support; if that fails, the error says so
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            foreign = _FOREIGN.search(str(error))
+            if not foreign or foreign[1] in unread or len(unread) >= MAX_UNREAD_TYPES:
+                raise
+            unread.append(foreign[1] if "." in foreign[1] else f"builtins.{foreign[1]}")  # the message omits `builtins.`
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Any]:
@@ -83,6 +124,44 @@ def _load_safetensors(path: str | Path) -> dict[str, Any]:
         return {"model": state, "args": dict(described.get("args", {})), "epoch": described.get("epoch")}
     except (SafetensorError, *_DAMAGE) as error:
         raise InputError(f"checkpoint {path}: damaged or incomplete ({describe_error(error)[:100]})") from error
+
+
+def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about its network and training, by the names of our flags; empty if it says nothing.
+
+    Other programs store arguments that have the names of our flags and other values (`net="resnet18"`, `mean=None`): they are
+    left out. An architecture that stands beside the arguments, as PyTorch's examples and timm have it, is taken.
+    """
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, dict) else {})
+    return {name: value for name, value in args.items() if value is not None and _OURS.get(name, _anything)(value)}
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _is_stats(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+# What the values of our flags look like, for flags that evaluations take from a checkpoint.
+_OURS: dict[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str),
+    "net": lambda value: value in ("dino", "CLeVER"),
+    "hp1": lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+    "patch_size": _is_count,
+    "global_crops_size": _is_count,
+    "mean": _is_stats,
+    "std": _is_stats,
+    "aug": lambda value: isinstance(value, str),
+    "seed": lambda value: isinstance(value, int),
+}
 
 
 def save_atomically(obj: Any, path: str | Path) -> None:

@@ -5,6 +5,7 @@ g patches per side of the images that positions are stored for.
 """
 
 from functools import partial
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -217,6 +218,18 @@ class VisionTransformer(nn.Module):
             patches = F.interpolate(patches, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")  # [1, D, h, w]
         assert patches.shape[-2:] == (h, w)
         return torch.cat((cls, rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
+
+
+def resize_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
+    """Position embeddings [1, 1+g*g, D] as [1, 1+grid_size**2, D], bicubically; as they are if the patches form no square."""
+    g = isqrt(pos_embed.shape[1] - 1)
+    if g == grid_size or 1 + g * g != pos_embed.shape[1]:
+        return pos_embed
+    cls, patches = pos_embed.float().split((1, g * g), dim=1)
+    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=g)
+    size = (grid_size, grid_size)
+    patches = F.interpolate(patches, size=size, mode="bicubic", antialias=True)  # [1, D, grid_size, grid_size]
+    return torch.cat((cls, rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
 
 
 def _init_linear(module: nn.Module) -> None:

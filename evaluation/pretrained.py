@@ -13,8 +13,18 @@ import torch.nn as nn
 
 from arguments import TypedFloat, plain_args
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import backbone_state, build_backbone, image_size_of, load_backbone_weights, vit_names
-from checkpoint import load_checkpoint
+from backbones import (
+    backbone_state,
+    build_backbone,
+    default_image_size,
+    image_size_of,
+    is_known,
+    is_ours,
+    is_same_network,
+    load_backbone_weights,
+    vit_names,
+)
+from checkpoint import load_checkpoint, stored_arguments
 from evaluation.names import part_flag
 from heads import check_hp1, split_sizes
 from utils import InputError, error_prefix, seed_everything
@@ -118,6 +128,15 @@ def resolve_option(name: str, given: Any, stored: Any, default: Any, source: str
     return next((value for value in (given, stored, default) if value is not None), None)
 
 
+def resolve_arch(given: str | None, stored: str | None) -> str:
+    """--arch, or what the checkpoint says if it is a name that we know. Raises InputError if it is another of our backbones."""
+    if given is None:
+        return stored if stored and is_known(stored) else "vit_small"
+    if stored and is_ours(stored) and not is_same_network(given, stored):
+        raise InputError(f"--arch {given}: the checkpoint was made with arch {stored}")
+    return given
+
+
 def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any], source: str = "checkpoint was") -> tuple[str, float]:
     """--net and --hp1, or what the checkpoint (or another file) says. Raises InputError if neither says where the split is."""
     net = resolve_option("net", args.net, stored.get("net"), "dino", source)
@@ -148,14 +167,14 @@ def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = Tru
         return
     add("--net", choices=["dino", "CLeVER"], help="how it was pretrained; default: the checkpoint's, else dino")
     add("--hp1", type=TypedFloat, help="share of the representation that is IR; default: the checkpoint's")
-    add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224")
+    add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224 or timm's")
 
 
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
     """The backbone of --pretrained_weights. Raises InputError if flags contradict the checkpoint or weights do not fit."""
     checkpoint = load_checkpoint(args.pretrained_weights)
-    stored = plain_args(checkpoint.get("args", {}))
-    arch = resolve_option("arch", args.arch, stored.get("arch"), "vit_small")
+    stored = stored_arguments(checkpoint)
+    arch = resolve_arch(args.arch, stored.get("arch"))
     patch_size = resolve_option("patch_size", args.patch_size, stored.get("patch_size"), 16)
     net, hp1 = resolve_net_and_hp1(args, stored)
     if args.img_size is not None and args.img_size < 1:
@@ -164,7 +183,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         state = backbone_state(checkpoint, args.checkpoint_key)
         # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
         vit_size = image_size_of(state, patch_size) if arch in vit_names() else None
-        trained_size = vit_size or stored.get("global_crops_size") or 224
+        trained_size = vit_size or stored.get("global_crops_size") or default_image_size(arch)
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
@@ -176,7 +195,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         img_size=args.img_size or trained_size,
         mean=tuple(stored.get("mean", IMAGENET_MEAN)),
         std=tuple(stored.get("std", IMAGENET_STD)),
-        epochs=checkpoint.get("epoch"),
+        epochs=checkpoint["epoch"] if isinstance(checkpoint.get("epoch"), int) else None,
         aug=stored.get("aug"),
         fingerprint=fingerprint(state),
         options=options,
