@@ -28,8 +28,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SETTINGS="
 arch                    epochs warmup batch lr    wd    out_dim hidden bottleneck temp momentum crop patch probe_lr
 resnet8                 12     3      64    0.016 0.001 256     256    64         0.02 0.98     0.7  16    0.3
-vit_micro               12     3      64    0.004 0.001 256     256    64         0.02 0.98     0.7  4     0.3
-vssm2-vmambav2_micro    12     3      64    0.004 0.001 256     256    64         0.02 0.98     0.7  16    0.3
+vit_micro               12     3      64    0.008 0.001 256     256    64         0.02 0.99     0.7  4     1
+vssm2-vmambav2_micro    12     3      64    0.016 0.001 256     256    64         0.02 0.99     0.7  16    1
 "
 PERTURBATIONS="ori basic aug1 aug1_2 aug1_4_2"
 ALL_STEPS="pretrain probe perturbation knn equivariance"
