@@ -83,7 +83,8 @@ class Pretraining:
         steps = len(loader) // self.accumulation
         micro_steps = steps * self.accumulation
         header, images = f"epoch {epoch}/{self.epochs}", self.images_per_step // self.accumulation
-        progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq)
+        after = (self.epochs - epoch - 1) * micro_steps
+        progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq, after)
         for micro_step, (views, _) in enumerate(islice(loader, micro_steps)):
             last = (micro_step + 1) % self.accumulation == 0  # micro-batch of this step
             views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]

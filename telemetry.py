@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,14 +13,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distributed import all_reduce_sum, get_world_size
+from distributed import all_reduce_sum, get_world_size, is_main_process
 from utils import write_text_atomically
+
+LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
+
+
+def open_bar(total: int) -> Any | None:
+    """A tqdm bar, which redraws itself and vanishes when it is closed, or None where plain lines are printed instead.
+
+    Plain lines go to files, pipes, terminals that cannot redraw a line, and wherever tqdm is missing.
+    """
+    if not (sys.stdout.isatty() and is_main_process()) or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, file=sys.stdout, dynamic_ncols=True, leave=False, bar_format="{bar:10} {desc}")
 
 
 class Progress:
-    """Prints a line every few seconds and at the end: what is done, the rate, and the time left.
+    """Says what is done, the rate, and the time left: in a bar on a terminal, elsewhere in a line every few seconds.
 
-    With several processes, each counts its own work without waiting for the others, and the first one prints.
+    At the end a line remains. With several processes, each counts its own work without waiting for the others, and the first
+    one prints.
 
     Args:
         header: start of the line; may be changed later.
@@ -36,12 +54,18 @@ class Progress:
         self.silent_if_quick = silent_if_quick
         self.done = self._printed = 0
         self.start = self._last = time.monotonic()
+        self.bar = open_bar(total)
 
     def advance(self, count: int = 1) -> None:
-        """Add to the count, and print a line if one is due."""
+        """Add to the count, and show it if a line is due."""
         self.done += count
         at_end = self.done >= self.total and not (self.silent_if_quick and self._printed == 0)
-        if self.done and (at_end or time.monotonic() - self._last >= self.seconds):
+        if self.bar is not None:
+            self.bar.set_description_str(self._line(), refresh=False)
+            self.bar.update(count)
+            if self.done >= self.total:
+                self.bar.close()
+        if self.done and (at_end or (self.bar is None and time.monotonic() - self._last >= self.seconds)):
             self.print_line()
 
     def print_line(self) -> None:
@@ -49,14 +73,15 @@ class Progress:
         if self.done == self._printed:
             return
         self._printed, self._last = self.done, time.monotonic()
+        print(self._line(), flush=True)
+
+    def _line(self) -> str:
         world = get_world_size()
-        rate = self.done / max(self._last - self.start, 1e-9)
         share = f" of each of {world} processes" if world > 1 else ""
-        print(
-            f"{self.header} {self.done}/{self.total}{share}  {rate * world:.{1 if rate < 10 else 0}f} {self.unit}/s  "
-            f"left {time_left(self.total - self.done, rate)}",
-            flush=True,
-        )
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)  # of this process
+        digits = 1 if rate < 10 else 0
+        left = time_left(self.total - self.done, rate)
+        return f"{self.header} {self.done}/{self.total}{share}  {rate * world:.{digits}f} {self.unit}/s  left {left}"
 
 
 def with_progress(batches: Iterable[tuple], header: str, total: int, seconds: float = 5.0) -> Iterator[tuple]:
@@ -73,14 +98,32 @@ def time_left(todo: float, rate: float) -> datetime.timedelta:
 
 
 class TrainingProgress:
-    """Averages over the steps of an epoch, and a line with the last step's values every `print_freq` steps and at the end.
+    """Averages over the steps of an epoch, and its progress with the losses of the last step.
 
-    Values are averaged over processes. On a GPU they are read one step late, so that the GPU never waits for the log. A
-    value that is not finite reaches all processes in the same step: all raise FloatingPointError, which names it.
+    The progress is a bar on a terminal, elsewhere a line every `print_freq` steps and at the end. Values are averaged over
+    processes. On a GPU they are read one step late, so that the GPU never waits for the log. A value that is not finite reaches
+    all processes in the same step: all raise FloatingPointError, which names it.
+
+    Args:
+        header: start of the line.
+        steps: of the epoch.
+        images_per_step: over all processes.
+        device: of the values.
+        steps_after: steps of the epochs after this one, or None if the time left of the run is not shown.
     """
 
-    def __init__(self, header: str, steps: int, images_per_step: int, device: torch.device, print_freq: int = 20):
+    def __init__(
+        self,
+        header: str,
+        steps: int,
+        images_per_step: int,
+        device: torch.device,
+        print_freq: int = 20,
+        steps_after: int | None = None,
+    ) -> None:
         self.header, self.steps, self.images_per_step, self.print_freq = header, steps, images_per_step, print_freq
+        self.steps_after = steps_after
+        self.bar = open_bar(steps)
         self.delay = 1 if device.type == "cuda" else 0
         self.totals: dict[str, float] = {}
         self.done = 0
@@ -103,6 +146,8 @@ class TrainingProgress:
         """Averages over all steps."""
         while self._unread:
             self._read()
+        if self.bar is not None:
+            self.bar.close()
         return {name: total / max(self.done, 1) for name, total in self.totals.items()}
 
     @property
@@ -122,10 +167,19 @@ class TrainingProgress:
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
         self.done += 1
-        if self.done % self.print_freq == 0 or self.done == self.steps:
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            left = time_left((self.steps - self.done) * self.images_per_step, self.rate)
-            print(f"{self.header} {self.done}/{self.steps}  {numbers}  {self.rate:.0f} img/s  left {left}", flush=True)
+        if self.bar is not None:
+            self.bar.set_description_str(self._line(values), refresh=False)
+            self.bar.update()
+        elif self.done % self.print_freq == 0 or self.done == self.steps:
+            print(self._line(values), flush=True)
+
+    def _line(self, values: dict[str, float]) -> str:
+        numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
+        todo = self.steps - self.done
+        left = f"left {time_left(todo * self.images_per_step, self.rate)}"
+        if self.steps_after is not None:
+            left += f" epoch, {time_left((todo + self.steps_after) * self.images_per_step, self.rate)} run"
+        return f"{self.header} {self.done}/{self.steps}  {numbers}  {self.rate:.0f} img/s  {left}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -139,14 +193,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
-    """The log record of an epoch as one line, with the time left of the run."""
+    """The main values in the log record of an epoch as one line, with the time left of the run."""
     left = time_left(epochs - epoch - 1, 1 / max(record["seconds"], 1e-9))
-    numbers = "  ".join(
-        f"{name.removeprefix('train_')} {value:.4g}"
-        for name, value in record.items()
-        if name.startswith("train_") or name == "memory_gib"
-    )
-    return f"epoch {epoch}/{epochs} done in {record['seconds']:.0f} s: {numbers}  left {left}"
+    shown = {name: record[f"train_{name}"] for name in (*LOSSES, "lr") if f"train_{name}" in record}
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    return f"epoch {epoch}/{epochs} done in {record['seconds']:.0f} s: {numbers}  {record['memory_gib']:.1f} GiB  left {left}"
 
 
 def append_log(path: str | Path, record: dict[str, Any]) -> None:

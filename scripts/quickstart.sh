@@ -8,8 +8,8 @@
 # Can be run again: finished steps are reused, interrupted ones continue.
 #
 #   QUICK=long                  four times as many epochs of pretraining
-#   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes twice as long
-#   ARCH=vit_micro              a small ViT; PATCH sets the side of its patches (default 8), smaller ones take longer
+#   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes @VSSM@ minutes
+#   ARCH=vit_micro              a small ViT; takes @VIT@ minutes. PATCH sets the side of its patches (default 4)
 #   DATA=fashion-mnist          instead of the digits; FASHION_MNIST_DIR has its files, or DOWNLOAD=1 downloads them there
 #   SEED=1                      another seed
 #   RESULT=results/mine         folder of the results; default: results/quickstart, or results/quickstart_seed<SEED>
@@ -22,23 +22,27 @@ RESULT=${RESULT:-results/quickstart${SEED:+_seed$SEED}} SEED=${SEED:-0}
 stop() { echo "quickstart: $*" >&2; exit 2; }
 step() { printf '\n=== quickstart, %d:%02d: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-case $QUICK in
-  short) epochs=30 ;;
-  long) epochs=120 ;;
-  *) stop "QUICK=$QUICK: must be short or long" ;;
-esac
 case $DATA in
-  digits) size=16 images=(digits) ;;
+  digits) size=16 images=(digits) stats="--mean 0.305 0.305 0.305 --std 0.376 0.376 0.376" ;;
   fashion-mnist)
     : "${FASHION_MNIST_DIR:=data/torchvision}"
     size=24 images=(fashion-mnist --source "$FASHION_MNIST_DIR" --train 2000 --val 1000)
+    stats="--mean 0.286 0.286 0.286 --std 0.353 0.353 0.353"
     [[ ${DOWNLOAD:-0} != 1 ]] || images+=(--download)
     ;;
   *) stop "DATA=$DATA: must be digits or fashion-mnist" ;;
 esac
-
-rate=0.004
-[[ $ARCH != resnet* ]] || rate=0.016 # networks with batch norm need the higher learning rate
+# Chosen for dino on a part of the training images (docs/pretraining.md, "Little data").
+case $ARCH in
+  vit*) epochs=80 warmup=8 rate=0.008 momentum=0.99 probe_rate=1 ;;
+  vssm*) epochs=40 warmup=4 rate=0.016 momentum=0.99 probe_rate=1 ;;
+  *) epochs=30 warmup=3 rate=0.016 momentum=0.98 probe_rate=0.3 ;;
+esac
+case $QUICK in
+  short) ;;
+  long) epochs=$((4 * epochs)) ;;
+  *) stop "QUICK=$QUICK: must be short or long" ;;
+esac
 
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
@@ -46,16 +50,16 @@ SECONDS=0
 
 # On the CPU, even on a machine with GPUs: the settings are made for it. Each network has a process of its own.
 export CUDA_VISIBLE_DEVICES="" DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export DATASET=$DATA DATASET_PATH=data/$DATA Result_dir=$RESULT backbone_name=$ARCH PATCH=${PATCH:-8} AUG_TYPE=aug1_2
+export DATASET=$DATA DATASET_PATH=data/$DATA Result_dir=$RESULT backbone_name=$ARCH PATCH=${PATCH:-4} AUG_TYPE=aug1_2
 export LAUNCHER=python GPU_num=1 BATCH=64 HP1=0.8 SEP_LAMBD=1.0 DVR_out_dim=256 reg=_reg0.001
 # With little data, the loss of a small network leaves its plateau at ln(out_dim) only with batch norm in narrow heads, a
 # sharp teacher that follows quickly, a high learning rate, and similar views. No local views: they take too much time.
 export PRETRAIN_FLAGS="--out_dim 256 --use_bn_in_head true --head_hidden_dim 256 --head_bottleneck_dim 64
-  --teacher_temp 0.02 --warmup_teacher_temp 0.02 --momentum_teacher 0.98 --freeze_last_layer 0
-  --lr $rate --min_lr 1e-5 --warmup_epochs 3 --weight_decay 0.001 --weight_decay_end 0.001 --use_fp16 false
+  --teacher_temp 0.02 --warmup_teacher_temp 0.02 --momentum_teacher $momentum --freeze_last_layer 0
+  --lr $rate --min_lr 1e-5 --warmup_epochs $warmup --weight_decay 0.001 --weight_decay_end 0.001 --use_fp16 false $stats
   --global_crops_size $size --global_crops_scale 0.7 1 --local_crops_number 0
   --num_workers 0 --seed $SEED"
-export GPU_num_LN=1 GPU_num_EVAL=1 EPOCH_LN=20 BATCH_LN=64 lr=0.3 n_last_blocks=4
+export GPU_num_LN=1 GPU_num_EVAL=1 EPOCH_LN=20 BATCH_LN=64 lr=$probe_rate n_last_blocks=4
 export PROBE_FLAGS="--val_freq 10 --crop_scale 0.6 1 --num_workers 0 --seed $SEED"
 export EQUIVARIANCE_FLAGS="--transforms rotation --num_workers 0 --seed $SEED"
 

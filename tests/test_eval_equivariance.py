@@ -44,8 +44,8 @@ def world(tmp_path_factory):
     kinds = {"clever": {}, "dino": {"net": "dino"}, "whole": {"hp1": 1.0}}
     for name, changed in kinds.items():
         torch.save({"teacher": state, "args": arguments | changed, "epoch": 7}, root / f"{name}.pth")
-    broken = state | {"backbone.norm.bias": torch.full((128,), float("nan"))}
-    torch.save({"teacher": broken, "args": arguments, "epoch": 7}, root / "nan.pth")
+    broken = state | {"backbone.norm.weight": torch.full((128,), 3e38)}  # finite, but the features overflow
+    torch.save({"teacher": broken, "args": arguments, "epoch": 7}, root / "overflow.pth")
     flags = ("--pretrained_weights", root / "clever.pth", "--data_path", data, "--views_per_image", 3)
     outcome = equivariance(*flags, "--output_dir", root / "all", "--input", "pair", "single", "--random_subspaces", 2)
     assert outcome.status == 0, outcome
@@ -279,7 +279,7 @@ def test_bad_input(bad_folders, flags, mentioned, tmp_path):
 
 
 def test_features_that_are_not_finite(world, tmp_path):
-    outcome = equivariance("--pretrained_weights", world.root / "nan.pth", "--data_path", world.data, "--output_dir",
+    outcome = equivariance("--pretrained_weights", world.root / "overflow.pth", "--data_path", world.data, "--output_dir",
                            tmp_path / "output", "--transforms", "blur")  # fmt: skip
     assert outcome.status == 1 and not list(tmp_path.iterdir())
     (line,) = outcome.stderr.splitlines()
@@ -290,5 +290,5 @@ def test_a_failing_run_leaves_old_results(world, tmp_path):
     shutil.copytree(world.root / "all", tmp_path / "output")
     before = snapshot(tmp_path / "output")
     flags = ("--data_path", world.data, "--output_dir", tmp_path / "output", "--transforms", "blur")
-    assert equivariance("--pretrained_weights", world.root / "nan.pth", *flags).status == 1
+    assert equivariance("--pretrained_weights", world.root / "overflow.pth", *flags).status == 1
     assert snapshot(tmp_path / "output") == before

@@ -71,8 +71,8 @@ def world(tmp_path_factory):
     torch.save({"teacher": state, "args": arguments, "epoch": 7}, root / "clever.pth")
     torch.save({"teacher": state, "args": arguments | {"net": "dino"}, "epoch": 7}, root / "dino.pth")
     torch.save({"teacher": state, "args": arguments | {"hp1": 1.0}, "epoch": 7}, root / "whole.pth")
-    broken = state | {"backbone.norm.bias": torch.full((128,), float("nan"))}
-    torch.save({"teacher": broken, "args": arguments, "epoch": 7}, root / "nan.pth")
+    broken = state | {"backbone.norm.weight": torch.full((128,), 3e38)}  # finite, but the features overflow
+    torch.save({"teacher": broken, "args": arguments, "epoch": 7}, root / "overflow.pth")
     flags = ("--pretrained_weights", root / "clever.pth", "--data_path", data, "--nb_knn", 1, 5, 20, "--temperature", 0.07, 1)
     outcome = knn(*flags, "--output_dir", root / "all", "--dump_features", root / "features", "--batch_size_per_gpu", 4)
     assert outcome.status == 0, outcome
@@ -400,7 +400,7 @@ def test_features_of_clever_need_their_cut(tmp_path):
 
 
 def test_features_that_are_not_finite_are_an_error(world, tmp_path):
-    outcome = knn("--pretrained_weights", world.root / "nan.pth", "--data_path", world.data, "--output_dir", tmp_path)
+    outcome = knn("--pretrained_weights", world.root / "overflow.pth", "--data_path", world.data, "--output_dir", tmp_path)
     assert outcome.status == 1 and "not finite: training features of the network in" in outcome.stderr
     assert not list(tmp_path.iterdir())
 

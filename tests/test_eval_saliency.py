@@ -245,12 +245,12 @@ def test_bad_files_do_not_lose_the_others(tmp_path, data, small_probe):
     assert (tmp_path / "out" / "overview.png").exists()
 
 
-def test_weights_that_are_not_finite(tmp_path, data, small_probe):
+def test_features_that_are_not_finite(tmp_path, data, small_probe):
     state = torch.load(small_probe, weights_only=True)
     state["teacher"]["module.backbone.norm.weight"].fill_(1)
-    state["teacher"]["module.backbone.blocks.11.norm1.weight"].fill_(float("nan"))
-    torch.save(state, tmp_path / "nan.pth")
-    outcome = score(tmp_path / "nan.pth", data, tmp_path / "out")
+    state["teacher"]["module.backbone.blocks.11.norm1.weight"].fill_(3e38)  # finite weights whose features overflow
+    torch.save(state, tmp_path / "overflow.pth")
+    outcome = score(tmp_path / "overflow.pth", data, tmp_path / "out")
     assert_refused(outcome, "4 of 4 left out", "features are not finite")
     assert result(tmp_path / "out")["num_scored"] == 0
 

@@ -1,11 +1,22 @@
 """Progress lines, averages, log.txt and warnings of collapse."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 import torch
 
+import telemetry
 from telemetry import CollapseWatch, TrainingProgress, append_log, epoch_line, feature_std, truncate_log
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the device only says how late values are read
@@ -60,12 +71,83 @@ def test_a_value_of_the_last_step_that_is_not_finite_is_named_at_the_end():
 def test_lines_come_every_print_freq_steps_and_at_the_end(capsys):
     progress = TrainingProgress("epoch 2/5", 7, 4, CPU, print_freq=3)
     for step in range(7):
-        progress.update(loss=scalar(step), half=scalar(0.5).bfloat16())
+        progress.update(loss=scalar(step), normalized_loss=scalar(0.5).bfloat16(), feature_std=scalar(3))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:3] for line in lines] == [
-        [f"epoch 2/5 {done}/7", f"loss {done - 1}", "half 0.5"] for done in (3, 6, 7)
+        [f"epoch 2/5 {done}/7", f"loss {done - 1}", "normalized_loss 0.5"] for done in (3, 6, 7)
     ]
-    assert all("img/s" in line for line in lines) and lines[-1].endswith("left 0:00:00")
+    assert all("img/s" in line and "feature_std" not in line for line in lines) and lines[-1].endswith("left 0:00:00")
+
+
+def test_the_time_left_of_epoch_and_run(capsys, monkeypatch):
+    progress = TrainingProgress("epoch 2/5", 10, 4, CPU, print_freq=4, steps_after=20)
+    monkeypatch.setattr("time.perf_counter", lambda: progress.start + 2.0 * (progress.done or 1))  # two seconds per step
+    for _ in range(4):
+        progress.update(loss=scalar(1))
+    assert capsys.readouterr().out == "epoch 2/5 4/10  loss 1  2 img/s  left 0:00:12 epoch, 0:00:52 run\n"
+
+
+def test_lines_fit_120_columns(capsys):
+    progress = TrainingProgress("epoch 1000/1000", 50000, 4096, CPU, print_freq=1, steps_after=10**6)
+    progress.start -= 1.0
+    names = ("loss", "loss_DIR", "loss_DVR", "normalized_loss", "feature_std_IR", "feature_std_EF", "lr", "wd")
+    progress.update(**{name: scalar(10.123456) for name in names})
+    record = {f"train_{name}": 0.000123456 for name in names} | {"seconds": 12345.0, "memory_gib": 12.3456, "knn_ALL": 55.5}
+    for line in (capsys.readouterr().out.rstrip(), epoch_line(1, 1000, record)):
+        assert 80 < len(line) <= 120 and "normalized_loss" in line, line
+
+
+# A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
+SCRIPT = """
+import time, torch, telemetry
+for epoch in range(2):
+    progress = telemetry.TrainingProgress(f"epoch {epoch}/2", 30, 8, torch.device("cpu"), 10, steps_after=30)
+    for step in range(30):
+        time.sleep(0.02)
+        progress.update(loss=torch.tensor(float(step)), normalized_loss=torch.tensor(0.5))
+    progress.finish()
+    print(f"epoch {epoch} done")
+meter = telemetry.Progress("features", 30)
+for _ in range(30):
+    time.sleep(0.02)
+    meter.advance()
+"""
+
+
+def in_terminal(columns, **environment):
+    """What a script prints to a terminal of this width."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(telemetry.__file__).parent)} | environment
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=child, stderr=child, env=env)
+    os.close(child)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while block := os.read(parent, 65536):
+            text += block
+    os.close(parent)
+    assert process.wait() == 0, text
+    return text.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_on_a_terminal_one_line_redraws_itself(columns):
+    pytest.importorskip("tqdm")
+    text = in_terminal(columns)
+    drawn = [part for part in re.split(r"[\r\n]", text) if part.strip()]
+    bars = [part for part in drawn if " epoch 1/2 " in part]
+    assert len(bars) > 2 and all(len(part) <= columns for part in drawn)
+    assert all(re.match(r".{10} epoch 1/2 \d+/30  loss \d+  normalized_loss 0.5  ", part) for part in bars)
+    if columns == 200:
+        assert re.search(r"  \d+ img/s  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
+    final = [line.split("\r")[-1] for line in text.split("\r\n")]  # what remains: bars are wiped out
+    assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30  \d+ img/s  left 0:00:00", final[2])
+    assert len(final) == 4 and final[3] == ""
+
+
+def test_a_terminal_that_cannot_redraw_gets_plain_lines():
+    lines = in_terminal(120, TERM="dumb").splitlines()
+    assert len([line for line in lines if line.startswith("epoch 0/2 ")]) == 3 and "\r" not in "".join(lines)
 
 
 def test_an_epoch_without_steps_has_no_averages():
@@ -82,7 +164,7 @@ def test_values_do_not_keep_the_graph():
 def test_epoch_line_has_losses_and_the_time_left():
     record = {"train_loss": 1.23456, "train_lr": 1e-4, "epoch": 1, "seconds": 90.0, "memory_gib": 2.5}
     line = epoch_line(1, 4, record)
-    assert line == "epoch 1/4 done in 90 s: loss 1.235  lr 0.0001  memory_gib 2.5  left 0:03:00"
+    assert line == "epoch 1/4 done in 90 s: loss 1.235  lr 0.0001  2.5 GiB  left 0:03:00"
 
 
 # --- log.txt -----------------------------------------------------------------------------------------------------------

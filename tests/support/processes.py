@@ -160,6 +160,9 @@ class _KillingStream:
             self.stream.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def isatty(self) -> bool:
+        return False
+
     def flush(self) -> None:
         self.stream.flush()
 
