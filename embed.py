@@ -1,0 +1,189 @@
+"""Features of all images in a folder as a table, for other programs: Parquet, NPZ or CSV, with the IR and the EF as columns.
+
+    python embed.py --pretrained_weights R/checkpoint.pth --data_path photos/ --out photos.parquet
+    python embed.py ... --out photos.npz --plot tsne                     # photos.tsne.png: a point per image, by class
+    python embed.py ... --out photos.npz --plot pca --colour rotation    # images rotated by known angles, by angle
+A row has the image's path below --data_path and its class: the name of the first folder on this path. Features are those of the
+network, not normalised; a ViT's are its [CLS] token. Reading the table:
+    pandas.read_parquet("photos.parquet"), polars.read_parquet("photos.parquet"), numpy.load("photos.npz")["ir"]
+Several processes: torchrun --nproc_per_node=2 embed.py ..., or torch.distributed.launch; they write the same file.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import arguments
+import distributed
+from arguments import bool_flag
+from augmentations import eval_transform
+from datasets import UNLABELLED, ImageDataset, dataset_of, list_images, make_loader, shard
+from evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, check_package, plot
+from evaluation.equivariance import TRANSFORMS, TransformDataset, extract_views
+from evaluation.features import FeatureExtractor, extract_features, gather_in_order
+from evaluation.names import PARTS, part_flag
+from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from heads import split_ir_ef
+from rendering import add_renderer_argument, resolve_renderer
+from utils import InputError
+
+COLOURS = ("class", "rotation")
+COLUMNS = {"IR": ["ir"], "EF": ["ef"], "ALL": ["ir", "ef"]}  # of each part
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = arguments.ArgumentParser(description=__doc__)
+    add_backbone_arguments(parser)
+    add = parser.add_argument
+    add("--data_path", required=True, help="folder of images, flat or with sub-folders")
+    add("--out", required=True, help=f"file to write, {', '.join(WRITERS)}")
+    add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
+    add("--plot", choices=REDUCTIONS, help="also draw the embeddings in two dimensions: <out without suffix>.<plot>.png")
+    add("--colour", default="class", choices=COLOURS, help="of the points: the class of the image, or the angle of a rotation, "
+        "for which --plot_images images are rotated at random by up to 90 degrees, and cut to a disc")  # fmt: skip
+    add("--plot_images", type=int, default=2000, help="number of images in the picture, drawn at random")
+    add("--batch_size_per_gpu", type=int, default=128, help="images per process and pass of the network")
+    add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, and leave unreadable ones out")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--seed", type=int, default=0, help="of the picture: which images, and their rotations")
+    add_renderer_argument(parser)
+    distributed.add_distributed_arguments(parser)
+    return parser
+
+
+def picture_path(args: argparse.Namespace) -> Path:
+    return Path(args.out).with_suffix(f".{args.plot}.png")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise InputError for invalid values and missing packages, before anything is read or written."""
+    arguments.check_choices("else_part", [args.else_part], PARTS)
+    suffix = Path(args.out).suffix
+    if suffix not in WRITERS:
+        raise InputError(f"--out {args.out}: its name must end with {', '.join(WRITERS)}")
+    if suffix == ".parquet":
+        check_package("pyarrow", f"--out {args.out}")
+    if args.plot:
+        check_package(REDUCTIONS[args.plot], f"--plot {args.plot}")
+    arguments.check_positive(args, "batch_size_per_gpu")
+    arguments.check_not_negative(args, "num_workers", "seed")
+    if args.plot_images < 4:
+        raise InputError(f"--plot_images {args.plot_images}: must be 4 or more")
+    arguments.check_writable(Path(args.out).parent, "--out")
+    for path in (Path(args.out), *([picture_path(args)] if args.plot else [])):
+        if path.is_dir():
+            raise InputError(f"--out {args.out}: {path} is a folder")
+        if path.exists() and not args.overwrite:
+            raise InputError(f"--out {args.out}: {path} exists; --overwrite replaces it")
+
+
+def build_dataset(args: argparse.Namespace, pretrained: Pretrained) -> ImageDataset:
+    """The clean images below --data_path, in the order of their paths."""
+    samples = [(path, UNLABELLED) for path in list_images(args.data_path)]
+    return dataset_of(
+        (), samples, eval_transform("ori", pretrained.img_size), renderer=args.views, skip_bad_images=args.skip_bad_images,
+        check=args.skip_bad_images, threads=args.num_workers,
+    )  # fmt: skip
+
+
+def class_of(path: str) -> str | None:
+    """The first folder of a relative path."""
+    folder, _, rest = path.partition(os.sep)
+    return folder if rest else None
+
+
+def split_parts(args: argparse.Namespace, pretrained: Pretrained, features: torch.Tensor) -> dict[str, np.ndarray]:
+    """Whole representations [M, D] as the columns of the table."""
+    if pretrained.net == "dino" or int(features.shape[1] * pretrained.hp1) in (0, features.shape[1]):
+        return {"features": features.cpu().numpy()}
+    parts = dict(zip(("ir", "ef"), split_ir_ef(features.cpu(), pretrained.hp1), strict=True))
+    return {name: parts[name].contiguous().numpy() for name in COLUMNS[PARTS[args.else_part]]}
+
+
+def embed(args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDataset, device: torch.device) -> Embeddings:
+    """The table, on every process; they share the images. Raises FloatingPointError if features are not finite."""
+    own = shard(dataset, distributed.get_rank(), distributed.get_world_size())
+    loader = make_loader(own, args.batch_size_per_gpu, num_workers=args.num_workers)
+    extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
+    features = gather_in_order(extract_features(extractor, loader, device, "embeddings")[0], len(dataset))  # M, D
+    if not features.isfinite().all():
+        raise FloatingPointError(f"features of the network in {args.pretrained_weights}")
+    paths = [os.path.relpath(path, args.data_path) for path, _ in dataset.samples]
+    about: dict[str, Any] = pretrained.record() | {
+        "kind": "embeddings", "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "mean": list(pretrained.mean),
+        "std": list(pretrained.std), "args": arguments.plain_args(args),
+    }  # fmt: skip
+    return Embeddings(paths, [class_of(path) for path in paths], split_parts(args, pretrained, features), about)
+
+
+# --- the picture -------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDataset, table: Embeddings, device: torch.device
+) -> None:
+    """Write the picture of --plot."""
+    chosen = np.random.default_rng(args.seed).permutation(len(table.paths))[: args.plot_images]
+    title = f"{pretrained.net} {pretrained.arch}: {len(chosen)} images of {os.path.basename(os.path.abspath(args.data_path))}"
+    if args.colour == "class":
+        parts = {name: rows[chosen] for name, rows in table.parts.items()}
+        colours = {"classes": [table.classes[i] for i in chosen]}
+    else:
+        parts, angles = rotated(args, pretrained, [dataset.samples[int(i)][0] for i in chosen], device)
+        colours = {"angles": angles}
+    if distributed.is_main_process():
+        plot(parts, args.plot, picture_path(args), title, args.seed, **colours)
+        print(f"wrote {picture_path(args)}")
+
+
+def rotated(
+    args: argparse.Namespace, pretrained: Pretrained, paths: list[str], device: torch.device
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Features of each image rotated at random, by column of the table, and the angles in degrees [M]."""
+    dataset = TransformDataset(paths, TRANSFORMS["rotation"], pretrained.img_size, 1, args.seed, renderer=args.views)
+    extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
+    (features,), targets = extract_views(
+        [extractor], dataset, device, args.batch_size_per_gpu, args.num_workers, "rotated images"
+    )  # M, 2, D; M, 1, 2
+    sin, cos = targets[:, 0].cpu().numpy().T
+    return split_parts(args, pretrained, features[:, 1]), np.rad2deg(np.arctan2(sin, cos))
+
+
+def check_colours(args: argparse.Namespace, dataset: ImageDataset) -> None:
+    """Raise InputError, before features are computed, unless the images can be drawn."""
+    if not args.plot:
+        return
+    if len(dataset) < 4:
+        raise InputError(f"--plot {args.plot}: {args.data_path} has only {len(dataset)} images, a picture needs 4")
+    classes = {class_of(os.path.relpath(path, args.data_path)) for path, _ in dataset.samples}
+    if args.colour == "class" and (None in classes or len(classes) > MAX_CLASSES):
+        found = "images without a folder" if None in classes else f"{len(classes)} folders"
+        raise InputError(f"--colour class: {args.data_path} has {found}; there must be 1 to {MAX_CLASSES} folders with all "
+                         "images below them, or choose --colour rotation")  # fmt: skip
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
+    check_args(args)
+    args = resolve_renderer(args)
+    device = distributed.init_distributed(args)
+    pretrained = load_pretrained(args, device)
+    pretrained.check_part(PARTS[args.else_part])
+    dataset = build_dataset(args, pretrained)
+    check_colours(args, dataset)
+    print(f"{pretrained.net} {pretrained.arch}, {len(dataset)} images of {pretrained.img_size} pixels", flush=True)
+    table = embed(args, pretrained, dataset, device)
+    if distributed.is_main_process():
+        WRITERS[Path(args.out).suffix](table, Path(args.out))
+        columns = ", ".join(f"{name} [{rows.shape[1]}]" for name, rows in table.parts.items())
+        print(f"wrote {args.out}: {len(table.paths)} rows, columns path, class, {columns}")
+    if args.plot:
+        draw(args, pretrained, dataset, table, device)
+
+
+if __name__ == "__main__":
+    distributed.run_entry_point(main)

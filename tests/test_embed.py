@@ -1,0 +1,166 @@
+"""embed.py: tables of features in Parquet, NPZ and CSV, and their pictures."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.in_process import assert_refused, call, snapshot
+from support.processes import run
+
+import embed
+from evaluation import load_backbone
+from evaluation.embeddings import reduce
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def world(world_of_bad_input, tmp_path_factory):
+    """The world of bad input, and the table of its training images, as NPZ."""
+    folder = tmp_path_factory.mktemp("embed")
+    outcome = run_embed(world_of_bad_input, folder / "all.npz")
+    assert outcome.status == 0, outcome
+    world_of_bad_input.table = np.load(folder / "all.npz")
+    return world_of_bad_input
+
+
+def run_embed(world, out, *flags, weights=None, data=None):
+    words = ("--pretrained_weights", weights or world.checkpoint, "--data_path", data or world.data / "train", "--out", out)
+    return call(embed.main, *words, "--num_workers", 0, *flags)
+
+
+@torch.no_grad()
+def expected_features(world):
+    """IR and EF of the images in the order of their paths, by the interface for users' own code."""
+    network, transform, split = load_backbone(world.checkpoint)
+    paths = sorted(str(path) for path in (world.data / "train").rglob("*.png"))
+    images = torch.stack([transform(Image.open(path)) for path in paths])
+    return [part.numpy() for part in split(network(images))]
+
+
+def test_rows_are_the_features_of_the_network(world):
+    ir, ef = expected_features(world)
+    assert len(ir) == 12 and ir.shape[1] == 102 and ef.shape[1] == 26
+    assert np.allclose(world.table["ir"], ir, atol=1e-5) and np.allclose(world.table["ef"], ef, atol=1e-5)
+    assert world.table["path"].tolist() == sorted(f"{c}/{i:02}.png" for c in ("cyan", "grey", "red") for i in range(4))
+    assert world.table["class"].tolist() == ["cyan"] * 4 + ["grey"] * 4 + ["red"] * 4
+    about = json.loads(str(world.table["about"]))
+    assert about["kind"] == "embeddings" and about["net"] == "CLeVER" and about["hp1"] == 0.8 and len(about["backbone"]) == 16
+
+
+def test_parquet(world, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert run_embed(world, tmp_path / "t.parquet", "--batch_size_per_gpu", 5).status == 0
+    table = parquet.read_table(tmp_path / "t.parquet")
+    assert table.column_names == ["path", "class", "ir", "ef"]
+    for name in ("ir", "ef"):
+        rows = np.stack(table[name].to_numpy())
+        assert rows.dtype == np.float32 and np.allclose(rows, world.table[name], atol=1e-5)
+    assert table["path"].to_pylist() == world.table["path"].tolist()
+    assert json.loads(table.schema.metadata[b"clever"])["arch"] == "vit_micro"
+
+
+@pytest.mark.parametrize("part, names", [("ALL", ("ir", "ef")), ("main_part", ("ir",)), ("else_part", ("ef",))])
+def test_csv_holds_every_digit_of_each_part(world, tmp_path, part, names):
+    assert run_embed(world, tmp_path / "t.csv", "--else_part", part).status == 0
+    header, *rows = csv.reader((tmp_path / "t.csv").open(encoding="utf-8"))
+    assert header[:2] == ["path", "class"] and len(rows) == 12
+    assert header[2:] == [f"{name}_{i}" for name in names for i in range(world.table[name].shape[1])]
+    found = np.array([row[2:] for row in rows], np.float32)
+    assert np.array_equal(found, np.concatenate([world.table[name] for name in names], axis=1))
+    assert json.loads((tmp_path / "t.csv.json").read_text())["args"]["else_part"] == part
+
+
+def test_images_without_folders_have_no_class(world, tmp_path):
+    shutil.copytree(world.data / "train", tmp_path / "data")
+    (tmp_path / "data" / "red" / "00.png").rename(tmp_path / "data" / "a ü.png")
+    assert run_embed(world, tmp_path / "t.npz", data=tmp_path / "data").status == 0
+    table = np.load(tmp_path / "t.npz")
+    assert table["path"][0] == "a ü.png" and table["class"].tolist() == [""] + ["cyan"] * 4 + ["grey"] * 4 + ["red"] * 3
+
+
+def test_a_network_without_parts_has_one_column(world, tmp_path):
+    assert run_embed(world, tmp_path / "t.npz", weights=world.dino / "checkpoint.pth").status == 0
+    table = np.load(tmp_path / "t.npz")
+    assert set(table.files) == {"path", "class", "about", "features"} and table["features"].shape == (12, 128)
+
+
+def test_two_processes_write_the_file_of_one(world, tmp_path):
+    words = ("--pretrained_weights", world.checkpoint, "--data_path", world.data / "train", "--batch_size_per_gpu", 5)
+    run("embed.py", *words, "--out", tmp_path / "t.csv", "--num_workers", 0, output=tmp_path / "log", processes=2)
+    rows = list(csv.reader((tmp_path / "t.csv").open()))[1:]
+    assert [row[0] for row in rows] == world.table["path"].tolist()
+    assert np.allclose(np.array([row[2:104] for row in rows], float), world.table["ir"], atol=1e-5)
+
+
+def test_unreadable_images_are_named_or_left_out(world, tmp_path):
+    shutil.copytree(world.data / "train", tmp_path / "data")
+    (tmp_path / "data" / "grey" / "01.png").write_bytes(b"no image")
+    assert_refused(run_embed(world, tmp_path / "t.npz", data=tmp_path / "data"), "grey/01.png", "cannot be read")
+    assert not (tmp_path / "t.npz").exists()
+    outcome = run_embed(world, tmp_path / "t.npz", "--skip_bad_images", "true", data=tmp_path / "data")
+    assert outcome.status == 0 and "left out: 1 of 12" in outcome.stdout and "grey/01.png" in outcome.stdout
+    table = np.load(tmp_path / "t.npz")
+    kept = [i for i, path in enumerate(world.table["path"]) if path != "grey/01.png"]
+    assert table["path"].tolist() == world.table["path"][kept].tolist()
+    assert np.allclose(table["ef"], world.table["ef"][kept], atol=1e-5)
+
+
+def test_a_killed_run_leaves_nothing(world, tmp_path):
+    words = ("--pretrained_weights", world.checkpoint, "--data_path", world.data / "train", "--out", tmp_path / "out" / "t.npz")
+    run("embed.py", *words, "--num_workers", 0, output=tmp_path / "log", kill_at="embeddings 12/12")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("colour", ["class", "rotation"])
+def test_pictures_have_a_panel_for_each_part(world, tmp_path, colour):
+    outcome = run_embed(world, tmp_path / "t.npz", "--plot", "pca", "--colour", colour, "--plot_images", 10)
+    assert outcome.status == 0, outcome
+    with Image.open(tmp_path / "t.pca.png") as picture:
+        assert picture.width > 1.5 * picture.height
+        drawn = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(drawn[np.ptp(drawn, axis=1) > 60], axis=0)) > 20  # coloured points
+
+
+def test_reductions_keep_two_groups_apart():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 6)).astype(np.float32) + 20 * (np.arange(40) < 20)[:, None]
+    for method in ("pca", "tsne"):
+        points = reduce(features, method, seed=0)
+        assert points.shape == (40, 2)
+        centres = points[:20].mean(0), points[20:].mean(0)
+        halves = zip((points[:20], points[20:]), centres, strict=True)
+        spread = max(np.linalg.norm(half - centre, axis=1).max() for half, centre in halves)
+        assert np.linalg.norm(centres[0] - centres[1]) > spread, method
+
+
+@pytest.mark.parametrize(
+    "flags, mentioned",
+    [
+        ("--out t.txt", ["t.txt", ".parquet, .npz, .csv"]),
+        ("--out {old}", ["exists", "--overwrite"]),
+        ("--out {root}/file/t.npz", ["--out"]),
+        ("--out t.npz --else_part nose", ["nose"]),
+        ("--out t.npz --pretrained_weights {dino}/checkpoint.pth --else_part else_part", ["a dino checkpoint has no parts"]),
+        ("--out t.npz --plot umap", ["umap is not installed", "pip install umap-learn"]),
+        ("--out t.npz --plot pca --plot_images 3", ["--plot_images 3"]),
+        ("--out t.npz --plot pca --data_path {data}/train/red", ["images without a folder", "--colour rotation"]),
+        ("--out t.npz --data_path {empty}", ["has no images"]),
+        ("--out t.npz --data_path {root}/nowhere", ["does not exist"]),
+    ],
+)
+def test_refuses(world, tmp_path, monkeypatch, flags, mentioned):
+    if "umap" in flags and embed.check_package.__globals__["importlib"].util.find_spec("umap"):
+        pytest.skip("umap-learn is installed")
+    monkeypatch.chdir(tmp_path)
+    old = tmp_path / "old.npz"
+    old.write_text("kept")
+    before = snapshot(tmp_path)
+    words = [word.format(old=old, **vars(world)) for word in flags.split()]
+    given = ("--pretrained_weights", world.checkpoint, "--data_path", world.data / "train", "--num_workers", 0)
+    assert_refused(call(embed.main, *given, *words), *mentioned)
+    assert snapshot(tmp_path) == before
