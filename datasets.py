@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from augmentations import Views
 from distributed import all_gather_objects, get_rank, get_world_size, is_main_process, worker_count
 from rendering import render_batch
+from shards import file_of, find_shards, is_member, list_members, read_file
 from telemetry import Progress
 from utils import InputError, atomic_file, describe_error
 
@@ -45,9 +46,13 @@ DECODE_ERRORS = (
 def list_images(root: str | os.PathLike) -> list[str]:
     """Sorted paths of all images below `root`. Symbolic links are followed; hidden files and folders are skipped.
 
+    `root` may also be tar files, or a folder of tar files (shards.py): the images in them, in the order of the tar files.
     Raises InputError if the folder is missing, cannot be read, or contains no images.
     """
     root = os.fspath(root)
+    tar_files = find_shards(root, IMAGE_SUFFIXES)
+    if tar_files:
+        return [member.path for member in list_members(tar_files, IMAGE_SUFFIXES)]
     _check_is_folder(root)
     paths = []
     try:
@@ -64,15 +69,30 @@ def list_images(root: str | os.PathLike) -> list[str]:
 def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
     """Class names (the sub-folders, sorted) and (path, index of the class) for every image at any depth below them.
 
-    Raises InputError if the folder is missing, contains no class folders, or contains a class folder without images.
+    In tar files (shards.py), the classes are the numbers of the labels.
+    Raises InputError if the folder is missing, contains no class folders, or contains a class folder without images, or if an
+    image in a tar file has no label.
     """
     root = os.fspath(root)
+    tar_files = find_shards(root, IMAGE_SUFFIXES)
+    if tar_files:
+        return _labelled_members(tar_files)
     _check_is_folder(root)
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
     samples = [(path, label) for label, name in enumerate(classes) for path in list_images(os.path.join(root, name))]
     return classes, samples
+
+
+def _labelled_members(tar_files: list[str]) -> tuple[list[str], list[Sample]]:
+    members = list_members(tar_files, IMAGE_SUFFIXES)
+    for member in members:
+        if member.label is None:
+            raise InputError(f"image {member.path}: has no label; expected a .cls or .json file of the same name beside it")
+    numbers = sorted({member.label for member in members})
+    index = {number: i for i, number in enumerate(numbers)}
+    return [str(number) for number in numbers], [(member.path, index[member.label]) for member in members]
 
 
 def _check_is_folder(root):
@@ -106,7 +126,7 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
     Raises InputError naming the file and the reason if decoding fails.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(read_file(path) if content is None else content)) as image:
             return to_rgb(image)
     except DECODE_ERRORS as error:
         raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
@@ -128,8 +148,7 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
     library (libjpeg-turbo) more directly. Raises InputError naming the file and the reason if decoding fails.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_file(path)
         if simplejpeg is not None and content.startswith(b"\xff\xd8"):
             colorspace = simplejpeg.decode_jpeg_header(content)[2]
             if colorspace in ("YCbCr", "RGB", "Gray"):
@@ -303,7 +322,7 @@ class CheckRecord:
 
         def key(path: str) -> int:
             try:
-                stat = os.stat(path)
+                stat = os.stat(file_of(path))
             except OSError:
                 return 0
             text = os.fsencode(path) + f"|{stat.st_size}|{stat.st_mtime_ns}".encode()
@@ -350,7 +369,7 @@ def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
 
 def _read_error(path):
     try:
-        with Image.open(path) as image:  # also fails for images without pixels
+        with Image.open(io.BytesIO(read_file(path)) if is_member(path) else path) as image:  # fails without pixels, too
             image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
             image.load()
     except DECODE_ERRORS as error:

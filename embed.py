@@ -29,6 +29,7 @@ from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from heads import split_ir_ef
 from rendering import add_renderer_argument, resolve_renderer
+from shards import is_member
 from utils import InputError
 
 COLOURS = ("class", "rotation")
@@ -39,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = arguments.ArgumentParser(description=__doc__)
     add_backbone_arguments(parser)
     add = parser.add_argument
-    add("--data_path", required=True, help="folder of images, flat or with sub-folders")
+    add("--data_path", required=True, help="folder of images, flat or with sub-folders, or tar files")
     add("--out", required=True, help=f"file to write, {', '.join(WRITERS)}")
     add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
     add("--plot", choices=REDUCTIONS, help="also draw the embeddings in two dimensions: <out without suffix>.<plot>.png")
@@ -91,9 +92,14 @@ def build_dataset(args: argparse.Namespace, pretrained: Pretrained) -> ImageData
 
 
 def class_of(path: str) -> str | None:
-    """The first folder of a relative path."""
+    """The first folder of a relative path; None for an image in a tar file."""
     folder, _, rest = path.partition(os.sep)
-    return folder if rest else None
+    return folder if rest and not is_member(path) else None
+
+
+def relative(path: str, data_path: str) -> str:
+    """A path below --data_path; for tar files, below their folder."""
+    return path.removeprefix(os.path.join(data_path if os.path.isdir(data_path) else os.path.dirname(data_path), ""))
 
 
 def split_parts(args: argparse.Namespace, pretrained: Pretrained, features: torch.Tensor) -> dict[str, np.ndarray]:
@@ -112,7 +118,7 @@ def embed(args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDatase
     features = gather_in_order(extract_features(extractor, loader, device, "embeddings")[0], len(dataset))  # M, D
     if not features.isfinite().all():
         raise FloatingPointError(f"features of the network in {args.pretrained_weights}")
-    paths = [os.path.relpath(path, args.data_path) for path, _ in dataset.samples]
+    paths = [relative(path, args.data_path) for path, _ in dataset.samples]
     about: dict[str, Any] = pretrained.record() | {
         "kind": "embeddings", "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "mean": list(pretrained.mean),
         "std": list(pretrained.std), "args": arguments.plain_args(args),
@@ -159,7 +165,7 @@ def check_colours(args: argparse.Namespace, dataset: ImageDataset) -> None:
         return
     if len(dataset) < 4:
         raise InputError(f"--plot {args.plot}: {args.data_path} has only {len(dataset)} images, a picture needs 4")
-    classes = {class_of(os.path.relpath(path, args.data_path)) for path, _ in dataset.samples}
+    classes = {class_of(relative(path, args.data_path)) for path, _ in dataset.samples}
     if args.colour == "class" and (None in classes or len(classes) > MAX_CLASSES):
         found = "images without a folder" if None in classes else f"{len(classes)} folders"
         raise InputError(f"--colour class: {args.data_path} has {found}; there must be 1 to {MAX_CLASSES} folders with all "

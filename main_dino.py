@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 import arguments
 import distributed
+import interruption
 import optim
 import utils
 from arguments import bool_flag
@@ -43,7 +44,7 @@ from evaluation.online import OnlineEvaluation, add_online_arguments, check_onli
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
 from loggers import Loggers, add_logger_argument, check_log_to
 from losses import TEACHER_VIEWS, CLeVERLoss, DINOLoss
-from pretraining import Pretraining
+from pretraining import EpochSampler, Pretraining
 from rendering import add_renderer_argument, renderer_line, resolve_renderer
 from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
 from utils import InputError
@@ -359,7 +360,7 @@ def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset
 
 def build_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
     """This process's share of every epoch. Together, the processes see the same batches as a single one would."""
-    sampler = DistributedSampler(
+    sampler = EpochSampler(
         dataset, distributed.get_world_size(), distributed.get_rank(), shuffle=True, seed=args.seed, drop_last=True
     )
     return make_loader(dataset, args.batch_size_per_gpu, sampler, args.num_workers, drop_last=True)
@@ -382,9 +383,13 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
 
 
 def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
-    """One epoch from its own seed; means of its losses. If a value is not finite, the state is saved and an error raised."""
+    """One epoch from its own seed; means of its losses.
+
+    If a value is not finite or SIGTERM comes, the state is saved, and FloatingPointError or Interrupted raised.
+    """
     utils.seed_everything(args.seed, epoch, distributed.get_rank())
     loader.sampler.set_epoch(epoch)
+    loader.sampler.start = run.micro_steps_done(epoch) * args.batch_size_per_gpu
     loader.dataset.set_epoch(epoch)
     try:
         means = run.train_one_epoch(loader, epoch)
@@ -395,6 +400,10 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
         distributed.barrier()  # the launcher ends all processes with the first one, and writing the file may take long
         last_good = f"the last good state is {args.output_dir}/checkpoint.pth" if epoch else "no epoch had ended yet"
         raise FloatingPointError(f"{error}; {last_good}, the state at the failure is nonfinite.pth beside it") from error
+    except interruption.Interrupted as stop:
+        run.save(args.output_dir, epoch - 1)
+        distributed.barrier()
+        raise interruption.Interrupted(f"saved {stop}; {RESUME}", 0) from None
     return means
 
 

@@ -4,7 +4,7 @@ One step: normalised views -> both networks -> loss -> clipped gradients -> opti
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,15 +14,25 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from checkpoint import load_moments, load_strictly, save_atomically
-from distributed import is_distributed, is_main_process
+from distributed import all_gather_objects, get_rank, get_world_size, is_distributed, is_main_process
 from heads import MultiCropWrapper
+from interruption import Interrupted
 from losses import TEACHER_VIEWS, DINOLoss
 from optim import clip_gradients, set_schedules, update_teacher
 from telemetry import TrainingProgress, feature_std
+
+
+class EpochSampler(DistributedSampler):
+    """This process's share of an epoch without its first `start` images: those of an interrupted epoch that are done."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
 
 
 @dataclass
@@ -45,6 +55,9 @@ class Pretraining:
         print_freq: micro-batches between progress lines.
         mean, std: of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device.
         arguments: of the command line, recorded in checkpoints.
+
+    Attributes:
+        part_of_epoch: what has been done of an epoch, from which an interrupted one continues: see `_part_of_epoch`.
     """
 
     student: MultiCropWrapper
@@ -64,6 +77,7 @@ class Pretraining:
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     arguments: dict[str, Any] = field(default_factory=dict)
+    part_of_epoch: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.model: nn.Module = self.student  # called in training: the student, or DistributedDataParallel around it
@@ -78,14 +92,14 @@ class Pretraining:
     def train_one_epoch(self, loader: DataLoader, epoch: int) -> dict[str, float]:
         """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
 
-        Raises FloatingPointError, which names the term, if a term of the loss is not finite.
+        If the epoch was interrupted before, the loader yields the rest of it: see `micro_steps_done`.
+        Raises FloatingPointError, which names the term, if a term of the loss is not finite, and Interrupted after the step in
+        which a process has received SIGTERM, unless this is the last one.
         """
         steps = len(loader) // self.accumulation
-        micro_steps = steps * self.accumulation
-        header, images = f"epoch {epoch}/{self.epochs}", self.images_per_step // self.accumulation
-        after = (self.epochs - epoch - 1) * micro_steps
-        progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq, after)
-        for micro_step, (views, _) in enumerate(islice(loader, micro_steps)):
+        micro_steps, done = steps * self.accumulation, self.micro_steps_done(epoch)
+        progress = self._progress(epoch, micro_steps, done)
+        for micro_step, (views, _) in enumerate(islice(loader, micro_steps - done), done):
             last = (micro_step + 1) % self.accumulation == 0  # micro-batch of this step
             views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
             with contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync():
@@ -94,9 +108,54 @@ class Pretraining:
                 self.scaler.scale(terms["loss"] / self.accumulation).backward()
             if last:
                 self.update_weights(epoch, step=epoch * steps + micro_step // self.accumulation)
+                if progress.stop_requested:
+                    break
+        means = progress.finish()
+        self.part_of_epoch = self._part_of_epoch(epoch, progress)
+        if progress.done < micro_steps:
+            raise Interrupted(f"after step {progress.done // self.accumulation} of {steps} of epoch {epoch}/{self.epochs}", 0)
         of_epoch = slice(epoch * steps, (epoch + 1) * steps)
         rates = {name: float(values[of_epoch].mean()) for name, values in self.schedules.items()}
-        return progress.finish() | rates | {"images_per_second": progress.rate}
+        return means | rates | {"images_per_second": progress.rate}
+
+    def _progress(self, epoch: int, micro_steps: int, done: int) -> TrainingProgress:
+        """Averages of the epoch, which continue those of an interrupted one."""
+        header, images = f"epoch {epoch}/{self.epochs}", self.images_per_step // self.accumulation
+        after = (self.epochs - epoch - 1) * micro_steps
+        progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq, after)
+        if done:
+            progress.resume(self.part_of_epoch["progress"], done)
+            self._set_generators(self.part_of_epoch["generators"])
+        return progress
+
+    # --- an interrupted epoch ---
+
+    def micro_steps_done(self, epoch: int) -> int:
+        """How many micro-batches of this epoch were used before an interruption, in whole steps; 0 for another epoch."""
+        if self.part_of_epoch.get("epoch") != epoch:
+            return 0
+        return self.part_of_epoch["images"] // self.images_per_step * self.accumulation
+
+    def seconds_spent(self, epoch: int) -> float:
+        """Time that the epoch took before an interruption; 0 for another epoch."""
+        return self.part_of_epoch["progress"]["seconds"] if self.micro_steps_done(epoch) else 0.0
+
+    def _part_of_epoch(self, epoch: int, progress: TrainingProgress) -> dict[str, Any]:
+        """The images that were used, over all processes, the sums of the averages, and all processes' random generators."""
+        images = progress.done * self.images_per_step // self.accumulation
+        states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
+        return {"epoch": epoch, "images": images, "progress": progress.state(), "generators": all_gather_objects(states)}
+
+    def _set_generators(self, states: list[list[torch.Tensor]]) -> None:
+        """Continue this process's random numbers, which stochastic depth draws, unless the number of processes has changed."""
+        if len(states) != get_world_size():
+            return
+        cpu, *gpu = states[get_rank()]
+        torch.set_rng_state(cpu)
+        if self.device.type == "cuda" and gpu:
+            torch.cuda.set_rng_state(gpu[0], self.device)
+
+    # --- one step ---
 
     def normalized(self, views: torch.Tensor) -> torch.Tensor:
         """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
@@ -130,7 +189,7 @@ class Pretraining:
         update_teacher(self.teacher, self.student, self.schedules["momentum"][step])
 
     def state_dict(self, epoch: int) -> dict[str, Any]:
-        """Training state saved in checkpoints: tensors and plain values; `epoch` is the next one to run."""
+        """Training state saved in checkpoints: tensors and plain values; `epoch` is the next one to run, or to continue."""
         state = {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -141,6 +200,8 @@ class Pretraining:
         }
         if self.scaler.is_enabled():
             state["fp16_scaler"] = self.scaler.state_dict()
+        if self.part_of_epoch.get("epoch") == epoch:
+            state["part_of_epoch"] = self.part_of_epoch
         return state
 
     def save(self, folder: str | Path, epoch: int, saveckp_freq: int = 0) -> None:
@@ -162,4 +223,5 @@ class Pretraining:
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
+        self.part_of_epoch = state.get("part_of_epoch", {})
         return state["epoch"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import interruption
 from distributed import all_reduce_sum, get_world_size, is_main_process
 from utils import write_text_atomically
 
@@ -128,11 +129,26 @@ class TrainingProgress:
         self.totals: dict[str, float] = {}
         self.done = 0
         self.start = time.perf_counter()
+        self.stop_requested = False  # by SIGTERM in any process; all processes see it after the same step
         self._unread: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs to continue the averages."""
+        return {"done": self.done, "totals": dict(self.totals), "seconds": time.perf_counter() - self.start}
+
+    def resume(self, state: dict[str, Any], done: int) -> None:
+        """Continue an epoch of which `done` steps have been made; their number differs from the state's if the batch does."""
+        scale = done / state["done"]
+        self.done, self.totals = done, {name: total * scale for name, total in state["totals"].items()}
+        self.start -= state["seconds"]
+        if self.bar is not None:
+            self.bar.update(done)
 
     def update(self, **values: torch.Tensor) -> None:
         """Record the values of one step, 0-dim tensors."""
-        stacked = torch.stack([v.detach().float() for v in values.values()])
+        numbers = [v.detach().float() for v in values.values()]
+        stop = torch.full_like(numbers[0], interruption.is_requested())
+        stacked = torch.stack([*numbers, stop])
         mean = all_reduce_sum(stacked) / get_world_size()
         copied = None
         if mean.is_cuda:  # start the copy now and wait for it one step later: the kernels queued behind it keep running
@@ -159,7 +175,9 @@ class TrainingProgress:
         names, mean, copied = self._unread.pop(0)
         if copied is not None:
             copied.synchronize()
-        values = dict(zip(names, mean.tolist(), strict=True))
+        *numbers, stop = mean.tolist()
+        self.stop_requested = stop > 0
+        values = dict(zip(names, numbers, strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             what = ", ".join(f"{name} is {values[name]}" for name in bad)
