@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import mmap
 import os
 import struct
 import zlib
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from augmentations import Views
-from distributed import all_gather_objects, get_rank, get_world_size, is_main_process, worker_count
+from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from rendering import render_batch
 from shards import file_of, find_shards, is_member, list_members, read_file
 from telemetry import Progress
 from utils import InputError, atomic_file, describe_error
+from workers import worker_count, worker_options
 
 try:
     import simplejpeg
@@ -217,7 +219,7 @@ class ImageDataset(Dataset):
     ) -> None:
         self.samples = SampleList(samples)
         self.views, self.seed, self.classes, self.renderer = views, seed, list(classes), renderer
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # in shared memory, where persistent workers see it
+        self._epoch = torch.frombuffer(mmap.mmap(-1, 8), dtype=torch.int64)  # shared with workers, without /dev/shm
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
@@ -276,17 +278,15 @@ def make_loader(
     Workers stay alive from epoch to epoch. The loader has a random generator of its own, since workers that start would
     otherwise change the global one, and a resumed run starts them in another epoch.
     """
-    workers = worker_count(num_workers)
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
-        num_workers=workers,
         collate_fn=unchanged,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
-        persistent_workers=workers > 0,
         generator=torch.Generator(),
+        **worker_options(worker_count(num_workers)),
     )
 
 

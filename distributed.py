@@ -11,20 +11,30 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+import interruption
 from utils import InputError
 
 GRACE_SECONDS = 10.0  # the time that other processes leave the first one to print an error
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Run a script's main. An InputError becomes one line on stderr and exit status 2, a FloatingPointError exit status 1."""
+    """Run a script's main.
+
+    An InputError becomes one line on stderr and exit status 2, a FloatingPointError exit status 1. SIGTERM ends the script with
+    one line, see interruption.py.
+    """
     try:
-        main()
+        with interruption.sigterm_interrupts():
+            main()
     except InputError as error:
         # An error of a data loading worker arrives as a traceback, with the message in its last line.
         _give_up(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "), 2)
     except FloatingPointError as error:
         _give_up(f"not finite: {error}", 1)
+    except interruption.Interrupted as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"stopped by SIGTERM: {stop}", file=sys.stderr, flush=True)
+        sys.exit(stop.status)
     # Not after an error: nccl would wait here for the other processes, which may be waiting in a collective.
     if is_distributed():
         dist.destroy_process_group()
@@ -139,12 +149,6 @@ def broadcast_buffers(module: nn.Module) -> None:
     if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-def worker_count(num_workers: int) -> int:
-    """Number of data loading workers: `num_workers`, but at most this process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:

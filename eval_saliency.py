@@ -46,6 +46,7 @@ from evaluation.saliency.pictures import MASK_FOLDERS, draw_overview, save_masks
 from evaluation.saliency.results import METHODS, SetResults, rounded, save_table
 from telemetry import Progress
 from utils import InputError
+from workers import worker_count, worker_options
 
 MAX_PATCHES = 10000  # per image; their attention takes 2.4 GB in a ViT-S
 IMAGE_ERRORS = (InputError, MemoryError, torch.OutOfMemoryError)  # may concern one image and not the next
@@ -135,9 +136,9 @@ def build_loader(args: argparse.Namespace, pretrained: Pretrained, images: Image
     pairs = images.pairs[distributed.get_rank() :: distributed.get_world_size()]
     to_tensor = ToNormalizedTensor(pretrained.mean, pretrained.std)
     transform = ResizeToPatches(pretrained.backbone.patch_embed.patch_size, args.max_side, MAX_PATCHES, to_tensor)
-    workers = min(distributed.worker_count(args.num_workers), max(len(pairs) - 1, 0))
+    workers = min(worker_count(args.num_workers), max(len(pairs) - 1, 0))
     dataset = SaliencyDataset(pairs, transform, args.gt_threshold)
-    return DataLoader(dataset, batch_size=None, collate_fn=unchanged, num_workers=workers)
+    return DataLoader(dataset, batch_size=None, collate_fn=unchanged, **worker_options(workers))
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------

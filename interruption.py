@@ -22,7 +22,7 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, message: str = UNFINISHED, status: int = 128 + signal.SIGTERM) -> None:
-        super().__init__(f"stopped by SIGTERM: {message}")
+        super().__init__(message)
         self.status = status
 
 

@@ -37,6 +37,7 @@ from evaluation.pretrained import add_backbone_arguments, load_pretrained
 from evaluation.video.files import DEFAULT_FPS, FORMATS, SUFFIXES, extract_frames, write_video
 from telemetry import with_progress
 from utils import InputError
+from workers import worker_count, worker_options
 
 OUTPUT_NAMES = re.compile(r"(overview|img|overlay|attn-.*|mask_th.*)\.png|video\..*")
 
@@ -151,7 +152,7 @@ def build_network(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
 def build_loader(paths: list[str], transform: ResizeAndCrop, num_workers: int) -> DataLoader:
     """This process's share of the images, one by one: their sizes may differ."""
     own = shard(PictureDataset(paths, transform), distributed.get_rank(), distributed.get_world_size())
-    return DataLoader(own, batch_size=1, num_workers=min(distributed.worker_count(num_workers), max(len(own) - 1, 0)))
+    return DataLoader(own, batch_size=1, **worker_options(min(worker_count(num_workers), max(len(own) - 1, 0))))
 
 
 # --- attention and pictures --------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def extract_views(
         images = pixels.flatten(0, 1).to(device, non_blocking=True)  # B*(1+V), 3, S, S
         for rows, network in zip(features, networks, strict=True):
             rows.append(network(images).float().unflatten(0, pixels.shape[:2]))  # B, 1+V, D
-        targets.append(batch_targets)
+        targets.append(batch_targets.clone())  # a tensor of a worker lies in shared memory and keeps a file open
     gathered = [gather_in_order(torch.cat(rows), len(dataset)) for rows in (*features, [t.to(device) for t in targets])]
     for rows in gathered:
         if not rows.isfinite().all():

@@ -128,7 +128,7 @@ def extract_parts(
         tokens = extractors[0].tokens(images.to(device, non_blocking=True))
         for rows, extractor in zip(features, extractors, strict=True):
             rows.append(extractor.select(tokens).float())  # B, dim
-        labels.append(batch_labels)
+        labels.append(batch_labels.clone())  # a tensor of a worker lies in shared memory and keeps a file open
     return [torch.cat(rows) for rows in features], torch.cat(labels).to(device)
 
 

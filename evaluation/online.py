@@ -78,6 +78,13 @@ class OnlineEvaluation:
         paths, size = [path for path, _ in images.samples], self.args.global_crops_size
         return TransformDataset(paths, TRANSFORMS["rotation"], size, ROTATED_VIEWS, self.args.seed, stream, self.args.views)
 
+    def is_due(self, epoch: int) -> bool:
+        """Whether anything is measured after this epoch."""
+        return bool(
+            self.knn_data and self._is_due(epoch, self.args.knn_freq)
+            or self.probe_data and self._is_due(epoch, self.args.probe_freq)
+        )
+
     def measure(self, backbone: nn.Module, epoch: int) -> dict[str, float]:
         """What is due after this epoch: values for log.txt. Those of --probe_data are also printed as one line.
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import arguments
+import interruption
 import utils
 from backbones import backbone_state, load_backbone_weights
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
@@ -248,8 +249,9 @@ class ProbeGroup:
                 probe.result = result
         sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
         loader = self.loader(train, sampler)
-        for epoch in range(min(probe.epoch for probe in self.probes), self.epochs):
-            self._run_epoch([probe for probe in self.probes if probe.epoch <= epoch], loader, test, epoch)
+        with interruption.allowed("the same command goes on from the end of the last epoch", 0):
+            for epoch in range(min(probe.epoch for probe in self.probes), self.epochs):
+                self._run_epoch([probe for probe in self.probes if probe.epoch <= epoch], loader, test, epoch)
         return {probe: probe.result | {f"best_{name}": value for name, value in probe.best.items()} for probe in self.probes}
 
     def _run_epoch(self, active: list[Probe], loader: DataLoader, test: ImageDataset, epoch: int) -> None:
@@ -260,11 +262,12 @@ class ProbeGroup:
         validated = (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs
         results = self.evaluate(test) if validated else {}
         left = round((time.perf_counter() - start) * (self.epochs - epoch - 1))
-        for probe, loss in zip(active, losses, strict=True):
-            if validated:
-                probe.record(results[probe])
-                self._print_epoch(probe, epoch, loss, left)
-            probe.end_epoch(epoch)
+        with interruption.deferred():
+            for probe, loss in zip(active, losses, strict=True):
+                if validated:
+                    probe.record(results[probe])
+                    self._print_epoch(probe, epoch, loss, left)
+                probe.end_epoch(epoch)
 
     def _start_epoch(self, loader: DataLoader, epoch: int) -> None:
         """Random numbers, the order of the images and their views depend on the seed and the epoch alone."""

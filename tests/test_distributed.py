@@ -15,6 +15,7 @@ from support.processes import TINY_NETWORK, fork, free_port, launch, run, wait, 
 import distributed
 import eval_linear
 import main_dino
+import workers
 from checkpoint import load_checkpoint, save_atomically
 from telemetry import TrainingProgress
 from utils import InputError
@@ -273,5 +274,5 @@ def test_other_errors_keep_their_traceback():
 
 
 def test_worker_count_is_bounded_by_the_cores():
-    assert distributed.worker_count(0) == 0 and distributed.worker_count(1) == 1
-    assert 1 <= distributed.worker_count(10**6) <= os.cpu_count()
+    assert workers.worker_count(0) == 0 and distributed.worker_count(1) == 1
+    assert 1 <= workers.worker_count(10**6) <= os.cpu_count()
