@@ -172,7 +172,8 @@ def main() -> None:
     group = build_probes(args, pretrained, extractors, test.classes, device)
     if args.evaluate:
         evaluate(args, pretrained, group, test)
-    else:
+        return
+    with locked(*(probe.path for probe in group.probes)):
         dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size, args.crop_scale))
         check_same_classes(dataset, test)
         train(args, pretrained, group, dataset, test)

@@ -41,6 +41,7 @@ from checkpoint import load_resumable, save_atomically
 from datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
+from locking import locked
 from loggers import Loggers, check_log_to
 from losses import TEACHER_VIEWS, CLeVERLoss, DINOLoss
 from pretraining import EpochSampler, Pretraining
@@ -399,7 +400,9 @@ def measure(run: Pretraining, online: OnlineEvaluation, epoch: int, args: argpar
 def main() -> None:
     given = get_args_parser().parse_args()
     args = resolve_args(given)
-    pretrain(given, args, distributed.init_distributed(args))
+    device = distributed.init_distributed(args)
+    with locked(Path(args.output_dir) / "checkpoint.pth"):
+        pretrain(given, args, device)
 
 
 if __name__ == "__main__":

@@ -274,5 +274,5 @@ def test_other_errors_keep_their_traceback():
 
 
 def test_worker_count_is_bounded_by_the_cores():
-    assert workers.worker_count(0) == 0 and distributed.worker_count(1) == 1
+    assert workers.worker_count(0) == 0 and workers.worker_count(1) == 1
     assert 1 <= workers.worker_count(10**6) <= os.cpu_count()
