@@ -28,6 +28,7 @@ from evaluation.features import FeatureExtractor, extract_features, gather_in_or
 from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from heads import split_ir_ef
+from locking import locked
 from rendering import add_renderer_argument, resolve_renderer
 from shards import is_member
 from utils import InputError
@@ -182,13 +183,14 @@ def main() -> None:
     dataset = build_dataset(args, pretrained)
     check_colours(args, dataset)
     print(f"{pretrained.net} {pretrained.arch}, {len(dataset)} images of {pretrained.img_size} pixels", flush=True)
-    table = embed(args, pretrained, dataset, device)
-    if distributed.is_main_process():
-        WRITERS[Path(args.out).suffix](table, Path(args.out))
-        columns = ", ".join(f"{name} [{rows.shape[1]}]" for name, rows in table.parts.items())
-        print(f"wrote {args.out}: {len(table.paths)} rows, columns path, class, {columns}")
-    if args.plot:
-        draw(args, pretrained, dataset, table, device)
+    with locked(args.out):
+        table = embed(args, pretrained, dataset, device)
+        if distributed.is_main_process():
+            WRITERS[Path(args.out).suffix](table, Path(args.out))
+            columns = ", ".join(f"{name} [{rows.shape[1]}]" for name, rows in table.parts.items())
+            print(f"wrote {args.out}: {len(table.paths)} rows, columns path, class, {columns}")
+        if args.plot:
+            draw(args, pretrained, dataset, table, device)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import optim
 from arguments import bool_flag
 from augmentations import Views, eval_transform, probe_train_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
-from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
+from distributed import add_distributed_arguments, init_distributed, run_entry_point
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, classifier_name, linear_probe_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, single_run
@@ -37,9 +37,11 @@ from evaluation.probe_arguments import (
     check_class_count,
     check_probe_args,
     group_probes,
+    images_per_step,
     lr_scale,
     write_result,
 )
+from locking import locked
 from rendering import resolve_renderer
 from utils import InputError
 
@@ -131,7 +133,7 @@ def train(
     for probe in group.probes:
         print(
             f"{probe.identity['part']}: {probe.extractor.dim} features, {len(test.classes)} classes, {len(dataset)} training "
-            f"images, lr {lr:.4g} for {args.batch_size_per_gpu * get_world_size()} images per step"
+            f"images, lr {lr:.4g} for {images_per_step(args)} images per step"
         )
     for probe, result in group.fit(dataset, test).items():
         part = probe.identity["part"]

@@ -25,7 +25,7 @@ from arguments import TypedFloat, bool_flag
 from augmentations import Views, eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
 from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples
-from distributed import add_distributed_arguments, get_world_size, init_distributed, run_entry_point
+from distributed import add_distributed_arguments, init_distributed, run_entry_point
 from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
 from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, classifier_name, downstream_name
@@ -37,10 +37,12 @@ from evaluation.probe_arguments import (
     check_class_count,
     check_probe_args,
     group_probes,
+    images_per_step,
     lr_scale,
     short_hash,
     write_result,
 )
+from locking import locked
 from rendering import resolve_renderer
 from utils import InputError
 from vmamba import is_config_name
@@ -171,13 +173,8 @@ def probe_identity(args: argparse.Namespace, dataset: ImageDataset | None) -> di
     """What a classifier was trained on, to compare with its checkpoint; without `dataset` only the mode."""
     identity = {"ds_mode": args.ds_mode}
     if dataset is not None:
-        identity |= {"training_images": describe_images(dataset), "images_per_step": images_per_step(args)}
+        identity["training_images"] = describe_images(dataset)
     return identity
-
-
-def images_per_step(args: argparse.Namespace) -> int:
-    """Images per step of the optimizer, over all processes."""
-    return args.batch_size_per_gpu * get_world_size()
 
 
 def describe_images(dataset: ImageDataset) -> str:
@@ -265,7 +262,8 @@ def main() -> None:
         name = f"only_eval_{args.test_aug_type}_{classifier_name(checkpoint)}"
     else:
         check_same_classes(dataset, test)
-        result = train(args, group, dataset, test)
+        with locked(path):
+            result = train(args, group, dataset, test)
     about = {"ds_mode": args.ds_mode, "dataset": data_name(args), "num_labels": len(test.classes)}
     write_result(path.with_name(f"{name}.json"), "downstream", args, pretrained, about | result)
 

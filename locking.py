@@ -86,7 +86,7 @@ def _take(path: Path, lock: Path) -> int:
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(own).encode(), 0)
             if not works:  # two runs may both have come here: the one that wrote last has it
-                time.sleep(1)
+                time.sleep(HEARTBEAT / 10)
             current = _read(file) if _is_same_file(file, lock) else None
             if current == own:
                 return file

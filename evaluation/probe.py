@@ -165,6 +165,8 @@ class Probe:
                     why = "was trained on other backbone weights; delete it, or move it away"
                 elif name == "classes":
                     why = "was trained on other classes; to train one for these, give another --output_dir or --trial_name"
+                elif name == "images_per_step":
+                    why = f"was trained with {found[name]} images per step (--batch_size_per_gpu times processes), not {value}"
                 raise InputError(f"probe checkpoint {path}: {why}")
         self.classifier.load_state_dict(state)
         if self.extractor.train_backbone:

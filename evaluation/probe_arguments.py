@@ -93,6 +93,8 @@ def build_probe(
         identity: further values that a checkpoint must have.
     """
     utils.seed_everything(args.seed)
+    if not args.evaluate:  # training, which must be continued with learning rates for the same number of images
+        identity["images_per_step"] = images_per_step(args)
     return Probe(
         extractor=extractor,
         classifier=LinearClassifier(extractor.dim, len(classes)).to(device),
@@ -118,9 +120,14 @@ def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.de
     )
 
 
+def images_per_step(args: argparse.Namespace) -> int:
+    """Images per step of the optimizer, over all processes."""
+    return args.batch_size_per_gpu * get_world_size()
+
+
 def lr_scale(args: argparse.Namespace) -> float:
-    """Factor of the learning rates, which are given for 256 images per step over all processes."""
-    return args.batch_size_per_gpu * get_world_size() / 256
+    """Factor of the learning rates, which are given for 256 images per step."""
+    return images_per_step(args) / 256
 
 
 def write_result(path: Path, kind: str, args: argparse.Namespace, pretrained: Pretrained, result: dict[str, Any]) -> None:
