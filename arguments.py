@@ -91,7 +91,7 @@ def config_words(parser: argparse.ArgumentParser, path: str) -> list[str]:
 def read_config(path: str) -> dict[str, Any]:
     """The flags and values in a YAML file or in the JSON file of a result. Raises InputError unless it holds a mapping."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--config {path}: cannot be read ({describe_error(error)})") from error

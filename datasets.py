@@ -30,7 +30,11 @@ try:
 except ImportError:  # optional
     simplejpeg = None
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif", ".tif", ".tiff",
+)  # fmt: skip
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # of no user
+FLOATING_POINT = "floating-point pixels, whose range is not known: convert the image to 8 or 16 bits"
 UNLABELLED = -1
 
 Sample = tuple[str, int]  # path, label
@@ -80,7 +84,7 @@ def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
     if tar_files:
         return _labelled_members(tar_files)
     _check_is_folder(root)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
     if not classes:
         raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
     samples = [(path, label) for label, name in enumerate(classes) for path in list_images(os.path.join(root, name))]
@@ -116,7 +120,12 @@ def _should_enter(folder, name):
     """False for hidden folders and for links to a parent folder, which would be followed forever."""
     path = os.path.join(folder, name)
     loops = os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
-    return not loops and not name.startswith(".")
+    return not loops and not _is_hidden(name)
+
+
+def _is_hidden(folder_name):
+    """True for hidden folders, and for those that operating systems and network drives make."""
+    return folder_name.startswith(".") or folder_name in SYSTEM_FOLDERS
 
 
 # --- reading images --------------------------------------------------------------------------------------------------
@@ -135,7 +144,12 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: drops transparency without blending, scales 16-bit grey to 8 bits (Pillow would clip it)."""
+    """An image of any mode as RGB: drops transparency without blending, scales 16-bit grey to 8 bits (Pillow would clip it).
+
+    Raises ValueError for floating-point pixels.
+    """
+    if image.mode == "F":
+        raise ValueError(FLOATING_POINT)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
@@ -372,6 +386,8 @@ def _read_error(path):
         with Image.open(io.BytesIO(read_file(path)) if is_member(path) else path) as image:  # fails without pixels, too
             image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
             image.load()
+            if image.mode == "F":
+                return FLOATING_POINT
     except DECODE_ERRORS as error:
         return describe_error(error)
     return None

@@ -1,6 +1,7 @@
 """Processes and devices: launching, collectives, and how a script ends."""
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -21,8 +22,11 @@ def run_entry_point(main: Callable[[], None]) -> None:
     """Run a script's main.
 
     An InputError becomes one line on stderr and exit status 2, a FloatingPointError exit status 1. SIGTERM ends the script with
-    one line, see interruption.py.
+    one line, see interruption.py. What the terminal's encoding lacks is printed escaped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interruption.sigterm_interrupts():
             main()

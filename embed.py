@@ -31,7 +31,7 @@ from heads import split_ir_ef
 from locking import locked
 from rendering import add_renderer_argument, resolve_renderer
 from shards import is_member
-from utils import InputError
+from utils import InputError, printable
 
 COLOURS = ("class", "rotation")
 COLUMNS = {"IR": ["ir"], "EF": ["ef"], "ALL": ["ir", "ef"]}  # of each part
@@ -119,7 +119,7 @@ def embed(args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDatase
     features = gather_in_order(extract_features(extractor, loader, device, "embeddings")[0], len(dataset))  # M, D
     if not features.isfinite().all():
         raise FloatingPointError(f"features of the network in {args.pretrained_weights}")
-    paths = [relative(path, args.data_path) for path, _ in dataset.samples]
+    paths = [printable(relative(path, args.data_path)) for path, _ in dataset.samples]
     about: dict[str, Any] = pretrained.record() | {
         "kind": "embeddings", "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "mean": list(pretrained.mean),
         "std": list(pretrained.std), "args": arguments.plain_args(args),

@@ -65,9 +65,20 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text_atomically(text: str, path: str | Path) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, in UTF-8 whatever the locale; see `printable`."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(printable(text), encoding="utf-8")
+
+
+def printable(text: str) -> str:
+    """Text that can be encoded: the bytes of a file name that is not UTF-8, which Python holds as surrogates, become \\xe9."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank, without spaces around them. They may name files, which need not be UTF-8."""
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a byte order mark
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def save_json(record: Any, path: str | Path) -> None:

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from augmentations import ToNormalizedTensor
 from datasets import read_image
-from utils import InputError
+from utils import InputError, printable
 
 RED = np.array([255, 0, 0])
 
@@ -133,13 +133,13 @@ def draw_overview(pictures: dict[str, np.ndarray], title: str) -> np.ndarray:
     rows = -(-len(pictures) // columns)
     H, W = pictures["img"].shape[:2]
     figure = Figure(figsize=(2.4 * columns, (2.4 * H / W + 0.35) * rows + 0.35), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(printable(title), fontsize=10, parse_math=False)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.axis("off")
     for axes, (name, pixels) in zip(grid, pictures.items(), strict=False):
         axes.imshow(pixels)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(printable(name), fontsize=8, parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())

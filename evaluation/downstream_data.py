@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from datasets import Sample, labelled_samples
-from utils import InputError, describe_error
+from utils import InputError, describe_error, read_lines
 
 # torchvision's datasets: folder below the root, number of classes, attributes that hold the paths and the labels.
 TORCHVISION = {
@@ -44,7 +44,7 @@ def read_semi_list(path: str | os.PathLike) -> dict[str, str]:
     Raises InputError if the file cannot be read or is empty, or if an image is listed twice.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"list of images {path}: cannot be read ({describe_error(error)})") from error
     if not lines:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import InputError, atomic_file, save_json
+from utils import InputError, atomic_file, printable, save_json
 
 
 @dataclass
@@ -131,9 +131,9 @@ def plot(
     if angles is not None:
         figure.colorbar(drawn, ax=panels, label="rotation of the image, degrees", ticks=range(-90, 91, 45))
     else:
-        names = [name.replace("$", r"\$") for name in sorted(set(classes))]
+        names = [printable(name).replace("$", r"\$") for name in sorted(set(classes))]
         figure.legend(drawn, names, title="class", loc="outside right upper", frameon=False, markerscale=2)
-    figure.suptitle(title.replace("$", r"\$"))
+    figure.suptitle(printable(title), parse_math=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)

@@ -21,9 +21,13 @@ def main() -> None:
     args = parser.parse_args()
     objects: dict[str, dict[str, float]] = {}
     for name in davis.list_videos(args.data_path, args.subset):
-        objects |= davis.score_video(davis.open_video(args.data_path, name), args.masks / name).objects()
+        video = davis.open_video(args.data_path, name)
+        if len(video.frames) > 2:  # the first and the last frame are not scored
+            objects |= davis.score_video(video, args.masks / name).objects()
+        else:
+            print(f"left out: {name} has {len(video.frames)} frames; the first and the last are not scored")
     if not objects:
-        raise utils.InputError(f"--data_path {args.data_path}: no video has objects")
+        raise utils.InputError(f"--data_path {args.data_path}: no video has objects in frames that are scored")
     metrics.print_scores(objects)
     if args.out:
         for table in metrics.save_tables(args.out, args.subset, objects):

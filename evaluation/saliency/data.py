@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets import list_images, read_image
+from datasets import DECODE_ERRORS, list_images, read_image
 from utils import InputError, error_prefix
 
 # Name -> (folders below the data path, (folder of images, folder of ground truths) inside them): the layout that TokenCut
@@ -145,11 +145,26 @@ class SaliencyDataset(Dataset):
         image = read_image(pair.image)
         truth = None
         if pair.truth is not None:
-            truth = np.asarray(read_image(pair.truth).convert("L")) >= self.gt_threshold
+            truth = read_truth(pair.truth) >= self.gt_threshold
             if truth.shape[::-1] != image.size:
                 H, W = truth.shape
                 raise InputError(f"image of {image.width}x{image.height} pixels, its ground truth {pair.truth} of {W}x{H}")
         return Example(pair, self.transform(image), np.asarray(image), truth)
+
+
+def read_truth(path: str) -> np.ndarray:
+    """The grey levels of a ground truth, [H, W], 0 to 255. Levels of 16 bits are scaled, unless the largest fits into 8 bits.
+
+    Raises InputError if the file cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                levels = np.asarray(image)
+                return levels if levels.max() <= 255 else levels / 257
+    except DECODE_ERRORS:
+        pass  # read_image gives the reason
+    return np.asarray(read_image(path).convert("L"))
 
 
 def unchanged(example: Example) -> Example:

@@ -62,7 +62,7 @@ def draw_overview(rows: list[OverviewRow]) -> np.ndarray:
             axes.set(xticks=[], yticks=[])
         row_axes[0].set_ylabel(row.caption, fontsize=7)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=9)
+        axes.set_title(utils.printable(title), fontsize=9, parse_math=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())

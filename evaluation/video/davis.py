@@ -6,6 +6,7 @@ Shapes: h w size in pixels of the frames that the network sees.
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from datasets import DECODE_ERRORS, read_image
 from evaluation.video.masks import read_labels
 from evaluation.video.metrics import VOID, VideoScores, score_frame
-from utils import InputError, error_prefix
+from utils import InputError, error_prefix, read_lines
 
 SHORT_SIDE = 480  # pixels, as in DINO's evaluation
 LONG_SIDE_MULTIPLE = 64  # the long side is a multiple of it, as there
@@ -33,6 +34,12 @@ class Video:
     frames: list[Path]
     annotations: list[Path]  # of all frames, or of the first frame only
     size: tuple[int, int]  # H, W
+
+    @cached_property
+    def void(self) -> int:
+        """Label of the pixels marked 255: 0, or 1 if the first annotation has no other label, as in DAVIS 2016."""
+        labels = read_labels(self.annotations[0], void=VOID)
+        return int((labels[labels > 0] == VOID).all() and labels.any())
 
     @property
     def mask_names(self) -> list[str]:
@@ -64,7 +71,7 @@ def list_videos(root: str | os.PathLike, subset: str) -> list[str]:
     if not path.is_file():
         lists = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
         raise InputError(f"--subset {subset}: no list {path} (available: {lists})")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    names = read_lines(path)
     if not names:
         raise InputError(f"list of videos {path}: is empty")
     for name in names:
@@ -169,11 +176,11 @@ def score_video(video: Video, folder: Path) -> VideoScores:
 
     Raises InputError if a mask is missing or does not fit its annotation.
     """
-    objects = int(read_labels(video.annotations[0]).max())
+    objects = int(read_labels(video.annotations[0], video.void).max())
     values = []
     for name, annotation in list(zip(video.mask_names, video.annotations, strict=True))[1:-1]:
-        predicted = read_labels(folder / name, void=VOID)  # a mask with void pixels is an error
+        predicted = read_labels(folder / name, void=video.void or VOID)  # a mask with void pixels is an error
         with error_prefix(str(folder / name)):
-            values.append(score_frame(predicted, read_labels(annotation), objects))
+            values.append(score_frame(predicted, read_labels(annotation, video.void), objects))
     j, f = np.array(values).reshape(len(values), 2, objects).transpose(1, 0, 2)  # T, n
     return VideoScores(video.name, j, f)

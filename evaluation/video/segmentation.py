@@ -51,7 +51,7 @@ class Segmenter:
         """
         patch_size = self.backbone.patch_embed.patch_size
         grid = davis.grid_of(davis.network_size(video.size, patch_size, self.short_side), patch_size)
-        labels = one_hot_labels(read_labels(video.annotations[0]), grid).to(self.device)  # rows, columns, 1 + n
+        labels = one_hot_labels(read_labels(video.annotations[0], video.void), grid).to(self.device)  # rows, columns, 1 + n
         features = self.frame_features(video)
         propagation = Propagation(next(features), labels, self.n_last_frames, self.radius, self.topk, self.memory_mb)
         for feature in features:

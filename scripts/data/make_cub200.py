@@ -13,7 +13,7 @@ from pathlib import Path
 from arguments import ArgumentParser
 from distributed import run_entry_point
 from scripts.data.layout import check_output, link_or_copy
-from utils import InputError
+from utils import InputError, read_lines
 
 SPLITS = {"1": "train", "0": "val"}  # values in train_test_split.txt
 
@@ -29,7 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def read_table(path: Path) -> dict[str, str]:
     """{image number: value} from a text file with two words per line. Raises InputError if the file is not like that."""
     try:
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        rows = [line.split() for line in read_lines(path)]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--cub {path.parent}: cannot read {path.name} ({error})") from error
     if not rows or any(len(row) != 2 for row in rows) or len({row[0] for row in rows}) != len(rows):

@@ -13,7 +13,7 @@ from arguments import ArgumentParser
 from datasets import list_images
 from distributed import run_entry_point
 from scripts.data.layout import check_output, link_or_copy
-from utils import InputError
+from utils import InputError, read_lines
 
 SPLITS = ("train", "val")
 
@@ -34,7 +34,7 @@ def read_classes(path: Path) -> list[str]:
     """Sorted class names of the list. Raises InputError if the file does not exist or is empty."""
     if not path.is_file():
         raise InputError(f"--classes {path}: no such file")
-    names = sorted({line.strip() for line in path.read_text().splitlines()} - {""})
+    names = sorted(set(read_lines(path)))
     if not names:
         raise InputError(f"--classes {path}: lists no classes")
     return names

@@ -1,0 +1,153 @@
+"""Names and texts that users chose: not UTF-8, with characters that matplotlib reads as mathematics, in any locale."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.in_process import assert_refused, call, probe
+
+import embed
+import eval_knn
+import visualize_attention
+from datasets import labelled_samples, list_images, read_image
+from evaluation.saliency.data import read_truth
+from evaluation.video import davis
+from evaluation.video.masks import read_labels, write_mask
+from scripts import score_davis
+from utils import InputError, printable, read_lines, write_text_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+CAFE = os.fsdecode(b"caf\xe9.png")  # a name in Latin-1
+
+
+def write_png(path, mode="RGB", size=(40, 32)):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode).save(path)
+
+
+def test_names_that_are_not_utf_8_are_printed_escaped(tmp_path):
+    assert printable(CAFE) == r"caf\xe9.png" and printable("grün $x") == "grün $x"
+    write_text_atomically(f"{CAFE} grün\n", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_bytes() == r"caf\xe9.png grün".encode() + b"\n"
+
+
+@pytest.mark.parametrize("content", ["\ufeffa.png\r\n\r\n grün.png \r\n".encode(), b"a.png\ngr\xc3\xbcn.png"])
+def test_lists_of_any_editor_are_read(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert read_lines(tmp_path / "list.txt") == ["a.png", "grün.png"]
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.png")
+    assert read_lines(tmp_path / "list.txt") == [CAFE]
+
+
+@pytest.mark.parametrize("name", [CAFE, "US$1__US$2.png", "grün_{x}^.png"])
+def test_pictures_of_images_with_any_name(world_of_bad_input, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    write_png(os.path.join(tmp_path, "images", "a.png"))
+    write_png(os.path.join(tmp_path, "images", name))
+    flags = ("--pretrained_weights", world_of_bad_input.checkpoint, "--output_dir", tmp_path / "out", "--image_size", 32, 32)
+    outcome = call(visualize_attention.main, *flags, "--image_path", os.path.join(tmp_path, "images", name))
+    assert outcome.status == 0, outcome.stderr
+    assert list((tmp_path / "out").rglob("*.png"))
+    table = ("--pretrained_weights", world_of_bad_input.checkpoint, "--data_path", tmp_path / "images", "--num_workers", 0)
+    for suffix in (".csv", ".npz"):
+        outcome = call(embed.main, *table, "--out", tmp_path / f"t{suffix}")
+        assert outcome.status == 0, outcome.stderr
+    assert printable(name) in (tmp_path / "t.csv").read_text(encoding="utf-8")
+
+
+def test_an_ascii_locale(world_of_bad_input, tmp_path):
+    """A real process, since Python chooses its encodings when it starts."""
+    for split in ("train", "val"):
+        for label in ("grün", "rot"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for i in range(2):
+                write_png(tmp_path / "data" / split / label / f"{i}ü.png")
+    (tmp_path / "data" / "val" / "rot" / "0ü.png").write_bytes(b"no image")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    command = [sys.executable, ROOT / "eval_knn.py", "--pretrained_weights", world_of_bad_input.checkpoint, "--data_path",
+               tmp_path / "data", "--output_dir", tmp_path / "out", "--nb_knn", "1", "--num_workers", "0"]  # fmt: skip
+    process = subprocess.run(command, env=plain, capture_output=True, timeout=200)
+    assert process.returncode == 2 and b"cannot be read" in process.stderr and b"Traceback" not in process.stderr
+    assert rb"0\udcc3\udcbc.png" in process.stderr
+    process = subprocess.run([*command, "--skip_bad_images", "true"], env=plain, capture_output=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert b"left out: 1 of 4" in process.stdout and (tmp_path / "out" / "knn.json").exists()
+
+
+def test_folders_of_systems_are_no_classes(tmp_path):
+    for folder in ("cat", "__MACOSX/cat", "@eaDir", "$RECYCLE.BIN", ".ipynb_checkpoints", "cat/@eaDir", "lost+found"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_png(tmp_path / folder / "a.png")
+    write_png(tmp_path / "cat" / "._a.png")
+    classes, samples = labelled_samples(tmp_path)
+    assert classes == ["cat"] and samples == [(str(tmp_path / "cat" / "a.png"), 0)]
+    assert list_images(tmp_path) == [str(tmp_path / "cat" / "a.png")]
+
+
+def test_all_usual_suffixes_are_found(tmp_path):
+    kinds = {".pgm": "PPM", ".jfif": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".pnm": "PPM", ".TIF": "TIFF"}
+    for suffix, kind in kinds.items():
+        Image.new("L", (4, 4), 77).save(tmp_path / f"x{suffix}", format=kind)
+    assert len(list_images(tmp_path)) == 6
+    assert all((np.asarray(read_image(path)) == 77).all() for path in list_images(tmp_path))
+
+
+def test_floating_point_images_are_refused(world_of_bad_input, tmp_path):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            write_png(tmp_path / "data" / split / label / "0.png")
+    bad = tmp_path / "data" / "train" / "a" / "1.tif"
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(bad)
+    with pytest.raises(InputError, match="floating-point pixels"):
+        read_image(bad)
+    outcome = probe(world_of_bad_input.checkpoint, tmp_path / "data", tmp_path / "out")
+    assert_refused(outcome, "1 of 3 images cannot be read", "1.tif", "floating-point pixels")
+    outcome = call(eval_knn.main, "--pretrained_weights", world_of_bad_input.checkpoint, "--data_path", tmp_path / "data",
+                   "--output_dir", tmp_path / "out", "--num_workers", 0)  # fmt: skip
+    assert_refused(outcome, "1.tif", "floating-point pixels")
+
+
+@pytest.mark.parametrize("high, kind", [(1, np.uint16), (255, np.uint16), (65535, np.uint16), (255, np.uint8), (1, np.uint8)])
+def test_ground_truths_of_8_and_16_bits(tmp_path, high, kind):
+    truth = np.zeros((4, 6), kind)
+    truth[1:3] = high
+    Image.fromarray(truth).save(tmp_path / "t.png")
+    assert np.array_equal(read_truth(tmp_path / "t.png") >= 1, truth > 0)
+
+
+def write_video(root, frames, first):
+    """A video in the layout of DAVIS whose masks are `first` in all frames."""
+    for kind in ("JPEGImages", "Annotations"):
+        (root / kind / "480p" / "v").mkdir(parents=True)
+    for i in range(frames):
+        write_png(root / "JPEGImages" / "480p" / "v" / f"{i:05}.jpg", size=first.shape[::-1])
+        write_mask(first, root / "Annotations" / "480p" / "v" / f"{i:05}.png")
+
+
+def test_masks_of_one_object_are_0_and_255(tmp_path):
+    one = np.zeros((32, 40), np.uint8)
+    one[8:20, 8:20] = 255
+    write_video(tmp_path / "one", 4, one)
+    video = davis.open_video(tmp_path / "one", "v")
+    assert video.void == 1 and (read_labels(video.annotations[0], video.void) == one // 255).all()
+    scores = davis.score_video(video, tmp_path / "one" / "Annotations" / "480p" / "v").objects()
+    assert len(scores) == 1 and all(value == 1 for name, value in next(iter(scores.values())).items() if "ecay" not in name)
+    two = one.copy()
+    two[0:4, 0:4] = 1  # 255 beside other labels is void
+    write_video(tmp_path / "two", 4, two)
+    assert davis.open_video(tmp_path / "two", "v").void == 0
+
+
+def test_videos_without_scored_frames_are_left_out(tmp_path):
+    mask = np.zeros((32, 40), np.uint8)
+    mask[8:20, 8:20] = 1
+    write_video(tmp_path, 2, mask)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("v\n")
+    outcome = call(score_davis.main, "--data_path", tmp_path, "--masks", tmp_path / "Annotations" / "480p")
+    assert outcome.status == 2 and "left out: v has 2 frames" in outcome.stdout
+    assert "no video has objects in frames that are scored" in outcome.stderr
