@@ -8,8 +8,8 @@
 # Can be run again: finished steps are reused, interrupted ones continue.
 #
 #   QUICK=long                  four times as many epochs of pretraining
-#   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes @VSSM@ minutes
-#   ARCH=vit_micro              a small ViT; takes @VIT@ minutes. PATCH sets the side of its patches (default 4)
+#   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes about 6 minutes
+#   ARCH=vit_micro              a small ViT; takes longer still. PATCH sets the side of its patches (default 4)
 #   DATA=fashion-mnist          instead of the digits; FASHION_MNIST_DIR has its files, or DOWNLOAD=1 downloads them there
 #   SEED=1                      another seed
 #   RESULT=results/mine         folder of the results; default: results/quickstart, or results/quickstart_seed<SEED>
@@ -32,11 +32,12 @@ case $DATA in
     ;;
   *) stop "DATA=$DATA: must be digits or fashion-mnist" ;;
 esac
-# Chosen for dino on a part of the training images (docs/pretraining.md, "Little data").
+# Chosen for dino on a part of the training images (docs/pretraining.md, "Little data"). Networks that do not begin with a batch
+# norm get the mean and the standard deviation of the images.
 case $ARCH in
   vit*) epochs=80 warmup=8 rate=0.008 momentum=0.99 probe_rate=1 ;;
   vssm*) epochs=40 warmup=4 rate=0.016 momentum=0.99 probe_rate=1 ;;
-  *) epochs=30 warmup=3 rate=0.016 momentum=0.98 probe_rate=0.3 ;;
+  *) epochs=30 warmup=3 rate=0.016 momentum=0.98 probe_rate=0.3 stats="" ;;
 esac
 case $QUICK in
   short) ;;
