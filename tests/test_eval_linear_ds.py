@@ -349,7 +349,7 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path, mode)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     start(whole)
     start(folder, kill_at=f"epoch 2/4 {steps}/{steps} ")
-    assert load_checkpoint(only(folder, "*"))["epoch"] == 2
+    assert load_checkpoint(only(folder, "*.pth.tar"))["epoch"] == 2
     assert "from epoch 2" in start(folder)
     states = [load_checkpoint(only(f, "*.pth.tar")) for f in (folder, whole)]
     results = [result_of(f) for f in (folder, whole)]
