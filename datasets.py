@@ -4,8 +4,6 @@ import hashlib
 import io
 import mmap
 import os
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,161 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from augmentations import Views
 from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from image_files import DECODE_ERRORS, Sample, labelled_samples, list_images, read_pixels, to_rgb
 from rendering import render_batch
-from shards import file_of, find_shards, is_member, list_members, read_file
+from shards import file_of, is_member, read_file
 from telemetry import Progress
 from utils import InputError, atomic_file, describe_error
 from workers import worker_count, worker_options
 
-try:
-    import simplejpeg
-except ImportError:  # optional
-    simplejpeg = None
-
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif", ".tif", ".tiff",
-)  # fmt: skip
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # of no user
-FLOATING_POINT = "floating-point pixels, whose range is not known: convert the image to 8 or 16 bits"
 UNLABELLED = -1
-
-Sample = tuple[str, int]  # path, label
-
-# What Pillow raises for files that are missing, truncated, damaged or not images.
-DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
-
-
-# --- finding images --------------------------------------------------------------------------------------------------
-
-
-def list_images(root: str | os.PathLike) -> list[str]:
-    """Sorted paths of all images below `root`. Symbolic links are followed; hidden files and folders are skipped.
-
-    `root` may also be tar files, or a folder of tar files (shards.py): the images in them, in the order of the tar files.
-    Raises InputError if the folder is missing, cannot be read, or contains no images.
-    """
-    root = os.fspath(root)
-    tar_files = find_shards(root, IMAGE_SUFFIXES)
-    if tar_files:
-        return [member.path for member in list_members(tar_files, IMAGE_SUFFIXES)]
-    _check_is_folder(root)
-    paths = []
-    try:
-        for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
-            subfolders[:] = [name for name in subfolders if _should_enter(folder, name)]
-            paths += [os.path.join(folder, name) for name in files if _is_image(name)]
-    except OSError as error:
-        raise InputError(f"image folder {root}: cannot be read ({error})") from error
-    if not paths:
-        raise InputError(f"image folder {root}: has no images ({' '.join(IMAGE_SUFFIXES)})")
-    return sorted(paths)
-
-
-def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
-    """Class names (the sub-folders, sorted) and (path, index of the class) for every image at any depth below them.
-
-    In tar files (shards.py), the classes are the numbers of the labels.
-    Raises InputError if the folder is missing, contains no class folders, or contains a class folder without images, or if an
-    image in a tar file has no label.
-    """
-    root = os.fspath(root)
-    tar_files = find_shards(root, IMAGE_SUFFIXES)
-    if tar_files:
-        return _labelled_members(tar_files)
-    _check_is_folder(root)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
-    if not classes:
-        raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
-    samples = [(path, label) for label, name in enumerate(classes) for path in list_images(os.path.join(root, name))]
-    return classes, samples
-
-
-def _labelled_members(tar_files: list[str]) -> tuple[list[str], list[Sample]]:
-    members = list_members(tar_files, IMAGE_SUFFIXES)
-    for member in members:
-        if member.label is None:
-            raise InputError(f"image {member.path}: has no label; expected a .cls or .json file of the same name beside it")
-    numbers = sorted({member.label for member in members})
-    index = {number: i for i, number in enumerate(numbers)}
-    return [str(number) for number in numbers], [(member.path, index[member.label]) for member in members]
-
-
-def _check_is_folder(root):
-    if not os.path.isdir(root):
-        raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"image folder {root}: is not readable by this user")
-
-
-def _raise(error):
-    raise error
-
-
-def _is_image(name):
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def _should_enter(folder, name):
-    """False for hidden folders and for links to a parent folder, which would be followed forever."""
-    path = os.path.join(folder, name)
-    loops = os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
-    return not loops and not _is_hidden(name)
-
-
-def _is_hidden(folder_name):
-    """True for hidden folders, and for those that operating systems and network drives make."""
-    return folder_name.startswith(".") or folder_name in SYSTEM_FOLDERS
-
-
-# --- reading images --------------------------------------------------------------------------------------------------
-
-
-def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
-    """Decode an image of any mode to RGB; `content` is the file's, if it has been read already.
-
-    Raises InputError naming the file and the reason if decoding fails.
-    """
-    try:
-        with Image.open(io.BytesIO(read_file(path) if content is None else content)) as image:
-            return to_rgb(image)
-    except DECODE_ERRORS as error:
-        raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: drops transparency without blending, scales 16-bit grey to 8 bits (Pillow would clip it).
-
-    Raises ValueError for floating-point pixels.
-    """
-    if image.mode == "F":
-        raise ValueError(FLOATING_POINT)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """The pixels of `read_image`, uint8 [H, W, 3].
-
-    JPEG files are decoded by simplejpeg where it is installed: the same pixels in half the time, since it calls the same
-    library (libjpeg-turbo) more directly. Raises InputError naming the file and the reason if decoding fails.
-    """
-    try:
-        content = read_file(path)
-        if simplejpeg is not None and content.startswith(b"\xff\xd8"):
-            colorspace = simplejpeg.decode_jpeg_header(content)[2]
-            if colorspace in ("YCbCr", "RGB", "Gray"):
-                return simplejpeg.decode_jpeg(content, "RGB")
-    except OSError as error:
-        raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
-    except ValueError:
-        pass  # damaged, or unusual: Pillow reads it after all, or gives the reason
-    return np.array(read_image(path, content))  # writable, as torch.from_numpy wants it
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -386,8 +237,8 @@ def _read_error(path):
         with Image.open(io.BytesIO(read_file(path)) if is_member(path) else path) as image:  # fails without pixels, too
             image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
             image.load()
-            if image.mode == "F":
-                return FLOATING_POINT
+            if image.mode not in ("L", "RGB"):
+                to_rgb(image)
     except DECODE_ERRORS as error:
         return describe_error(error)
     return None

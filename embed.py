@@ -21,13 +21,14 @@ import arguments
 import distributed
 from arguments import bool_flag
 from augmentations import eval_transform
-from datasets import UNLABELLED, ImageDataset, dataset_of, list_images, make_loader, shard
+from datasets import UNLABELLED, ImageDataset, dataset_of, make_loader, shard
 from evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, check_package, plot
 from evaluation.equivariance import TRANSFORMS, TransformDataset, extract_views
 from evaluation.features import FeatureExtractor, extract_features, gather_in_order
 from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from heads import split_ir_ef
+from image_files import list_images
 from locking import locked
 from rendering import add_renderer_argument, resolve_renderer
 from shards import is_member

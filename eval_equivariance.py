@@ -21,7 +21,7 @@ import arguments
 import distributed
 import utils
 from arguments import bool_flag
-from datasets import UNLABELLED, keep_readable, list_images
+from datasets import UNLABELLED, keep_readable
 from evaluation.equivariance import (
     FOLDS,
     GRAM_IMAGES,
@@ -42,6 +42,7 @@ from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, check_trial_name, load_pretrained, result_record
 from evaluation.regression import LinearRegressor, MLPRegressor
+from image_files import list_images
 from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError
 

@@ -24,7 +24,7 @@ import arguments
 from arguments import TypedFloat, bool_flag
 from augmentations import Views, eval_transform, probe_train_transform
 from backbones import build_backbone, synchronize_batch_norm
-from datasets import ImageDataset, check_same_classes, dataset_of, labelled_samples
+from datasets import ImageDataset, check_same_classes, dataset_of
 from distributed import add_distributed_arguments, init_distributed, run_entry_point
 from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
 from evaluation.features import FeatureExtractor
@@ -42,6 +42,7 @@ from evaluation.probe_arguments import (
     short_hash,
     write_result,
 )
+from image_files import labelled_samples
 from locking import locked
 from rendering import resolve_renderer
 from utils import InputError

@@ -31,10 +31,11 @@ import arguments
 import distributed
 import utils
 from arguments import bool_flag
-from datasets import keep_readable, list_images, shard
+from datasets import keep_readable, shard
 from evaluation.attention import PictureDataset, ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
 from evaluation.pretrained import add_backbone_arguments, load_pretrained
 from evaluation.video.files import DEFAULT_FPS, FORMATS, SUFFIXES, extract_frames, write_video
+from image_files import list_images
 from telemetry import with_progress
 from utils import InputError
 from workers import worker_count, worker_options

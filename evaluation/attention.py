@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from augmentations import ToNormalizedTensor
-from datasets import read_image
+from image_files import read_image
 from utils import InputError, printable
 
 RED = np.array([255, 0, 0])

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from datasets import Sample, labelled_samples
+from image_files import Sample, labelled_samples
 from utils import InputError, describe_error, read_lines
 
 # torchvision's datasets: folder below the root, number of classes, attributes that hold the paths and the labels.

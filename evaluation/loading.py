@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from augmentations import eval_transform, normalize
-from datasets import to_rgb
 from evaluation.pretrained import load_pretrained
 from heads import split_ir_ef
+from image_files import to_rgb
 from rendering import choose_renderer, render_batch
 from utils import InputError
 

@@ -25,14 +25,11 @@ from datasets import (
     check_images,
     keep_readable,
     labelled_dataset,
-    labelled_samples,
-    list_images,
     make_loader,
     pretraining_dataset,
-    read_image,
-    read_pixels,
     shard,
 )
+from image_files import labelled_samples, list_images, read_image, read_pixels
 from utils import InputError
 
 
@@ -147,7 +144,7 @@ def test_undecodable_files_are_named(tmp_path):
 def test_jpeg_files_are_decoded_as_pillow_does(tmp_path, monkeypatch, mode, installed):
     """With simplejpeg and without it, and under another suffix."""
     if not installed:
-        monkeypatch.setattr(datasets, "simplejpeg", None)
+        monkeypatch.setattr("image_files.simplejpeg", None)
     path = tmp_path / "picture.png"
     photo(60, 45).convert(mode).save(path, format="JPEG", quality=90)
     pixels = read_pixels(path)

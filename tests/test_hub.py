@@ -13,8 +13,9 @@ from support.processes import ROOT, write_images
 import hubconf
 from augmentations import eval_transform, normalize
 from backbones import build_backbone
-from datasets import ImageDataset, list_images
+from datasets import ImageDataset
 from evaluation import load_backbone
+from image_files import list_images
 from rendering import choose_renderer
 from utils import InputError
 

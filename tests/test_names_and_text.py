@@ -13,10 +13,10 @@ from support.in_process import assert_refused, call, probe
 import embed
 import eval_knn
 import visualize_attention
-from datasets import labelled_samples, list_images, read_image
 from evaluation.saliency.data import read_truth
 from evaluation.video import davis
 from evaluation.video.masks import read_labels, write_mask
+from image_files import labelled_samples, list_images, read_image
 from scripts import score_davis
 from utils import InputError, printable, read_lines, write_text_atomically
 

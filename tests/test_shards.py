@@ -18,7 +18,8 @@ from support.processes import write_labelled_images
 import shards
 from augmentations import eval_transform
 from checkpoint import load_checkpoint
-from datasets import CheckRecord, labelled_dataset, labelled_samples, list_images, pretraining_dataset, read_image, read_pixels
+from datasets import CheckRecord, labelled_dataset, pretraining_dataset
+from image_files import labelled_samples, list_images, read_image, read_pixels
 from shards import find_shards
 from telemetry import read_log
 from utils import InputError

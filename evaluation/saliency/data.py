@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets import DECODE_ERRORS, list_images, read_image
+from image_files import DECODE_ERRORS, list_images, read_image
 from utils import InputError, error_prefix
 
 # Name -> (folders below the data path, (folder of images, folder of ground truths) inside them): the layout that TokenCut

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets import read_image
 from evaluation.video.davis import Video
 from evaluation.video.masks import palette, read_labels
+from image_files import read_image
 
 
 def draw_mask(frame: Image.Image, labels: np.ndarray, opacity: float = 0.5) -> Image.Image:

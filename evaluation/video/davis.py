@@ -16,9 +16,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from datasets import DECODE_ERRORS, read_image
 from evaluation.video.masks import read_labels
 from evaluation.video.metrics import VOID, VideoScores, score_frame
+from image_files import DECODE_ERRORS, read_image
 from utils import InputError, error_prefix, read_lines
 
 SHORT_SIDE = 480  # pixels, as in DINO's evaluation

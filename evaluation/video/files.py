@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 import utils
-from datasets import DECODE_ERRORS, read_image
+from image_files import DECODE_ERRORS, read_image
 from utils import InputError
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # that are read

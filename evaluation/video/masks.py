@@ -12,8 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from datasets import DECODE_ERRORS
 from evaluation.video.metrics import VOID
+from image_files import DECODE_ERRORS
 from utils import InputError
 
 

@@ -28,8 +28,9 @@ from torchvision.transforms import v2
 
 from arguments import ArgumentParser, check_positive
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, RECIPES, MultiCropAugmentation
-from datasets import ImageDataset, list_images
+from datasets import ImageDataset
 from distributed import run_entry_point
+from image_files import list_images
 from rendering import RENDERERS
 from utils import InputError, save_json
 from views_cpp import unavailable_reason

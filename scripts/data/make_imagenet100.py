@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from arguments import ArgumentParser
-from datasets import list_images
 from distributed import run_entry_point
+from image_files import list_images
 from scripts.data.layout import check_output, link_or_copy
 from utils import InputError, read_lines
 

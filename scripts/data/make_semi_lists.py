@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from arguments import ArgumentParser
-from datasets import labelled_samples
 from distributed import run_entry_point
 from evaluation.downstream_data import read_semi_list
+from image_files import labelled_samples
 from utils import InputError, write_text_atomically
 
 

@@ -7,7 +7,6 @@ from PIL import Image
 from support.equivariant_network import STATS, PixelReader, write_ramps
 
 from augmentations import VIEW, eval_transform
-from datasets import read_pixels
 from evaluation.equivariance import (
     GRAM_IMAGES,
     TRANSFORMS,
@@ -30,6 +29,7 @@ from evaluation.equivariance import (
 )
 from evaluation.features import FeatureExtractor
 from evaluation.regression import LinearRegressor
+from image_files import read_pixels
 from rendering import render_batch
 from utils import InputError
 

@@ -8,7 +8,7 @@ from PIL import Image
 from support.in_process import assert_refused, call, snapshot
 from support.processes import ROOT
 
-from datasets import labelled_samples
+from image_files import labelled_samples
 from scripts.data import make_imagenet100
 
 

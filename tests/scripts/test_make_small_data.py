@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from support.in_process import assert_refused, call, snapshot
 
-from datasets import labelled_samples, list_images
+from image_files import labelled_samples, list_images
 from scripts.data import make_small_data
 from scripts.data.make_small_data import write_digits, write_fashion_mnist
 from utils import InputError
