@@ -102,13 +102,13 @@ def test_floating_point_images_are_refused(world_of_bad_input, tmp_path):
             write_png(tmp_path / "data" / split / label / "0.png")
     bad = tmp_path / "data" / "train" / "a" / "1.tif"
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(bad)
-    with pytest.raises(InputError, match="floating-point pixels"):
+    with pytest.raises(InputError, match="pixels of mode F"):
         read_image(bad)
     outcome = probe(world_of_bad_input.checkpoint, tmp_path / "data", tmp_path / "out")
-    assert_refused(outcome, "1 of 3 images cannot be read", "1.tif", "floating-point pixels")
+    assert_refused(outcome, "1 of 3 images cannot be read", "1.tif", "pixels of mode F")
     outcome = call(eval_knn.main, "--pretrained_weights", world_of_bad_input.checkpoint, "--data_path", tmp_path / "data",
                    "--output_dir", tmp_path / "out", "--num_workers", 0)  # fmt: skip
-    assert_refused(outcome, "1.tif", "floating-point pixels")
+    assert_refused(outcome, "1.tif", "pixels of mode F")
 
 
 @pytest.mark.parametrize("high, kind", [(1, np.uint16), (255, np.uint16), (65535, np.uint16), (255, np.uint8), (1, np.uint8)])
