@@ -240,9 +240,8 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "tea
 def _find_state_dict(checkpoint: dict[str, Any], key: str | None) -> dict[str, Any] | None:
     if key and key in checkpoint:
         return checkpoint[key] if _is_state_dict(checkpoint[key]) else None
-    for state in (checkpoint.get("model"), checkpoint.get("state_dict")):
-        names_network = _is_state_dict(state) and any(key in prefix.split(".") for prefix in _network_prefixes(state))
-        if _is_state_dict(state) and (key == "teacher" or names_network):
+    for state in filter(_is_state_dict, (checkpoint.get("model"), checkpoint.get("state_dict"))):
+        if key == "teacher" or any(key in prefix.split(".") for prefix in _network_prefixes(state)):
             return state
     return checkpoint if _is_state_dict(checkpoint) else None
 

@@ -135,11 +135,7 @@ def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
     args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, dict) else {})
-    return {name: value for name, value in args.items() if value is not None and _OURS.get(name, _anything)(value)}
-
-
-def _anything(value: Any) -> bool:
-    return True
+    return {n: value for n, value in args.items() if value is not None and (n not in _OURS or _OURS[n](value))}
 
 
 def _is_stats(value: Any) -> bool:

@@ -77,11 +77,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.plot_images < 4:
         raise InputError(f"--plot_images {args.plot_images}: must be 4 or more")
     arguments.check_writable(Path(args.out).parent, "--out")
-    for path in (Path(args.out), *([picture_path(args)] if args.plot else [])):
-        if path.is_dir():
-            raise InputError(f"--out {args.out}: {path} is a folder")
-        if path.exists() and not args.overwrite:
-            raise InputError(f"--out {args.out}: {path} exists; --overwrite replaces it")
+    arguments.check_outputs(args, [Path(args.out), *([picture_path(args)] if args.plot else [])])
 
 
 def build_dataset(args: argparse.Namespace, pretrained: Pretrained) -> ImageDataset:
@@ -106,7 +102,7 @@ def relative(path: str, data_path: str) -> str:
 
 def split_parts(args: argparse.Namespace, pretrained: Pretrained, features: torch.Tensor) -> dict[str, np.ndarray]:
     """Whole representations [M, D] as the columns of the table."""
-    if pretrained.net == "dino" or int(features.shape[1] * pretrained.hp1) in (0, features.shape[1]):
+    if not pretrained.has_parts:
         return {"features": features.cpu().numpy()}
     parts = dict(zip(("ir", "ef"), split_ir_ef(features.cpu(), pretrained.hp1), strict=True))
     return {name: parts[name].contiguous().numpy() for name in COLUMNS[PARTS[args.else_part]]}

@@ -63,11 +63,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out}: with --format {args.format} its name must end with {' or '.join(suffixes)}")
     check_packages(args.format, (*FORMATS[args.format].packages, *(("safetensors",) if suffix == ".safetensors" else ())))
     arguments.check_writable(Path(args.out).parent, "--out")
-    for path in outputs(args.out):
-        if path.is_dir():
-            raise InputError(f"--out {args.out}: {path} is a folder")
-        if path.exists() and not args.overwrite:
-            raise InputError(f"--out {args.out}: {path} exists; --overwrite replaces it")
+    arguments.check_outputs(args, outputs(args.out))
 
 
 def check_packages(name: str, packages: tuple[str, ...]) -> None:
@@ -88,7 +84,7 @@ def outputs(out: str | Path) -> tuple[Path, Path, Path]:
 def part_columns(pretrained: Pretrained) -> dict[str, list[int]]:
     """First column and end of each part in the representation. A dino network has only ALL."""
     dim = pretrained.backbone.embed_dim
-    if pretrained.net == "dino" or int(dim * pretrained.hp1) in (0, dim):
+    if not pretrained.has_parts:
         return {"ALL": [0, dim]}
     ir, _ = split_sizes(dim, pretrained.hp1)
     return {"ALL": [0, dim], "IR": [0, ir], "EF": [ir, dim]}

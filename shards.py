@@ -135,9 +135,9 @@ def _read_headers(path: str) -> Iterator[tarfile.TarInfo]:
                 yield member
             if archive.offset + tarfile.BLOCKSIZE > size:
                 raise InputError(f"tar file {path}: truncated, its end is missing")
+    except InputError:
+        raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         with open(path, "rb") as file:
             packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         reason = "compressed; unpack it, its images are read by their place" if packed else describe_error(error)

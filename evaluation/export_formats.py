@@ -7,6 +7,7 @@ Shapes: S side of the images, D width of the representation, P columns of the ex
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Network:
         return state
 
 
-class Format:
+class Format(ABC):
     """A file format. Subclasses check in `__init__` whether they can express the network, and raise InputError if not.
 
     Args:
@@ -81,16 +82,17 @@ class Format:
     def __init__(self, network: Network) -> None:
         self.network = network
 
+    @abstractmethod
     def write(self, path: Path) -> None:
-        raise NotImplementedError
+        """Write the file."""
 
+    @abstractmethod
     def read(self, path: Path) -> Features:
         """The features of a file, by the library that it is for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage(self, file: str) -> str:
         """Lines of Python that do the same: from `images` [B, 3, S, S] to `features` [B, P]."""
-        raise NotImplementedError
 
     def model(self) -> dict[str, Any] | None:
         """Name and options with which the library builds the network, if it does."""

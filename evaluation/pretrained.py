@@ -66,6 +66,12 @@ class Pretrained:
         """Mean and standard deviation of the channels."""
         return self.mean, self.std
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether the representation has an IR and an EF: dino's has not, and an hp1 near 0 or 1 leaves one of them empty."""
+        dim = self.backbone.embed_dim
+        return self.net != "dino" and int(dim * self.hp1) not in (0, dim)
+
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
         return {

@@ -136,13 +136,6 @@ class Probe:
         missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
         if missing:
             raise InputError(f"probe checkpoint {self.path}: cannot be resumed, lacks {', '.join(sorted(missing))}")
-        images = self.identity.get("images_per_step")
-        if state.get("images_per_step", images) != images:
-            raise InputError(
-                f"probe checkpoint {self.path}: was trained with {state['images_per_step']} images per step, not {images} "
-                f"(--batch_size_per_gpu {self.arguments['batch_size_per_gpu']} times processes); continue it with that, or "
-                "give another --output_dir or --trial_name"
-            )
         stored = arguments.plain_args(state.get("args", {}))
         for name in self.fixed_arguments:
             if name in stored and stored[name] != self.arguments[name]:
@@ -172,8 +165,10 @@ class Probe:
                     why = "was trained on other backbone weights; delete it, or move it away"
                 elif name == "classes":
                     why = "was trained on other classes; to train one for these, give another --output_dir or --trial_name"
-                elif name == "images_per_step":  # of the training only: evaluations may use any batches
-                    continue
+                elif name == "images_per_step":  # only the identity of a probe to be trained has it
+                    batch = self.arguments["batch_size_per_gpu"]
+                    why = (f"was trained with {found[name]} images per step, not {value} (--batch_size_per_gpu {batch} times "
+                           "processes); continue it with that, or give another --output_dir or --trial_name")  # fmt: skip
                 raise InputError(f"probe checkpoint {path}: {why}")
         self.classifier.load_state_dict(state)
         if self.extractor.train_backbone:
