@@ -44,6 +44,8 @@ class CompiledPackage:
         self.title, self.prefix, self.package, self.abi_version = title, prefix, package, abi_version
         self.in_place = ROOT / sources / package
         self.build_command = f"python {sources}/setup.py build_ext --inplace"
+        if not (ROOT / sources).is_dir():  # this is the installed package, which has no sources
+            self.build_command = f"in a clone of the repository, pip install ./{sources}"
         self.reinstall_command = f"pip install --force-reinstall ./{sources}"  # for an installed package
         self.found: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
 

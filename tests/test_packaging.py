@@ -95,6 +95,11 @@ print(utils.OWNER, losses.OWNER, evaluation.OWNER, clever_ssl.load_backbone.__mo
     assert in_site(site, code) == "user of utils|user of losses|user of evaluation|clever_ssl.evaluation.loading\n"
 
 
+def test_the_package_says_where_the_compiled_libraries_come_from(site):
+    code = "from clever_ssl.views_cpp import VIEWS; print(VIEWS.build_command)"
+    assert in_site(site, code) == "in a clone of the repository, pip install ./csrc/views\n"
+
+
 def test_commands_train_and_probe(site, tmp_path):
     data = write_labelled_images(tmp_path / "data", train=4, val=2)
     code = "import sys; from clever_ssl import commands; getattr(commands, sys.argv.pop(1))()"
