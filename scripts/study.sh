@@ -24,12 +24,13 @@ set -f # lists such as SEEDS are split into words, without expanding * to file n
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Chosen for dino on the tuning split, and shared by CLeVER. batch: images per step. lr: for 256 images per step. out_dim,
-# hidden, bottleneck: widths of the heads. temp: of the teacher. crop: least share of the image in a view. wd: weight decay.
+# hidden, bottleneck: widths of the heads. temp: of the teacher. sep: CLeVER's sep_lambd. crop: least share of the image in a
+# view. wd: weight decay.
 SETTINGS="
-arch                    epochs warmup batch lr    wd    out_dim hidden bottleneck temp momentum crop patch probe_lr
-resnet8                 12     3      64    0.016 0.001 256     256    64         0.02 0.98     0.7  16    0.3
-vit_micro               12     3      64    0.008 0.001 256     256    64         0.02 0.99     0.7  4     1
-vssm2-vmambav2_micro    12     3      64    0.016 0.001 256     256    64         0.02 0.99     0.7  16    1
+arch                    epochs warmup batch lr    wd    out_dim hidden bottleneck temp momentum sep crop patch probe_lr
+resnet8                 12     3      64    0.016 0.001 256     256    64         0.02 0.98     1.0 0.7  16    0.3
+vit_micro               12     3      64    0.008 0.001 256     256    64         0.02 0.99     0.1 0.7  4     1
+vssm2-vmambav2_micro    12     3      64    0.016 0.001 256     256    64         0.02 0.99     1.0 0.7  16    1
 "
 PERTURBATIONS="ori basic aug1 aug1_2 aug1_4_2"
 ALL_STEPS="pretrain probe perturbation knn equivariance"
@@ -110,7 +111,7 @@ check_number JOBS 1
 # choose_cell ARCH RECIPE NET SEED: set the variables that the functions below use. An untrained network has `-` as recipe.
 choose_cell() {
   arch=$1 recipe=$2 net=$3 seed=$4 parts="ALL main_part else_part"
-  read -r epochs warmup batch lr wd out_dim hidden bottleneck temp momentum crop patch probe_lr \
+  read -r epochs warmup batch lr wd out_dim hidden bottleneck temp momentum sep crop patch probe_lr \
     <<< "$(awk -v arch="$arch" '$1 == arch { $1 = ""; print }' <<< "$SETTINGS")"
   epochs=${EPOCHS:-$epochs}
   folder=$RESULT/${arch}_${recipe}_${net}_seed$seed
@@ -122,7 +123,7 @@ choose_cell() {
 # settings: print what the results of the cell depend on, a name and its value per line.
 settings() {
   local name
-  for name in arch recipe net seed data SIZE MEAN STD epochs warmup batch lr wd out_dim hidden bottleneck temp momentum crop \
+  for name in arch recipe net seed data SIZE MEAN STD epochs warmup batch lr wd out_dim hidden bottleneck temp momentum sep crop \
     patch probe_lr PRETRAIN_FLAGS PROBE_FLAGS KNN_FLAGS EQUIVARIANCE_FLAGS; do
     printf '%s %s\n' "$name" "${!name}"
   done
@@ -149,7 +150,7 @@ pretrain() {
     --data_path "$data/train" --mean $MEAN --std $STD --output_dir "$folder" --saveckp_freq 0 --batch_size_per_gpu "$batch" \
     --lr "$lr" --min_lr 1e-5 --warmup_epochs "$warmup" --weight_decay "$wd" --weight_decay_end "$wd" \
     --use_bn_in_head true --out_dim "$out_dim" --head_hidden_dim "$hidden" --head_bottleneck_dim "$bottleneck" \
-    --hp1 0.8 --sep_lambd 1.0 --reg_lambd _reg0.001 --DVR_out_dim "$out_dim" \
+    --hp1 0.8 --sep_lambd "$sep" --reg_lambd _reg0.001 --DVR_out_dim "$out_dim" \
     --teacher_temp "$temp" --warmup_teacher_temp "$temp" --momentum_teacher "$momentum" --freeze_last_layer 0 \
     --global_crops_size "$SIZE" --global_crops_scale "$crop" 1 --local_crops_number 0 --use_fp16 false $PRETRAIN_FLAGS
 }
