@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ import yaml
 from utils import InputError, describe_error, write_text_atomically
 
 OF_THE_LAUNCHER = ("local_rank", "dist_url")  # flags that a configuration does not set
+PIP_NAMES = {"sklearn": "scikit-learn", "umap": "umap-learn", "mlflow": "mlflow-skinny"}  # where they are not the module's
 
 # --- parser ------------------------------------------------------------------------------------------------------------
 
@@ -156,6 +158,15 @@ def check_choices(flag: str, values: Sequence[str], choices: Iterable[str]) -> N
             raise InputError(f"--{flag} {value!r}: must be one of {', '.join(choices)}")
         if value in values[:i]:
             raise InputError(f"--{flag} {value!r}: given twice")
+
+
+def check_installed(value: str, modules: Iterable[str]) -> None:
+    """Raise InputError unless the modules that a flag's value needs are installed; `value` is, for example, "--plot umap"."""
+    specs = {module: importlib.util.find_spec(module) for module in modules}
+    missing = [module for module, spec in specs.items() if spec is None or spec.origin is None]  # None: a folder of this name
+    if missing:
+        names = [PIP_NAMES.get(module, module) for module in missing]
+        raise InputError(f"{value}: {', '.join(names)} not installed: pip install {' '.join(names)}")
 
 
 def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:

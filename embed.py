@@ -22,7 +22,7 @@ import distributed
 from arguments import bool_flag
 from augmentations import eval_transform
 from datasets import UNLABELLED, ImageDataset, dataset_of, make_loader, shard
-from evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, check_package, plot
+from evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, plot
 from evaluation.equivariance import TRANSFORMS, TransformDataset, extract_views
 from evaluation.features import FeatureExtractor, extract_features, gather_in_order
 from evaluation.names import PARTS, part_flag
@@ -69,9 +69,9 @@ def check_args(args: argparse.Namespace) -> None:
     if suffix not in WRITERS:
         raise InputError(f"--out {args.out}: its name must end with {', '.join(WRITERS)}")
     if suffix == ".parquet":
-        check_package("pyarrow", f"--out {args.out}")
+        arguments.check_installed(f"--out {args.out}", ["pyarrow"])
     if args.plot:
-        check_package(REDUCTIONS[args.plot], f"--plot {args.plot}")
+        arguments.check_installed(f"--plot {args.plot}", [REDUCTIONS[args.plot]])
     arguments.check_positive(args, "batch_size_per_gpu")
     arguments.check_not_negative(args, "num_workers", "seed")
     if args.plot_images < 4:

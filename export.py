@@ -15,7 +15,6 @@ features of random images are compared with those of the checkpoint.
 
 import argparse
 import importlib
-import importlib.util
 import json
 import math
 import shutil
@@ -61,16 +60,10 @@ def check_args(args: argparse.Namespace) -> None:
     suffixes, suffix = FORMATS[args.format].suffixes, Path(args.out).suffix
     if suffix not in suffixes:
         raise InputError(f"--out {args.out}: with --format {args.format} its name must end with {' or '.join(suffixes)}")
-    check_packages(args.format, (*FORMATS[args.format].packages, *(("safetensors",) if suffix == ".safetensors" else ())))
+    modules = (*FORMATS[args.format].packages, *(("safetensors",) if suffix == ".safetensors" else ()))
+    arguments.check_installed(f"--format {args.format}", modules)
     arguments.check_writable(Path(args.out).parent, "--out")
     arguments.check_outputs(args, outputs(args.out))
-
-
-def check_packages(name: str, packages: tuple[str, ...]) -> None:
-    """Raise InputError unless the packages are installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(f"--format {name}: {', '.join(missing)} not installed: pip install {' '.join(packages)}")
 
 
 def outputs(out: str | Path) -> tuple[Path, Path, Path]:

@@ -5,7 +5,6 @@ the start of a run it gets the lines that it lacks. So a run that was killed and
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import time
@@ -16,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from arguments import check_choices, check_writable
+from arguments import check_choices, check_installed, check_writable
 from datasets import ImageDataset
 from distributed import is_main_process
 from telemetry import read_log
 from utils import InputError, describe_error, save_json
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}  # what pip installs
-FOLDERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlruns"}  # of their files, below the output folder
+FOLDERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlruns"}  # the services' files, in the output folder
 PICTURED = 4  # images whose views are shown
 STATE = "loggers.json"  # in the output folder: which run of each service this is, and the last epoch that it has
 MLFLOW_SETTINGS = {  # unless the user has set them
@@ -36,17 +34,15 @@ MLFLOW_SETTINGS = {  # unless the user has set them
 
 def add_logger_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log_to", nargs="+", default=[], metavar="LOGGER", help=f"also send the values of every epoch to "
-        f"these: {', '.join(PACKAGES)}. Their files are written below --output_dir; environment variables, such as "
+        f"these: {', '.join(FOLDERS)}. Their files are written below --output_dir; environment variables, such as "
         "MLFLOW_TRACKING_URI or WANDB_MODE, name a server instead (default: none)")  # fmt: skip
 
 
 def check_log_to(args: argparse.Namespace) -> None:
     """Raise InputError for a logger that is unknown or not installed, or whose folder cannot be written."""
-    check_choices("log_to", args.log_to, PACKAGES)
+    check_choices("log_to", args.log_to, FOLDERS)
     for name in args.log_to:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of this name is found too, without an origin
-            raise InputError(f"--log_to {name}: the package is not installed: pip install {PACKAGES[name]}")
+        check_installed(f"--log_to {name}", [name])
         if name != "mlflow" or not os.environ.get("MLFLOW_TRACKING_URI"):
             check_writable(Path(args.output_dir) / FOLDERS[name], f"--log_to {name}:")
 

@@ -4,7 +4,6 @@ Shapes: M images, D' columns of a part.
 """
 
 import csv
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import InputError, atomic_file, printable, save_json
+from utils import atomic_file, printable, save_json
 
 
 @dataclass
@@ -76,14 +75,7 @@ WRITERS: dict[str, Callable[[Embeddings, Path], None]] = {".parquet": write_parq
 # --- pictures ------------------------------------------------------------------------------------------------------------
 
 REDUCTIONS = {"pca": "sklearn", "tsne": "sklearn", "umap": "umap"}  # the packages they need
-PIP_NAMES = {"sklearn": "scikit-learn", "umap": "umap-learn", "pyarrow": "pyarrow"}
 MAX_CLASSES = 20  # that a legend can tell apart
-
-
-def check_package(package: str, flag: str) -> None:
-    """Raise InputError, which names the flag and the pip command, unless the package is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{flag}: {package} is not installed: pip install {PIP_NAMES[package]}")
 
 
 def reduce(features: np.ndarray, method: str, seed: int) -> np.ndarray:
