@@ -23,7 +23,7 @@ from arguments import ArgumentParser, check_positive
 from augmentations import RECIPES
 from datasets import CheckRecord
 from distributed import run_entry_point
-from scripts.bench.pretrain import Repeat
+from scripts.bench.pretrain import Repeat, train_again
 from scripts.bench.products import synchronize
 from scripts.bench.views import write_images
 from utils import InputError, save_json
@@ -61,11 +61,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     kept = Repeat([view.to(run.device) for view in views], len(loader))
     work = {
         "loader": lambda: exhaust(loader),
-        "step": lambda: run.train_one_epoch(kept, epoch=0),
-        "together": lambda: run.train_one_epoch(loader, epoch=0),
+        "step": lambda: train_again(run, kept),
+        "together": lambda: train_again(run, loader),
     }
     images = len(loader) * options.batch_size
-    run.train_one_epoch(Repeat(kept.views, 1), epoch=0)  # warm up
+    train_again(run, Repeat(kept.views, 1))  # warm up
     rates: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(options.rounds):
         for name, function in work.items():

@@ -2,12 +2,12 @@
 
     python -m scripts.bench.pretrain                       # ViT-tiny, out_dim 65536, batch 8, this machine
     python -m scripts.bench.pretrain --arch vit_tiny resnet18 vssm2-vmambav2_tiny_224 --output step.json
-    python -m scripts.bench.pretrain --net dino --batch_size 64 --amp_dtype bf16
+    python -m scripts.bench.pretrain --arch vit_small --batch_size 64 --amp_dtype bf16 --straightforward_dtype fp16   # on a GPU
 
 "straightforward" is the step as the originals write it: a softmax and a log-softmax for each of the 18 pairs of views, the
-last layer's normalised weight materialised, gradients clipped and the teacher updated tensor by tensor, losses read at once.
-Both compute the same, with the same backbone. Each measurement runs in a process of its own, the two in turn; the table shows
-medians over the rounds.
+last layer's normalised weight materialised, attention as two products and a softmax, gradients clipped and the teacher updated
+tensor by tensor, losses read at once; with fp16, the originals' type on GPUs, the loss is scaled. Both compute the same. Each
+measurement runs in a process of its own, the two in turn; the table shows medians over the rounds.
 
 "matrix products" are those of our step (linear layers, attention, convolutions as products with their unfolded inputs; not
 depthwise convolutions), recorded while it runs. Each shape is timed alone after every step, so that both see the same clock
@@ -15,12 +15,14 @@ and the same neighbours on the machine: their ratio says how far the step is fro
 """
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 import main_dino
 import optim
 import utils
+import vision_transformer
 from arguments import ArgumentParser
 from pretraining import Pretraining
 from scripts.bench.products import ProductRecorder, gigaflops, synchronize, time_products
@@ -89,13 +92,15 @@ def straightforward_step(run: Pretraining, criterion: StraightforwardLoss, optim
             loss = loss + run.criterion.reg_lambd * (squares[0] - squares[1]).abs()
     value = loss.item()
     optimizer.zero_grad()
-    loss.backward()
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(optimizer)
     for p in student.parameters():
         if p.grad is not None:
             scale = run.clip_grad / (p.grad.norm(2).item() + 1e-6)
             if scale < 1:
                 p.grad.mul_(scale)
-    optimizer.step()
+    run.scaler.step(optimizer)
+    run.scaler.update()
     with torch.no_grad():
         for q, p in zip(student.parameters(), teacher.parameters(), strict=True):
             p.data.mul_(0.996).add_(0.004 * q.detach().data)
@@ -115,19 +120,31 @@ class Repeat:
         return iter([(self.views, None)] * self.steps)
 
 
+def train_again(run: Pretraining, batches: Iterable) -> None:
+    """The first epoch from its beginning, however often, without its progress lines."""
+    run.part_of_epoch = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        run.train_one_epoch(batches, epoch=0)
+
+
 def build(options: argparse.Namespace) -> tuple[Pretraining, Callable[[int], None]]:
     """The run, and a function that does a number of steps."""
     flags = ["--data_path", "none", "--net", options.net, "--arch", options.arch[0], "--out_dim", str(options.out_dim)]
     flags += ["--batch_size_per_gpu", str(options.batch_size), "--warmup_epochs", "0", "--epochs", "2"]
-    flags += ["--amp_dtype", options.amp_dtype]
+    flags += ["--amp_dtype", options.amp_dtype if options.implementation == "ours" else options.straightforward_dtype]
     args = main_dino.get_args_parser().parse_args(flags + ["--freeze_last_layer", "0", "--print_freq", "1000000"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = main_dino.build_pretraining(args, *main_dino.build_networks(args, device), device, options.steps)
     sizes = (2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)
     views = [torch.randn(n, options.batch_size, 3, size, size, device=device) for n, size in sizes]  # V', B, 3, S, S
+    if options.channels_last and options.implementation == "ours":
+        for network in (run.student, run.teacher):
+            network.to(memory_format=torch.channels_last)
+        views = [torch.stack([each.contiguous(memory_format=torch.channels_last) for each in view]) for view in views]
     if options.implementation == "ours":
-        return run, lambda steps: run.train_one_epoch(Repeat(views, steps), epoch=0)
+        return run, lambda steps: train_again(run, Repeat(views, steps))
 
+    vision_transformer.Attention._prefers_plain = lambda self, q: True
     for head in (*run.student.heads, *run.teacher.heads):
         head.last_layer = NormalizedWeightLinear(head.last_layer)
     heads_out = [args.out_dim] + ([args.DVR_out_dim] if args.net == "CLeVER" else [])
@@ -172,6 +189,7 @@ def measure_in_turn(options: argparse.Namespace, arch: str) -> dict[str, dict]:
     found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
     flags = ["--net", options.net, "--arch", arch, "--amp_dtype", options.amp_dtype, "--out_dim", str(options.out_dim)]
     flags += ["--batch_size", str(options.batch_size), "--steps", str(options.steps)]
+    flags += ["--straightforward_dtype", options.straightforward_dtype, *(["--channels_last"] if options.channels_last else [])]
     for _ in range(options.rounds):
         for name in IMPLEMENTATIONS:
             command = [sys.executable, "-m", "scripts.bench.pretrain", *flags, "--implementation", name]
@@ -187,15 +205,18 @@ def measure_in_turn(options: argparse.Namespace, arch: str) -> dict[str, dict]:
 
 
 def print_table(options: argparse.Namespace, results: dict[str, dict[str, dict]]) -> None:
-    first = next(iter(results.values()))["ours"]
-    print(f"{options.net}, out_dim {options.out_dim}, batch {options.batch_size}, 2 + 8 crops, {first['dtype']} on "
-          f"{first['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
-    print("| backbone | step, s | its matrix products alone, s (GFLOP/s) | step / products | straightforward step, s "
-          "| memory, GiB: ours, straightforward |\n|---|---|---|---|---|---|")  # fmt: skip
+    first, other = next(iter(results.values())).values()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
+    print(f"{options.net}, out_dim {options.out_dim}, batch {options.batch_size}, 2 + 8 crops, {first['dtype']} "
+          f"(straightforward: {other['dtype']}){', channels last' * options.channels_last} on {machine}, "
+          f"torch {torch.__version__}\n")  # fmt: skip
+    print("| backbone | step, s (images/s) | its matrix products alone, s (GFLOP/s) | step / products "
+          "| straightforward step, s | memory, GiB: ours, straightforward |\n|---|---|---|---|---|---|")  # fmt: skip
     for arch, result in results.items():
         ours, other = (result[name] for name in IMPLEMENTATIONS)
         rate = ours["products_gflop"] / ours["products_seconds"]
-        print(f"| {arch} | {ours['seconds']:.3f} | {ours['products_seconds']:.3f} ({rate:.0f}) "
+        print(f"| {arch} | {ours['seconds']:.3f} ({options.batch_size / ours['seconds']:.0f}) "
+              f"| {ours['products_seconds']:.3f} ({rate:.0f}) "
               f"| {ours['step_to_products']:.2f} | {other['seconds']:.3f} ({other['seconds'] / ours['seconds']:.2f} x) "
               f"| {ours['memory_gib']:.2f}, {other['memory_gib']:.2f} |")  # fmt: skip
 
@@ -207,11 +228,14 @@ def main() -> None:
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--amp_dtype", default="fp32", choices=["auto", "bf16", "fp16", "fp32"])
+    parser.add_argument("--straightforward_dtype", choices=["auto", "bf16", "fp16", "fp32"], help="default: --amp_dtype")
+    parser.add_argument("--channels_last", action="store_true", help="our networks and images in this memory format")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each implementation")
     parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one, here, and print JSON")
     options = parser.parse_args()
+    options.straightforward_dtype = options.straightforward_dtype or options.amp_dtype
     if options.implementation:
         print(json.dumps(measure(options)))
         return

@@ -1,0 +1,94 @@
+"""scripts/gpu_check.sh on a CPU: its parts at tiny sizes, failures, time limits, and what it writes."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from support.in_process import assert_refused, call
+from support.processes import ROOT, SETTINGS
+
+from scripts import gpu_check
+from scripts.gpu_check import Part
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def check(monkeypatch, folder, *parts, **flags):
+    """Run these parts as a dry run, in this process; returns the outcome and the records by name."""
+    monkeypatch.setattr(gpu_check, "PARTS", {part.name: part for part in parts})
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    outcome = call(gpu_check.main, "--dry_run", "--out", folder, *words)
+    return outcome, {record["name"]: record for record in summary(folder)["parts"]}
+
+
+def tiny(name, command, seconds=60, tool=""):
+    return Part(name, "Does it?", seconds, "false", command, tool)
+
+
+def test_the_command_runs_parts_and_writes_tables(tmp_path):
+    command = ["bash", "scripts/gpu_check.sh", "losses", "doctor", "--dry_run", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = summary(tmp_path / "out")
+    assert found["kind"] == "gpu_check" and [part["status"] for part in found["parts"]] == ["ok", "ok"]
+    assert json.loads((tmp_path / "out/losses.json").read_text())["seconds"]["CLeVER"]["ours"] > 0
+    tables = (tmp_path / "out/tables.md").read_text()
+    assert "\n\n| net | ours |" in tables and "```text\nPython" in tables
+
+
+@pytest.mark.slow
+def test_every_part_runs_at_a_tiny_size(tmp_path):
+    outcome = call(gpu_check.main, "--dry_run", "--out", tmp_path)
+    found = {part["name"]: part["status"] for part in summary(tmp_path)["parts"]}
+    assert outcome.status == 0 and list(found) == list(gpu_check.PARTS), outcome
+    assert set(found.values()) <= {"ok", "not here"}, found
+    step = json.loads((tmp_path / "step_vit_64.json").read_text())["vit_micro"]["ours"]
+    assert step["step_to_products"] > 0.5  # a step takes about as long as its products, or longer
+
+
+def test_a_failure_and_a_timeout_do_not_stop_the_others(tmp_path, monkeypatch):
+    parts = [
+        tiny("fails", "python -c print('why');raise(SystemExit(3))"),
+        tiny("hangs", "sleep 100", seconds=1),
+        tiny("absent", "true", tool="no-such-tool"),
+        tiny("works", "echo well"),
+    ]
+    outcome, records = check(monkeypatch, tmp_path, *parts)
+    statuses = {name: record["status"] for name, record in records.items()}
+    assert outcome.status == 1
+    assert statuses == {"fails": "failed", "hangs": "timed out", "absent": "not here", "works": "ok"}
+    assert 1 <= records["hangs"]["seconds"] < 20 and records["absent"]["reason"] == "no-such-tool is not installed"
+    assert str(tmp_path / "fails.log") in outcome.stdout and "why" in (tmp_path / "fails.log").read_text()
+    assert "well" in (tmp_path / "tables.md").read_text()
+
+
+def test_parts_without_time_are_skipped(tmp_path, monkeypatch):
+    parts = [Part("first", "?", 1, "sleep 1", "true"), Part("second", "?", 60, "true", "true")]
+    monkeypatch.setattr(gpu_check, "PARTS", {part.name: part for part in parts})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    outcome = call(gpu_check.main, "--minutes", 0.05, "--out", tmp_path)
+    assert outcome.status == 0 and [each["status"] for each in summary(tmp_path)["parts"]] == ["ok", "skipped"]
+    assert summary(tmp_path)["device"] == "a device"
+
+
+@pytest.mark.parametrize(
+    "words, mentioned",
+    [
+        (["scna", "--dry_run"], ["'scna'", "scan"]),
+        (["--minutes", "0", "--dry_run"], ["--minutes 0"]),
+        pytest.param([], ["no GPU", "--dry_run"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")),
+    ],
+)
+def test_refuses(tmp_path, words, mentioned):
+    assert_refused(call(gpu_check.main, *words, "--out", tmp_path / "out"), *mentioned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_list():
+    outcome = call(gpu_check.main, "--list")
+    assert outcome.status == 0 and [line.split()[0] for line in outcome.stdout.splitlines()] == list(gpu_check.PARTS)
