@@ -183,13 +183,17 @@ def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
     backbone.train()
 
 
+def has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
 def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.device) -> list[nn.Module]:
     """Networks whose batch norms use the statistics of all processes; timm converts its own models.
 
     Without a process group, or without batch norms, nothing changes. torch synchronises batch norms on GPUs only: on a CPU
     a line says that their statistics are computed per process.
     """
-    if not is_distributed() or not any(isinstance(m, _BatchNorm) for network in networks for m in network.modules()):
+    if not is_distributed() or not any(map(has_batch_norm, networks)):
         return networks
     if device.type != "cuda":
         print("batch norm: statistics are computed per process (torch synchronises them on GPUs only)")

@@ -227,10 +227,10 @@ def main() -> None:
 
     if distributed.is_main_process():
         finished = [video for video in videos if video.name not in failures]
-        if finished:
-            write_contact_sheet(finished, scores, output, args.subset)
         if args.score and not failures:
             write_results(scores, pretrained, output, argparse.Namespace(**vars(args) | {"std": segmenter.std}))
+        if finished:
+            write_contact_sheet(finished, scores, output, args.subset)
     if failures:
         name, error = next(iter(failures.items()))
         raise InputError(

@@ -201,11 +201,13 @@ class TrainingProgress:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU."""
+    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU. On Windows, which does not say, 0."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import arguments
 import interruption
 import utils
-from backbones import backbone_state, load_backbone_weights
+from backbones import backbone_state, has_batch_norm, load_backbone_weights
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
 from datasets import ImageDataset, make_loader, shard
 from distributed import (
@@ -208,10 +208,6 @@ class ProbeGroup:
         self.backbone, self.train_backbone = self.extractors[0].backbone, self.extractors[0].train_backbone
         self._kept: tuple[ImageDataset, tuple[list[torch.Tensor], torch.Tensor]] | None = None
 
-    def loader(self, dataset, sampler=None) -> DataLoader:
-        """Batches in the order of the sampler, or else of the data set."""
-        return make_loader(dataset, self.batch_size, sampler, self.num_workers)
-
     # --- accuracy ---
 
     def evaluate(self, test: ImageDataset, per_image: bool = False) -> dict[Probe, dict[str, Any]]:
@@ -234,7 +230,8 @@ class ProbeGroup:
         if self._kept is not None and self._kept[0] is test:
             return self._kept[1]
         own = shard(test, get_rank(), get_world_size())
-        found = extract_parts(self.extractors, self.loader(own), self.device, "test images")
+        loader = make_loader(own, self.batch_size, num_workers=self.num_workers)
+        found = extract_parts(self.extractors, loader, self.device, "test images")
         self._kept = None if self.train_backbone else (test, found)
         return found
 
@@ -251,12 +248,27 @@ class ProbeGroup:
         if any(probe.epoch > 0 for probe in self.probes):
             for probe, result in self.evaluate(test).items():
                 probe.result = result
-        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
-        loader = self.loader(train, sampler)
+        loader = self._training_loader(train)
         with interruption.allowed("the same command goes on from the end of the last epoch", 0):
             for epoch in range(min(probe.epoch for probe in self.probes), self.epochs):
                 self._run_epoch([probe for probe in self.probes if probe.epoch <= epoch], loader, test, epoch)
         return {probe: probe.result | {f"best_{name}": value for name, value in probe.best.items()} for probe in self.probes}
+
+    def _training_loader(self, train: ImageDataset) -> DataLoader:
+        """This process's share of the training images, shuffled.
+
+        If the backbone's batch norms are trained and the last batch would be a single image, which has no statistics of its
+        own, this batch is left out; it is another image in every epoch. Raises InputError if all batches are single images.
+        """
+        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
+        trains_batch_norms = self.train_backbone and has_batch_norm(self.backbone)
+        if trains_batch_norms and min(len(sampler), self.batch_size) == 1:
+            raise InputError(
+                f"--batch_size_per_gpu {self.batch_size}, {len(sampler)} training images per process: the backbone's batch "
+                "norms need batches of 2 images or more"
+            )
+        drop_last = trains_batch_norms and len(sampler) % self.batch_size == 1
+        return make_loader(train, self.batch_size, sampler, self.num_workers, drop_last)
 
     def _run_epoch(self, active: list[Probe], loader: DataLoader, test: ImageDataset, epoch: int) -> None:
         """Train the active probes for one epoch, validate them if it is time, and write their checkpoints."""

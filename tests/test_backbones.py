@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from support.golden import CORE, fill_, tensor
+from support.golden import CORE, fill_, rel_error, tensor
 
 from backbones import (
     BACKBONES,
@@ -40,6 +40,18 @@ def test_every_backbone_runs_forward_and_backward(arch, checkpointing):
     (features * torch.randn_like(features)).sum().backward()
     for name, p in network.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("arch", ["vit_micro", "resnet8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_network_in_half_precision(arch, dtype):
+    """Converted as a whole, it computes and learns in its type; VMamba's test is in tests/vmamba."""
+    network, images = fill_(build_backbone(arch, **SMALL)).eval(), tensor("image.64x64", (2, 3, 64, 64))
+    exact = network(images).detach()
+    features = network.to(dtype)(images.to(dtype))
+    assert features.dtype == dtype and rel_error(features.float(), exact) < 0.05
+    features.float().pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_arguments_reach_the_vit():

@@ -176,6 +176,19 @@ def test_fine_tuning_trains_everything(world, watch, tmp_path, arch, part):
     assert outcome.stdout.count("test images 13/13") == 2
 
 
+def test_a_last_batch_of_one_image_is_left_out_where_batch_norms_are_trained(world, watch, tmp_path):
+    """12 training images in batches of 11. A ViT, which has no batch norm, trains on all of them."""
+    flags = ("--ds_mode", "ds_ft", "--backbone_lr", 0.1, "--batch_size_per_gpu", 11, "--epochs", 1)
+    for arch in ("resnet", "vit"):
+        assert downstream(world, getattr(world, arch), tmp_path / arch, *flags).status == 0
+    assert [[len(images) for images, _ in loader] for loader in watch.loaders] == [[11], [11, 1]]
+
+
+def test_fine_tuning_of_batch_norms_needs_batches_of_two(world, tmp_path):
+    outcome = downstream(world, world.resnet, tmp_path, "--ds_mode", "ds_ft", "--batch_size_per_gpu", 1)
+    assert_refused(outcome, "--batch_size_per_gpu 1", "batch norms")
+
+
 def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
     """All images are one batch, so that the run is two steps of SGD, the second with momentum."""
     words = ("--ds_mode", "ds_ft", "--backbone_lr", 2, "--lr", 4, "--weight_decay", 0.01, "--batch_size_per_gpu", 12)

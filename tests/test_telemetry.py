@@ -244,3 +244,9 @@ def test_a_healthy_epoch_ends_the_count():
 def test_epochs_that_are_no_collapse(means):
     watch = CollapseWatch()
     assert [watch.update(HEALTHY | means) for _ in range(4)] == [[]] * 4
+
+
+def test_windows_which_does_not_tell_the_memory(monkeypatch):
+    assert telemetry.peak_memory_gib(torch.device("cpu")) > 0.1
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails, as there
+    assert telemetry.peak_memory_gib(torch.device("cpu")) == 0

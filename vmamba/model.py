@@ -28,9 +28,12 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"ln": nn.LayerNorm, "ln2d": nn.L
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm` over the channels of x [B, H, W, C], in float32: the residual stream stays in float32 under autocast.
 
+    In a network that was converted to half precision as a whole, both are in half precision.
+
     A function rather than a module, because torch replaces batch norms by synchronised ones.
     """
-    x = at_least_float32(x)
+    if norm.weight.dtype != x.dtype:
+        x = at_least_float32(x)
     if isinstance(norm, nn.LayerNorm):
         return norm(x)
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

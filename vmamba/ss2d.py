@@ -104,14 +104,16 @@ class SS2D(nn.Module):
                 y = self._scan(at_least_float32(x))
         else:
             y = self._scan(x)
-        y = self.out_norm(y).to(x.dtype)  # the norm is computed in float32, like the scan
+        # The norm, like the scan, is computed in float32, unless the whole network was converted to half precision.
+        y = self.out_norm(y.to(self.out_norm.weight.dtype)).to(x.dtype)
         if self.gated:
             y = y * self.act(gate)
         return self.dropout(self.out_proj(y))  # [B, H, W, C]
 
     def _scan(self, x: Tensor) -> Tensor:
         """[B, H, W, D] -> [B, H, W, D], float32. One projection gives dt, B and C of all directions, without copies of x."""
-        proj = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2N]
+        weight = at_least_float32(self.x_proj_weight) if self.full_precision else self.x_proj_weight
+        proj = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2N]
         y = selective_scan_2d(
             x.permute(0, 3, 1, 2),  # [B, D, H, W]
             proj,

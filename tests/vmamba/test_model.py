@@ -327,6 +327,18 @@ def test_autocast_keeps_the_scan_in_float32(forward_type, monkeypatch):
     assert set(parameters) == {torch.float32}
 
 
+@pytest.mark.parametrize("changes", [{}, {"ssm_forwardtype": "v0"}, {"ssm_forwardtype": "v05", "norm_layer": "bn"}], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)], ids=str)
+def test_a_network_in_half_precision(changes, dtype, tolerance):
+    """Converted as a whole, it computes and learns in its type."""
+    network = fill_(small(**changes)).eval()
+    exact = network(IMAGES).detach()
+    features = network.to(dtype)(IMAGES.to(dtype))
+    assert features.dtype == dtype and rel_error(features.float(), exact) < tolerance
+    features.float().pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
 @torch.no_grad()
 def test_synchronised_batch_norm(monkeypatch):
     network = fill_(small(norm_layer="bn")).eval()
