@@ -1,20 +1,27 @@
 """Processes and devices: launching, collectives, and how a script ends."""
 
 import argparse
+import datetime
 import io
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 import interruption
-from utils import InputError
+from arguments import check_positive
+from slurm import adopt_slurm_variables
+from utils import InputError, describe_error
 
+JOIN_MINUTES = 10.0  # in which all processes of a group must have started
 GRACE_SECONDS = 10.0  # the time that other processes leave the first one to print an error
 
 
@@ -59,6 +66,8 @@ def _give_up(message: str, status: int) -> NoReturn:
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     """--dist_url, --local_rank (or --local-rank) and --num_workers, the same in every script."""
     parser.add_argument("--dist_url", default="env://", help="how processes find each other; see torch.distributed")
+    parser.add_argument("--dist_timeout", type=float, default=240.0, metavar="MINUTES", help="how long a process waits for the "
+        "others, for example while the first one evaluates")  # fmt: skip
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=0, help="set by older launchers; ignored if LOCAL_RANK is set"
     )
@@ -68,17 +77,23 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def init_distributed(args: argparse.Namespace) -> torch.device:
-    """Join the launcher's process group, if a launcher set RANK and WORLD_SIZE, and return this process's device.
+    """Join the process group, if torchrun or srun has started several processes, and return this process's device.
 
     nccl on GPUs, gloo on CPUs; plain `python` has no process group.
+
+    Raises:
+        InputError: there is not one GPU per process, or the processes do not find each other.
     """
+    adopt_slurm_variables()
     local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
         # Counts the processes of the whole machine: every process raises the error if one of them has no GPU.
         processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         gpus = torch.cuda.device_count()
-        if processes > gpus:
+        if gpus == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun may show each task only a GPU of its own
+            local_rank = 0
+        elif processes > gpus:
             raise InputError(
                 f"{processes} processes on this machine: only {gpus} GPU{'s' * (gpus > 1)} visible "
                 "(DEVICES of the launch scripts, or CUDA_VISIBLE_DEVICES)"
@@ -86,11 +101,42 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group("nccl" if cuda else "gloo", args.dist_url, rank=rank, world_size=world_size)
+        _join_process_group("nccl" if cuda else "gloo", args)
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only the first process prints
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _join_process_group(backend: str, args: argparse.Namespace) -> None:
+    """Find the other processes within JOIN_MINUTES; later on, wait for them for --dist_timeout minutes."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check_positive(args, "dist_timeout")
+    _check_address(args.dist_url)
+    try:
+        join, wait = (datetime.timedelta(minutes=minutes) for minutes in (JOIN_MINUTES, args.dist_timeout))
+        store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=join))
+        store.set_timeout(wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+    except (OSError, RuntimeError, ValueError) as error:  # torch's own errors are RuntimeErrors
+        reason = describe_error(error)
+        advice = "do all processes run, and do they have the same address and port?"
+        if "EADDRINUSE" in reason:
+            advice = "choose another port: PORT_NUM of the launch scripts, --master_port of torchrun, or MASTER_PORT"
+        raise InputError(f"process {rank} of {world_size} cannot join the others: {advice} ({reason[:200]})") from error
+
+
+def _check_address(dist_url: str) -> None:
+    """Raise InputError if a host has no address, or if the file of a file:// URL is left over from a former run."""
+    if dist_url.startswith("file://"):
+        path = Path(dist_url.removeprefix("file://"))
+        if path.exists() and time.time() - path.stat().st_mtime > 60 * JOIN_MINUTES:
+            raise InputError(f"--dist_url {dist_url}: the file is left over from another run; remove it, or name a new one")
+    host = os.environ.get("MASTER_ADDR") if dist_url == "env://" else urlparse(dist_url).hostname
+    if host:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise InputError(f"host {host} (MASTER_ADDR, --master_addr or --dist_url) has no address: {error}") from error
 
 
 def is_distributed() -> bool:
