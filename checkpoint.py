@@ -160,12 +160,31 @@ _OURS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def save_atomically(obj: Any, path: str | Path) -> None:
-    """Write atomically with torch.save, flushed to the disk."""
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
+def save_atomically(obj: Any, path: str | Path, keep_as: str | Path | None = None) -> None:
+    """Write atomically with torch.save, flushed to the disk.
+
+    `keep_as` is a second name of the file, which remains when `path` is written anew. It is given first: once `path` exists,
+    both do. Where the file system has no hard links, it is a second file.
+    """
+    with atomic_file(path) as temporary:
+        _write_flushed(obj, temporary)
+        if keep_as is not None:
+            with atomic_file(keep_as) as kept:
+                kept.unlink(missing_ok=True)
+                try:
+                    os.link(temporary, kept)
+                except OSError:
+                    _write_flushed(obj, kept)
+
+
+def _write_flushed(obj: Any, path: Path) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch's archive cannot be closed after an OSError
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from error
 
 
 def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -> dict[str, Any] | None:

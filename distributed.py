@@ -18,6 +18,7 @@ import torch.nn as nn
 
 import interruption
 from arguments import check_positive
+from failures import describe_failure
 from slurm import adopt_slurm_variables
 from utils import InputError, describe_error
 
@@ -28,8 +29,9 @@ GRACE_SECONDS = 10.0  # the time that other processes leave the first one to pri
 def run_entry_point(main: Callable[[], None]) -> None:
     """Run a script's main.
 
-    An InputError becomes one line on stderr and exit status 2, a FloatingPointError exit status 1. SIGTERM ends the script with
-    one line, see interruption.py. What the terminal's encoding lacks is printed escaped.
+    An InputError becomes one line on stderr and exit status 2; a FloatingPointError and a failure of the machine, such as a
+    full disk (failures.py), one line and exit status 1. SIGTERM ends the script with one line, see interruption.py. What the
+    terminal's encoding lacks is printed escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -46,6 +48,11 @@ def run_entry_point(main: Callable[[], None]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"stopped by SIGTERM: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.status)
+    except Exception as error:
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+        _give_up(failure, 1)
     # Not after an error: nccl would wait here for the other processes, which may be waiting in a collective.
     if is_distributed():
         dist.destroy_process_group()

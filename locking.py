@@ -92,8 +92,10 @@ def _take(path: Path, lock: Path) -> int:
                 return file
             if current is not None:
                 raise InputError(_refusal(path, current))
-        except BaseException:
+        except BaseException as error:
             os.close(file)
+            if isinstance(error, OSError):  # the lock was taken, but there is no space to say by whom
+                lock.unlink(missing_ok=True)
             raise
         os.close(file)  # its former holder removed it meanwhile: a new one is needed
 

@@ -208,10 +208,9 @@ class Pretraining:
         """Write checkpoint.pth after `epoch`, and checkpoint<epoch>.pth if `saveckp_freq` divides it (0: never)."""
         if not is_main_process():
             return
-        state = self.state_dict(epoch + 1)
-        if saveckp_freq and epoch % saveckp_freq == 0:
-            save_atomically(state, Path(folder) / f"checkpoint{epoch:04}.pth")
-        save_atomically(state, Path(folder) / "checkpoint.pth")
+        is_kept = saveckp_freq and epoch % saveckp_freq == 0
+        keep_as = Path(folder) / f"checkpoint{epoch:04}.pth" if is_kept else None
+        save_atomically(self.state_dict(epoch + 1), Path(folder) / "checkpoint.pth", keep_as)
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Restore the state of a checkpoint, ours or an original's, and return the epoch to continue with.

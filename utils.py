@@ -59,8 +59,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # writing to an open file fails without its name
+            error.filename = str(path)
         raise
 
 

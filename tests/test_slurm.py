@@ -5,7 +5,7 @@ import socket
 import time
 
 import pytest
-from support.processes import TINY_NETWORK, _run_script, fork, free_port, run, wait, write_images
+from support.processes import TINY_NETWORK, fork, free_port, run, run_script, wait, write_images
 from test_resume import assert_same
 
 import slurm
@@ -76,7 +76,7 @@ def test_two_tasks_are_two_processes_of_torchrun(images, tmp_path):
     for rank, port in enumerate([str(free_port())] * 2):
         variables = {f"SLURM_{name}": str(value) for name, value in {**step, "PROCID": rank, "LOCALID": rank}.items()}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        children.append(fork(_run_script, [*words, "--output_dir", str(tmp_path / "srun")], variables, tmp_path / "out", None))
+        children.append(fork(run_script, [*words, "--output_dir", str(tmp_path / "srun")], variables, tmp_path / "out", None))
     assert wait(children) == [0, 0], (tmp_path / "out").read_text()
     assert (tmp_path / "out").read_text().count("2 processes") == 1
     run(*words, "--output_dir", tmp_path / "run", processes=2, output=tmp_path / "out2")

@@ -107,7 +107,7 @@ def run(
     for rank in range(processes):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         group = {name: str(value) for name, value in group.items()} if processes > 1 else {}
-        children.append(fork(_run_script, words, variables | group, output, kill_at))
+        children.append(fork(run_script, words, variables | group, output, kill_at))
     if kill_at:
         children[0].join(TIMEOUT)
         status = children[0].exitcode
@@ -123,7 +123,7 @@ def fork(target, *args: object) -> multiprocessing.Process:
     """A process that runs a module's function `target(*args)`, forked from the server (started at the first call)."""
     context = multiprocessing.get_context("forkserver")
     evaluations = ["linear", "linear_ds", "knn", "saliency", "video_segmentation", "equivariance"]
-    scripts = ["main_dino", *(f"eval_{name}" for name in evaluations)]
+    scripts = ["main_dino", "embed", *(f"eval_{name}" for name in evaluations)]
     context.set_forkserver_preload(["pytest", "support.processes", *scripts])
     with mock.patch.dict(os.environ, SETTINGS):
         forkserver.ensure_running()
@@ -167,7 +167,7 @@ class _KillingStream:
         self.stream.flush()
 
 
-def _run_script(words, variables, output, kill_at):
+def run_script(words, variables, output, kill_at):
     import torch
 
     import distributed
