@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import math
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -79,12 +80,12 @@ def config_words(parser: argparse.ArgumentParser, path: str) -> list[str]:
             continue
         if flags[name].nargs == 0:  # a switch, such as --evaluate
             if not isinstance(value, bool):
-                raise InputError(f"--config {path}: {name!r} must be true or false, not {value!r}")
+                raise InputError(f"--config {path}: {name!r} must be true or false, not {reprlib.repr(value)}")
             words += [f"--{name}"] if value else []
-        elif isinstance(value, list) and flags[name].nargs is not None:
+        elif isinstance(value, list) and flags[name].nargs is not None and not any(isinstance(v, list | dict) for v in value):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, list | dict):
-            raise InputError(f"--config {path}: {name!r} must have a value, not a {type(value).__name__}")
+            raise InputError(f"--config {path}: {name!r} must have a value, or a list of them, not {reprlib.repr(value)}")
         else:
             words.append(f"--{name}={value}")
     return [*words, f"--config={path}"]  # ends a list of values before the words of the command line

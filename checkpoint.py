@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
@@ -62,7 +63,7 @@ _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # in the message of torch.load
 # Raised by torch.load for truncated or damaged files, old formats included.
 _DAMAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
-    OSError, struct.error,
+    OSError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if Path(path).suffix == ".safetensors":
         return _load_safetensors(path)
     try:
+        _check_archive(path)
         checkpoint = _load_pickled(path, mmap)
     except pickle.UnpicklingError as error:
         foreign = _FOREIGN.search(str(error))
@@ -93,6 +95,18 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a dict")
     return checkpoint
+
+
+def _check_archive(path: str | Path) -> None:
+    """Raise ValueError for a zip file whose contents are larger than itself, and would need any amount of memory.
+
+    torch.save does not compress.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > Path(path).stat().st_size:
+            raise ValueError(f"holds {size} bytes in a smaller file; torch.save does not compress")
 
 
 def _load_pickled(path: str | Path, mmap: bool) -> Any:

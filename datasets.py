@@ -176,10 +176,12 @@ class CheckRecord:
         self.readable: list[np.ndarray] = []  # keys of this start
 
     def _read(self) -> np.ndarray:
+        none = np.empty(0, np.uint64)
         try:
-            return np.load(self.path, allow_pickle=False) if self.path else np.empty(0, np.uint64)
-        except (OSError, ValueError, EOFError):  # none yet, or damaged: the images are decoded again
-            return np.empty(0, np.uint64)
+            keys = np.load(self.path, allow_pickle=False) if self.path else none
+        except Exception:  # none yet, or damaged, of which numpy has many errors: the images are decoded again
+            return none
+        return keys if isinstance(keys, np.ndarray) and keys.dtype == np.uint64 and keys.ndim == 1 else none
 
     @staticmethod
     def keys(paths: Sequence[str]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Image files: finding them in folders and tar files, and reading them."""
 
 import io
+import math
 import os
 import struct
 import zlib
@@ -197,8 +198,8 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
     try:
         content = read_file(path)
         if simplejpeg is not None and content.startswith(b"\xff\xd8"):
-            colorspace = simplejpeg.decode_jpeg_header(content)[2]
-            if colorspace in ("YCbCr", "RGB", "Gray"):
+            height, width, colorspace = simplejpeg.decode_jpeg_header(content)[:3]
+            if colorspace in ("YCbCr", "RGB", "Gray") and height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
                 return simplejpeg.decode_jpeg(content, "RGB")
     except OSError as error:
         raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error

@@ -88,7 +88,7 @@ def _read_tensor(path: Path, source: str) -> torch.Tensor:
 def _read_description(path: Path, source: str) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source} {path}: damaged ({error})") from error
     if not isinstance(description, dict) or not isinstance(description.get("classes", []), list):
         raise InputError(f"{source} {path}: must contain a JSON object, and its `classes` a list")

@@ -47,6 +47,11 @@ PROBE, EQUIVARIANCE = "linear_probe", "equivariance"
 REQUIRED_FIELDS = {
     PROBE: ("net", "arch", "part", "test_aug_type", "accuracy"), EQUIVARIANCE: ("net", "arch", "results", "gaps")
 }  # fmt: skip
+FIELD_TYPES = {name: (str, int, float, type(None)) for name in VARIANT_FORMATS} | {
+    "net": str, "arch": str, "part": str, "test_aug_type": str, "accuracy": (int, float), "num_labels": int, "results": list,
+    "gaps": list,
+}  # fmt: skip
+LARGEST = {"accuracy": 100, "num_labels": 10**9}
 COLORS = {RANDOM: "Greys", "dino": "Blues", "CLeVER": "Oranges"}
 SHADES = {"ALL": 0.85, "IR": 0.6, "EF": 0.35}
 
@@ -87,17 +92,22 @@ def read_record(path: Path) -> dict | None:
     """The result in a file, with its `dataset` and `seed` and without its `args`; None if the file holds something else."""
     try:
         record = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         print(f"note: {path} is not valid JSON, ignored", file=sys.stderr)
         return None
-    if not isinstance(record, dict) or record.get("kind") not in REQUIRED_FIELDS:
+    if not isinstance(record, dict) or str(record.get("kind")) not in REQUIRED_FIELDS:
         return None
     missing = [name for name in REQUIRED_FIELDS[record["kind"]] if name not in record]
     if missing:
         raise InputError(f"{path} is a result without {', '.join(missing)}; run that evaluation again")
     args = record.pop("args", {})
-    record.setdefault("dataset", Path(args.get("data_path", "")).name or None)
-    record.setdefault("seed", args.get("seed"))
+    if isinstance(args, dict):
+        record.setdefault("dataset", Path(str(args.get("data_path", ""))).name or None)
+        record.setdefault("seed", args.get("seed"))
+    wrong = [name for name, value in record.items() if name in FIELD_TYPES and not isinstance(value, FIELD_TYPES[name])]
+    wrong += [name for name, most in LARGEST.items() if name not in wrong and not 0 <= record.get(name, 0) <= most]
+    if wrong:
+        raise InputError(f"{path} is damaged: {', '.join(wrong)} cannot be right; run that evaluation again")
     return {**record, "file": str(path)}
 
 

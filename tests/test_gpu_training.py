@@ -95,6 +95,7 @@ def test_a_run_on_two_gpus_that_is_killed_goes_on(many_images, tmp_path):
     assert_resumes(many_images, tmp_path, {}, launcher, "--arch", "vit_small", "--num_workers", 2, epochs=4, batch=32)
 
 
+@pytest.mark.slow
 def test_on_a_cpu(tmp_path):
     """The same checks with a small network, in bf16, in which CPUs train, too."""
     images = write_images(tmp_path / "images", 16)
