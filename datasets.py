@@ -185,7 +185,10 @@ class CheckRecord:
 
     @staticmethod
     def keys(paths: Sequence[str]) -> np.ndarray:
-        """64 bits for each file, which change when the file does; 0 for a file that cannot be seen."""
+        """64 bits for each file, which change when the file does; 0 for a file that cannot be seen.
+
+        The processes of a group share the work: all must call it, and all get the same result.
+        """
 
         def key(path: str) -> int:
             try:
@@ -195,18 +198,19 @@ class CheckRecord:
             text = os.fsencode(path) + f"|{stat.st_size}|{stat.st_mtime_ns}".encode()
             return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
-        return np.fromiter(map(key, paths), np.uint64, len(paths))
+        world, own = get_world_size(), paths[get_rank() :: get_world_size()]
+        keys = np.empty(len(paths), np.uint64)
+        for rank, share in enumerate(all_gather_objects(np.fromiter(map(key, own), np.uint64, len(own)))):
+            keys[rank::world] = share
+        return keys
 
-    def unknown(self, paths: Sequence[str]) -> list[str]:
-        """The paths that have to be decoded; the others are noted as readable."""
-        keys = self.keys(paths)
-        known = np.isin(keys, self.known) & (keys != 0)
-        self.readable.append(keys[known])
-        return [paths[i] for i in np.flatnonzero(~known)]
+    def knows(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the files were found readable before, and have not changed since; bool."""
+        return np.isin(keys, self.known) & (keys != 0)
 
-    def add(self, paths: Sequence[str]) -> None:
-        """Note files that were decoded."""
-        self.readable.append(self.keys(paths))
+    def add(self, keys: np.ndarray) -> None:
+        """Note files that can be read, by their keys from before they were decoded."""
+        self.readable.append(keys)
 
     def save(self) -> None:
         """Write the record, if a check has changed it."""
@@ -254,10 +258,11 @@ def keep_readable(
     Files that the `record` knows are not decoded again. Raises InputError naming the first unreadable images, or if no image
     can be read.
     """
-    record = record or CheckRecord(None)
-    paths = record.unknown([path for path, _ in samples])
-    bad = check_images(paths, threads)
-    record.add([path for path in paths if path not in bad])
+    paths = [path for path, _ in samples]
+    keys = record.keys(paths) if record else None
+    bad = check_images(paths if record is None else [paths[i] for i in np.flatnonzero(~record.knows(keys))], threads)
+    if record is not None:
+        record.add(keys[[path not in bad for path in paths]])
     if not bad:
         return list(samples)
     first = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:3])

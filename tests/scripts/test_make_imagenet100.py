@@ -1,7 +1,10 @@
 """make_imagenet100.py: links and copies of class folders, interrupted copies, and refused input."""
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -39,6 +42,19 @@ def test_links_or_copies_the_listed_classes(imagenet, copy):
         classes, found = labelled_samples(imagenet / "out" / split)
         assert classes == ["n1", "n3"] and len(found) == 2
         assert (imagenet / "out" / split / "n1").is_symlink() == (not copy)
+
+
+def test_copies_where_there_are_no_links(imagenet, monkeypatch):
+    def symlink_to(self, *_, **__):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    words = ("--imagenet", "imagenet", "--out", "out", "--classes", "list.txt")
+    for repetition in range(2):
+        outcome = call(make_imagenet100.main, *words)
+        assert outcome.status == 0 and outcome.stdout.count("no symbolic links here") == (repetition == 0), outcome
+    files = sorted((imagenet / "out").rglob("*.JPEG"))
+    assert len(files) == 4 and not any(path.is_symlink() for path in (imagenet / "out").rglob("*"))
 
 
 @pytest.mark.parametrize(
