@@ -60,10 +60,15 @@ launch() {
     echo
     printf 'log: %s\n' "${logs[@]}"
   else
+    [[ $LAUNCHER == python ]] || port_is_free ||
+      die "PORT_NUM=$PORT_NUM is in use, perhaps by another run on this machine; set another PORT_NUM"
     for log in "${logs[@]}"; do mkdir -p "$(dirname "$log")"; done
     "$@" 2>&1 | tee -a "${logs[@]}"
   fi
 }
+
+# port_is_free: succeeds unless a process of this machine listens at PORT_NUM.
+port_is_free() { ! (exec 3<> "/dev/tcp/127.0.0.1/$PORT_NUM") 2> /dev/null; }
 
 # name_of KIND --flag=value ...: print the name of a probe's files (evaluation/names.py); KIND is linear or downstream.
 name_of() { "$(command -v python || command -v python3)" "$ROOT/evaluation/names.py" "$@"; }

@@ -1,5 +1,6 @@
 """visualize_attention.py: pictures of images and folders, videos, several processes, bad input."""
 
+import struct
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -17,6 +18,7 @@ import visualize_attention
 from augmentations import ToNormalizedTensor
 from backbones import build_backbone
 from evaluation.attention import cls_attention, colored, threshold_mask
+from evaluation.video.files import extract_frames, write_video
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 HEADS = [f"attn-head{j}.png" for j in range(4)]
@@ -192,6 +194,33 @@ def test_without_pyav_pictures_are_written_and_the_missing_package_is_named(worl
     assert visualize("--output_dir", tmp_path, "--video_only", "--video_format", "gif").status == 0
     with Image.open(tmp_path / "video.gif") as video:
         assert video.n_frames == 11
+
+
+# Rows of the display matrix in an MP4 file, for a picture of 96 x 64 pixels that players turn clockwise by these angles.
+MATRICES = {
+    90: (0, 65536, 0, -65536, 0, 0, 64 << 16, 0, 1 << 30),
+    180: (-65536, 0, 0, 0, -65536, 0, 96 << 16, 64 << 16, 1 << 30),
+    270: (0, -65536, 0, 65536, 0, 0, 0, 96 << 16, 1 << 30),
+}
+
+
+@pytest.mark.parametrize("angle", MATRICES)
+def test_a_video_is_turned_as_its_file_says(angle, tmp_path):
+    """As phones write them: the frames lie on their side, and a matrix in the file's header turns them."""
+    pytest.importorskip("av")
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:32, :48] = 255
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    write_video([tmp_path / "0.png"] * 3, tmp_path / "phone.mp4", fps=10)
+    content = (tmp_path / "phone.mp4").read_bytes()
+    header, plain = content.index(b"tkhd"), struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    start = content.index(plain, header)
+    turned = content[:start] + struct.pack(">9i", *MATRICES[angle]) + content[start + len(plain) :]
+    (tmp_path / "phone.mp4").write_bytes(turned)
+    paths, fps = extract_frames(tmp_path / "phone.mp4", tmp_path)
+    found = np.asarray(Image.open(paths[0])).astype(int)
+    assert (len(paths), fps) == (3, 10) and np.abs(found - np.rot90(picture, -angle // 90)).mean() < 10
+
 
 
 @pytest.mark.parametrize("kind", ["mp4", "avi"])

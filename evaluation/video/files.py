@@ -62,7 +62,8 @@ def _read_with_pyav(path: Path) -> Iterator[tuple[Image.Image, float]]:
             for stream in container.streams.video[:1]:
                 fps = float(stream.average_rate or DEFAULT_FPS)
                 for frame in container.decode(stream):
-                    yield frame.to_image(), fps
+                    turn = getattr(frame, "rotation", 0)  # in degrees; how a phone was held. FFmpeg does not turn the frame
+                    yield frame.to_image().rotate(turn, expand=True), fps
     except (av.error.FFmpegError, OSError) as error:
         raise InputError(f"cannot be read ({error})") from error
 

@@ -3,6 +3,7 @@
 import importlib
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -290,6 +291,14 @@ def test_refuses_an_unknown_job(job, mentioned):
 
 
 # --- output and failures ---------------------------------------------------------------------------------------------
+
+
+def test_refuses_a_port_in_use(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        result = run(SCRIPTS / "pretrain.sh", DATASET_PATH=str(tmp_path), Result_dir=str(tmp_path / "results"), PORT_NUM=port)
+    assert result.returncode != 0 and f"PORT_NUM={port} is in use" in result.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_output_is_shown_and_appended_to_the_log(tmp_path):
