@@ -85,7 +85,8 @@ def config_words(parser: argparse.ArgumentParser, path: str) -> list[str]:
         elif isinstance(value, list) and flags[name].nargs is not None and not any(isinstance(v, list | dict) for v in value):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, list | dict):
-            raise InputError(f"--config {path}: {name!r} must have a value, or a list of them, not {reprlib.repr(value)}")
+            wanted = "a value" if flags[name].nargs is None else "a value or a list of values"
+            raise InputError(f"--config {path}: {name!r} must have {wanted}, not {reprlib.repr(value)}")
         else:
             words.append(f"--{name}={value}")
     return [*words, f"--config={path}"]  # ends a list of values before the words of the command line

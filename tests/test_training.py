@@ -101,7 +101,7 @@ def test_clever_steps_equal_a_plain_reference_with_unequal_heads():
         "--net", "CLeVER", "--arch", "vit_micro", "--patch_size", 8, "--global_crops_size", 32, "--local_crops_size", 16,
         "--drop_path_rate", 0, "--out_dim", 96, "--DVR_out_dim", 40, "--local_crops_number", 2, "--batch_size_per_gpu", 3,
         "--lr", 0.05, "--epochs", 2, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--reg_lambd", "_reg0.01",
-        "--sep_lambd", 0.5, "--clip_grad", 0.5,
+        "--sep_lambd", 0.5, "--clip_grad", 0.5, "--amp_dtype", "fp32",
     )  # fmt: skip
     training = build(args, steps_per_epoch=3)
     student, teacher = copy.deepcopy(training.student), copy.deepcopy(training.teacher)
@@ -147,6 +147,7 @@ def test_accumulation_moves_everything_once_per_step():
     flags = (
         "--arch", "vit_micro", "--patch_size", 8, "--global_crops_size", 32, "--local_crops_size", 16, "--out_dim", 64,
         "--DVR_out_dim", 32, "--local_crops_number", 1, "--epochs", 1, "--warmup_epochs", 0, "--drop_path_rate", 0,
+        "--amp_dtype", "fp32",
     )  # fmt: skip
     torch.manual_seed(0)
     views = [[torch.randn(4, 3, s, s) for s in (32, 32, 16)] for _ in range(2)]
