@@ -61,7 +61,7 @@ MAX_UNREAD_TYPES = 100  # in one file
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")  # in the message of torch.load
 
 # Raised by torch.load for truncated or damaged files, old formats included.
-_DAMAGE = (
+DAMAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
     OSError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
@@ -87,7 +87,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         if foreign:
             raise InputError(f"checkpoint {path}: refused, it would call {foreign[1]}") from error
         raise InputError(f"checkpoint {path}: damaged, or not written by torch.save") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise InputError(f"checkpoint {path}: damaged or incomplete ({reason})") from error
     if isinstance(checkpoint, OrderedDict) and not checkpoint:
@@ -136,7 +136,7 @@ def _load_safetensors(path: str | Path) -> dict[str, Any]:
             described = json.loads((file.metadata() or {}).get(SAFETENSORS_METADATA, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         return {"model": state, "args": dict(described.get("args", {})), "epoch": described.get("epoch")}
-    except (SafetensorError, *_DAMAGE) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise InputError(f"checkpoint {path}: damaged or incomplete ({describe_error(error)[:100]})") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from checkpoint import save_atomically
+from checkpoint import DAMAGE, save_atomically
 from utils import InputError, save_json
 
 # Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.
@@ -78,7 +78,7 @@ def _read_tensor(path: Path, source: str) -> torch.Tensor:
         raise InputError(f"{source} {path.parent}: lacks {path.name}")
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
+    except (pickle.UnpicklingError, *DAMAGE) as error:
         raise InputError(f"{source} {path}: damaged, or contains more than a tensor") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.numel() == 0:
         raise InputError(f"{source} {path}: contains no tensor, an empty one, or a single number")

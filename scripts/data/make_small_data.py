@@ -110,7 +110,7 @@ def _read_fashion_mnist(source, download):
             splits = {name: (part.data.numpy(), part.targets.numpy()) for name, part in parts.items()}
     except InputError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, AssertionError, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, zlib.error) as error:
         raise InputError(f"Fashion-MNIST in {source}: cannot be read ({describe_error(error)})") from error
     return splits, FashionMNIST.classes
 
