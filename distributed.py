@@ -91,14 +91,14 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
     Raises:
         InputError: there is not one GPU per process, or the processes do not find each other.
     """
-    adopt_slurm_variables()
+    by_srun = adopt_slurm_variables()
     local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
         # Counts the processes of the whole machine: every process raises the error if one of them has no GPU.
         processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         gpus = torch.cuda.device_count()
-        if gpus == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun may show each task only a GPU of its own
+        if gpus == 1 and by_srun:  # which may show each task only a GPU of its own
             local_rank = 0
         elif processes > gpus:
             raise InputError(

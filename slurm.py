@@ -8,8 +8,8 @@ from utils import InputError
 FIRST_PORT, PORTS = 20000, 10000  # ports that jobs choose from, by their number
 
 
-def adopt_slurm_variables() -> None:
-    """Set RANK, WORLD_SIZE, ... as torchrun would, if srun has started this process as one of several tasks.
+def adopt_slurm_variables() -> bool:
+    """Set RANK, WORLD_SIZE, ... as torchrun would, if srun has started this process as one of several tasks; True if so.
 
     A launcher's variables win, and so do MASTER_ADDR and MASTER_PORT. A task of its own, as in the script of sbatch or in
     `srun --pty bash`, runs alone.
@@ -18,7 +18,7 @@ def adopt_slurm_variables() -> None:
         InputError: this is one of several tasks, but srun's variables are missing.
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
-        return
+        return False
     rank = int(os.environ["SLURM_PROCID"])
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if rank >= tasks:
@@ -27,7 +27,7 @@ def adopt_slurm_variables() -> None:
             "SLURM_PROCID to run alone"
         )
     if tasks == 1:
-        return
+        return False
     hosts, per_host = os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
     port = FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % PORTS
     os.environ |= {
@@ -38,6 +38,7 @@ def adopt_slurm_variables() -> None:
     }
     os.environ.setdefault("MASTER_ADDR", first_host(hosts))
     os.environ.setdefault("MASTER_PORT", str(port))
+    return True
 
 
 def first_host(hosts: str) -> str:
