@@ -9,7 +9,7 @@
 #
 #   QUICK=long                  four times as many epochs of pretraining
 #   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes about 6 minutes
-#   ARCH=vit_micro              a small ViT; takes about 18 minutes. PATCH sets the side of its patches (default 4)
+#   ARCH=vit_micro              a small ViT; takes about 19 minutes. PATCH sets the side of its patches (default 4)
 #   DATA=fashion-mnist          instead of the digits; FASHION_MNIST_DIR has its files, or DOWNLOAD=1 downloads them there
 #   SEED=1                      another seed
 #   RESULT=results/mine         folder of the results; default: results/quickstart, or results/quickstart_seed<SEED>
