@@ -1,22 +1,19 @@
-"""The registry of backbones, and the loading of their weights."""
+"""The registry of backbones."""
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable
 from functools import partial
-from math import isqrt
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import resnet
 import vision_transformer as vit
-from checkpoint import load_checkpoint
 from distributed import is_distributed
-from utils import InputError, error_prefix
+from utils import InputError
 from vmamba import build_vssm, config_names, is_config_name, load_config
 
 # Builders of our backbones, by the name that --arch takes; every file vmamba/configs/<folder>/<config>.yaml is one more,
@@ -36,17 +33,6 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet.resnet18,
     "resnet50": resnet.resnet50,
 }
-
-PREFIXES = re.compile(r"^((module|backbone)\.)+")
-# Projection heads and classifiers. timm names the last layers of some backbones `head`, too: those are kept.
-HEADS = re.compile(r"^(head2?|fc)\.(?!norm\.|pre_logits\.)")
-# Classifiers in other programs; dropped unless the backbone has such names.
-CLASSIFIERS = re.compile(r"^(classifier|head_dist|heads|last_linear)\.")
-# First layers of ViTs, VMamba and ResNets, and of timm's and torchvision's other families.
-FIRST_LAYERS = (
-    "patch_embed.proj.weight", "patch_embed.0.weight", "conv1.weight", "conv_stem.weight", "stem.0.weight", "stem.conv.weight",
-    "features.0.0.weight",
-)  # fmt: skip
 
 
 def build_backbone(
@@ -203,126 +189,3 @@ def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.d
     from timm.layers import convert_sync_batchnorm
 
     return [convert_sync_batchnorm(network) for network in networks]
-
-
-def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher") -> dict[str, Tensor]:
-    """Extracts the state dict of the backbone from a checkpoint of this or another program.
-
-    Args:
-        checkpoint: a pretraining checkpoint (ours, DINO's or CLeVER's: `{"teacher": {"module.backbone.X": tensor}}`), or a
-            plain state dict, for which the key does not matter.
-        checkpoint_key: entry that contains the state dict. Without an entry `teacher`, the key `teacher` means `model` or
-            `state_dict`, as in released weights. If the state dict holds several networks, for example `encoder_q.X` and
-            `encoder_k.X`, the key names one of them.
-
-    Returns:
-        State dict without prefixes such as `module.backbone.`, without other networks, heads (`head`, `head2`) and classifiers
-        (`fc`).
-
-    Raises:
-        InputError: the checkpoint has no such key and is not a plain state dict, or it holds several networks.
-    """
-    state = _find_state_dict(checkpoint, checkpoint_key)
-    if state is None:
-        present = ", ".join(map(str, checkpoint)) or "none"
-        raise InputError(f"no state dict under checkpoint key {checkpoint_key!r}: the keys are {present}")
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    prefixes = _network_prefixes(state)
-    if len(prefixes) > 1:
-        prefixes = [prefix for prefix in prefixes if checkpoint_key in prefix.split(".")] or prefixes
-    if len(prefixes) > 1:
-        networks = ", ".join(prefix.rstrip(".").split(".")[-1] for prefix in prefixes)
-        raise InputError(f"checkpoint key {checkpoint_key!r}: there are several networks; choose one of {networks}")
-    if prefixes:
-        (prefix,) = prefixes
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    else:
-        state = {PREFIXES.sub("", name): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if not HEADS.match(name)}
-
-
-def _find_state_dict(checkpoint: dict[str, Any], key: str | None) -> dict[str, Any] | None:
-    if key and key in checkpoint:
-        return checkpoint[key] if _is_state_dict(checkpoint[key]) else None
-    for state in filter(_is_state_dict, (checkpoint.get("model"), checkpoint.get("state_dict"))):
-        if key == "teacher" or any(key in prefix.split(".") for prefix in _network_prefixes(state)):
-            return state
-    return checkpoint if _is_state_dict(checkpoint) else None
-
-
-def _is_state_dict(state: Any) -> bool:
-    """True for a dict with tensors; some programs put numbers beside them. A checkpoint has dicts."""
-    return (
-        isinstance(state, dict)
-        and any(isinstance(value, Tensor) for value in state.values())
-        and not any(isinstance(value, dict) for value in state.values())
-    )
-
-
-def _network_prefixes(state: dict[str, Any]) -> list[str]:
-    """What stands before the names of each network in a state dict, found by the name of its first layer; maybe [""]."""
-    found = {name.removesuffix(layer) for name in state for layer in FIRST_LAYERS if f".{name}".endswith(f".{layer}")}
-    found = {prefix for prefix in found if not re.search(r"(^|\.)\d+\.", prefix)}  # a block, such as layer1.0.conv1
-    return sorted(p for p in found if not any(p != other and p.startswith(other) for other in found))
-
-
-def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a state dict from `backbone_state`. All names must match, except that `num_batches_tracked` may be missing.
-
-    If the backbone has a method `convert_state_dict` (VMamba: weights of other releases), it is applied first. Classifiers that
-    other programs add are left out.
-
-    Raises:
-        InputError: names or shapes differ, or weights are not finite; the message counts them and lists the first three.
-    """
-    if hasattr(backbone, "convert_state_dict"):
-        state = backbone.convert_state_dict(state)
-    own = backbone.state_dict()
-    state = {name: value for name, value in state.items() if name in own or not CLASSIFIERS.match(name)}
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    misshaped = [
-        f"{name} ({list(state[name].shape)} in the file, {list(value.shape)} in the backbone)"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    mismatches = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    problems = [f"{len(names)} {kind}: {_first(names)}" for kind, names in mismatches.items() if names]
-    if problems:
-        raise InputError(f"the weights do not fit the backbone ({len(own)} tensors); {'; '.join(problems)}")
-    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise InputError(f"NaN or infinite values in {len(broken)} of {len(state)} weights: {_first(broken)}")
-    backbone.load_state_dict(state)
-
-
-def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str | None = "teacher") -> None:
-    """Loads the weights of a backbone from a checkpoint file. Raises InputError naming the file if they do not match.
-
-    Position embeddings that a ViT has learned for images of another size are interpolated.
-    """
-    checkpoint = load_checkpoint(path)
-    with error_prefix(path):
-        state = backbone_state(checkpoint, checkpoint_key)
-        if isinstance(backbone, vit.VisionTransformer) and "pos_embed" in state:
-            state["pos_embed"] = vit.resize_positions(state["pos_embed"], backbone.grid_size)
-        load_backbone_weights(backbone, state)
-
-
-def _first(names: list[str], n: int = 3) -> str:
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
-
-
-def image_size_of(state: dict[str, Tensor], patch_size: int) -> int | None:
-    """Side in pixels of the images that the position embeddings of a ViT were trained for; None for other state dicts.
-
-    Raises:
-        InputError: the weights were trained with another patch size.
-    """
-    if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
-        return None
-    dim, *_, trained_patch_size = state["patch_embed.proj.weight"].shape
-    if trained_patch_size != patch_size:
-        raise InputError(f"patch size {patch_size}: the weights were trained with patch size {trained_patch_size}")
-    tokens = state["pos_embed"].numel() // dim
-    return isqrt(tokens) * patch_size  # the root of 1 + g*g rounds down to g

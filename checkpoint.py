@@ -30,6 +30,16 @@ class _UnreadType:
         return OrderedDict()
 
 
+def module_entries(value: Any) -> dict[str, Any]:
+    """Parameters, buffers and modules, by name, of a pickled nn.Module that load_checkpoint has read; {} for other values."""
+    attributes = vars(value) if isinstance(value, OrderedDict) else {}
+    kinds = [attributes.get(kind) for kind in ("_parameters", "_buffers", "_modules")]
+    if not all(isinstance(kind, dict) for kind in kinds):
+        return {}
+    not_saved = attributes.get("_non_persistent_buffers_set") or ()
+    return {name: entry for kind in kinds for name, entry in kind.items() if name not in not_saved}
+
+
 def _path_text(*parts: str) -> str:
     """A pickled pathlib.Path as a string."""
     return str(PurePath(*map(str, parts)))
@@ -71,9 +81,10 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running any code that it may contain.
 
     Tensors, plain values, argparse.Namespace and numpy's arrays and scalars are read; a path becomes a string. Other programs
-    store objects of further types beside their weights. They become dicts: empty ones, except for kinds of dict. With `mmap`,
-    which needs a zip file, as torch.save writes it today, tensors stay on the disk until they are used. A file *.safetensors is
-    read as `{"model": state dict}`. Raises InputError if the file is missing or damaged, or is not a dict.
+    store objects of further types beside their weights. They become dicts: empty ones, except for kinds of dict; of a module,
+    `module_entries` has the tensors. With `mmap`, which needs a zip file, as torch.save writes it today, tensors stay on the
+    disk until they are used. A file *.safetensors is read as `{"model": state dict}`, and a module that was saved as a whole as
+    `{"model": module}`. Raises InputError if the file is missing or damaged, or is not a dict.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: no such file")
@@ -87,9 +98,13 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         if foreign:
             raise InputError(f"checkpoint {path}: refused, it would call {foreign[1]}") from error
         raise InputError(f"checkpoint {path}: damaged, or not written by torch.save") from error
+    except InputError:
+        raise
     except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise InputError(f"checkpoint {path}: damaged or incomplete ({reason})") from error
+    if module_entries(checkpoint):
+        return {"model": checkpoint}
     if isinstance(checkpoint, OrderedDict) and not checkpoint:
         raise InputError(f"checkpoint {path}: holds an object instead of a dict of tensors; save its state_dict()")
     if not isinstance(checkpoint, dict):
@@ -100,10 +115,12 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 def _check_archive(path: str | Path) -> None:
     """Raise ValueError for a zip file whose contents are larger than itself, and would need any amount of memory.
 
-    torch.save does not compress.
+    torch.save does not compress. Raises InputError for a TorchScript program.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise InputError(f"checkpoint {path}: a TorchScript program; save its state_dict() with torch.save")
             size = sum(entry.file_size for entry in archive.infolist())
         if size > Path(path).stat().st_size:
             raise ValueError(f"holds {size} bytes in a smaller file; torch.save does not compress")

@@ -29,14 +29,7 @@ import interruption
 import optim
 import utils
 from augmentations import MultiCropAugmentation, check_crop_scale
-from backbones import (
-    build_backbone,
-    check_timm_size,
-    default_drop_path_rate,
-    is_ours,
-    load_backbone_file,
-    synchronize_batch_norm,
-)
+from backbones import build_backbone, check_timm_size, default_drop_path_rate, is_ours, synchronize_batch_norm
 from checkpoint import load_resumable, save_atomically
 from datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
@@ -54,6 +47,7 @@ from pretraining_arguments import (
 from rendering import renderer_line, resolve_renderer
 from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
 from utils import InputError
+from weights import load_backbone_file
 
 NETS = ("dino", "CLeVER")
 RESUME = "the same command goes on from there"

@@ -13,21 +13,12 @@ import torch.nn as nn
 
 from arguments import TypedFloat, plain_args
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import (
-    backbone_state,
-    build_backbone,
-    default_image_size,
-    image_size_of,
-    is_known,
-    is_ours,
-    is_same_network,
-    load_backbone_weights,
-    vit_names,
-)
+from backbones import build_backbone, default_image_size, is_known, is_ours, is_same_network, vit_names
 from checkpoint import load_checkpoint, stored_arguments
 from evaluation.names import part_flag
 from heads import check_hp1, split_sizes
 from utils import InputError, error_prefix, seed_everything
+from weights import backbone_state, load_backbone_weights, trained_image_size
 
 
 @dataclass
@@ -187,9 +178,8 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         raise InputError(f"--img_size {args.img_size}: must be 1 or more")
     with error_prefix(f"--pretrained_weights {args.pretrained_weights}"):
         state = backbone_state(checkpoint, args.checkpoint_key)
-        # Only our ViTs take the patch size from its flag; the name of a timm model implies it.
-        vit_size = image_size_of(state, patch_size) if arch in vit_names() else None
-        trained_size = vit_size or stored.get("global_crops_size") or default_image_size(arch)
+        trained_size = trained_image_size(arch, state, patch_size) or stored.get("global_crops_size")
+        trained_size = trained_size or default_image_size(arch)
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import arguments
 import interruption
 import utils
-from backbones import backbone_state, has_batch_norm, load_backbone_weights
+from backbones import has_batch_norm
 from checkpoint import load_checkpoint, save_atomically, strip_prefix
 from datasets import ImageDataset, make_loader, shard
 from distributed import (
@@ -37,6 +37,7 @@ from evaluation.features import FeatureExtractor, extract_parts, gather_in_order
 from evaluation.hits import pack_hits
 from telemetry import TrainingProgress
 from utils import InputError
+from weights import backbone_state, load_backbone_weights
 
 # Metrics whose best value over the epochs is kept, and their names in a checkpoint.
 BEST = {"accuracy": "best_acc", "mean_class_accuracy": "best_mean_class_acc"}

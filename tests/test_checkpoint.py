@@ -19,10 +19,11 @@ from torch import nn
 import eval_linear
 import main_dino
 import optim
-from backbones import backbone_state, build_backbone, load_backbone_weights
+from backbones import build_backbone
 from checkpoint import load_checkpoint, load_moments, load_strictly, strip_prefix
 from evaluation.pretrained import load_pretrained
 from utils import InputError
+from weights import backbone_state, load_backbone_weights
 
 CPU = torch.device("cpu")
 

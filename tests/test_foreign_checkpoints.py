@@ -6,17 +6,20 @@ import datetime
 import enum
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from support.golden import fill_
 from support.in_process import assert_refused, pretrain, probe
 
-from backbones import backbone_state, build_backbone, load_backbone_file, load_backbone_weights
+from backbones import build_backbone
 from checkpoint import load_checkpoint, stored_arguments
 from evaluation import load_backbone
 from utils import InputError
+from weights import backbone_state, load_backbone_file, load_backbone_weights
 
 
 class Settings(dict):
@@ -165,6 +168,188 @@ def test_positions_of_another_image_size_are_interpolated(tmp_path):
     same = build_backbone("vit_micro", img_size=32, patch_size=8)
     load_backbone_file(same, tmp_path / "c.pth")
     assert torch.equal(same.pos_embed, source.pos_embed)
+
+
+def renamed(state, *pairs):
+    """The state dict with names replaced, in turn, by regular expressions."""
+    for pattern, replacement in pairs:
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    return state
+
+
+def with_query_key_value(state, names):
+    """The state dict with each qkv layer as three layers, as transformers has it."""
+    parts = {name: names for name in state if ".qkv." in name}
+    whole = {name: value for name, value in state.items() if name not in parts}
+    split = {name.replace("qkv", own): p for name in parts for own, p in zip(names, state[name].chunk(3), strict=True)}
+    return whole | split
+
+
+def vit_of_torchvision(state):
+    return renamed(
+        state,
+        ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed.proj", "conv_proj"),
+        (r"^norm\.", "encoder.ln."), (r"blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."), (r"\.norm", ".ln_"),
+        (r"attn\.qkv\.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"), ("mlp.fc1", "mlp.0"),
+        ("mlp.fc2", "mlp.3"),
+    )  # fmt: skip
+
+
+def vit_of_open_mmlab(state):
+    return renamed(
+        state,
+        ("patch_embed.proj", "patch_embed.projection"), (r"^norm\.", "norm1."), (r"(^|\.)norm([12])\.", r"\1ln\2."),
+        (r"blocks\.", "layers."), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"), ("^", "backbone."),
+    )  # fmt: skip
+
+
+def vit_of_transformers_5(state):
+    return renamed(
+        with_query_key_value(state, ("q_proj", "k_proj", "v_proj")),
+        ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), (r"^norm\.", "layernorm."), ("blocks", "layers"),
+        ("norm1", "layernorm_before"), ("norm2", "layernorm_after"), (r"attn\.proj", "attention.o_proj"),
+        (r"attn\.", "attention."), ("^", "vit."),
+    )  # fmt: skip
+
+
+def vit_of_transformers_4(state):
+    return renamed(
+        with_query_key_value(state, ("query", "key", "value")),
+        ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), (r"^norm\.", "layernorm."),
+        ("blocks", "encoder.layer"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+        (r"attn\.proj", "attention.output.dense"), (r"attn\.", "attention.attention."), ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    )  # fmt: skip
+
+
+def resnet_of_transformers(state):
+    return renamed(
+        state,
+        (r"^conv1\.", "embedder.embedder.convolution."), (r"^bn1\.", "embedder.embedder.normalization."),
+        *[(rf"^layer{i}\.(\d)\.", rf"encoder.stages.{i - 1}.layers.\1.") for i in (1, 2, 3, 4)],
+        *[(rf"\.conv{i}\.", f".layer.{i - 1}.convolution.") for i in (1, 2, 3)],
+        *[(rf"\.bn{i}\.", f".layer.{i - 1}.normalization.") for i in (1, 2, 3)],
+        (r"downsample\.0", "shortcut.convolution"), (r"downsample\.1", "shortcut.normalization"), ("^", "resnet."),
+    )  # fmt: skip
+
+
+def sequential_resnet(state):
+    children = dict(conv1=0, bn1=1, layer1=4, layer2=5, layer3=6, layer4=7)
+    return renamed(state, *[(rf"^{name}\.", f"{place}.") for name, place in children.items()])
+
+
+FOREIGN_NAMES = {
+    "torchvision's ViT": (vit_of_torchvision, "vit_micro"),
+    "OpenMMLab's ViT": (vit_of_open_mmlab, "vit_micro"),
+    "transformers' ViT": (vit_of_transformers_5, "vit_micro"),
+    "transformers' ViT before version 5": (vit_of_transformers_4, "vit_micro"),
+    "transformers' ResNet-18": (resnet_of_transformers, "resnet18"),
+    "transformers' ResNet-50": (resnet_of_transformers, "resnet50"),
+    "Sequential": (sequential_resnet, "resnet18"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.0."])
+@pytest.mark.parametrize("kind", FOREIGN_NAMES)
+def test_names_of_other_programs(kind, prefix):
+    rename, arch = FOREIGN_NAMES[kind]
+    state = rename(state_of(arch))
+    assert not {"cls_token", "conv1.weight"} & set(state) or "OpenMMLab" in kind
+    state = {f"{prefix}{name}": value for name, value in state.items()}
+    assert_loaded(backbone_state({"model_state": state | {"classifier.weight": torch.ones(2, 2)}, "epoch": 3}), arch)
+
+
+def test_torchvisions_own_vit():
+    vit = torchvision.models.VisionTransformer(224, 16, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512)
+    network, images = build_backbone("vit_micro").eval(), torch.rand(2, 3, 224, 224)
+    load_backbone_weights(network, backbone_state(fill_(vit).eval().state_dict()))
+    vit.heads = torch.nn.Identity()
+    with torch.no_grad():
+        assert torch.allclose(network(images), vit(images), atol=1e-4)
+
+
+def test_a_query_layer_without_its_key_is_missed():
+    state = vit_of_transformers_5(state_of("vit_micro"))
+    del state["vit.layers.2.attention.k_proj.weight"]
+    with pytest.raises(InputError, match="1 missing: blocks.2.attn.qkv.weight"):
+        load_backbone_weights(build_backbone("vit_micro"), backbone_state(state))
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+PLACES = {
+    "nested": lambda state: {"classy_state_dict": {"base_model": {"model": {"trunk": prefixed(state, "_feature_blocks.")}}}},
+    "another key": lambda state: {"model_state_dict": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    "one network": lambda state: {"student": prefixed(state, "module.backbone."), "epoch": 3},
+    "numpy": lambda state: {name: value.numpy() for name, value in state.items()},
+    "parameters": lambda state: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()},
+    "sparse": lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()},
+    "channels last": lambda state: state | {"conv1.weight": state["conv1.weight"].to(memory_format=torch.channels_last)},
+    "double": lambda state: {k: v.double() if v.is_floating_point() else v for k, v in state.items()},
+    "beside a mask token": lambda state: {"model": state | {"mask_token": torch.ones(2), "decoder.0.weight": torch.ones(2)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_anywhere_in_the_file(place, tmp_path, capsys):
+    torch.save(PLACES[place](state_of("resnet8")), tmp_path / "c.pth")
+    assert_loaded(backbone_state(load_checkpoint(tmp_path / "c.pth")))
+    out = capsys.readouterr().out
+    assert ("no such layers: mask_token, decoder" in out) == (place == "beside a mask token")
+    assert ("weights are taken from `student.module.backbone`" in out) == (place == "one network")
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"ema": net}, lambda net: {"net": torch.nn.DataParallel(net)}])
+def test_modules_that_were_pickled_as_a_whole(wrap, tmp_path):
+    torch.save(wrap(fill_(torchvision.models.resnet18())), tmp_path / "c.pth")
+    network = build_backbone("resnet18")
+    load_backbone_file(network, tmp_path / "c.pth")
+    expected = fill_(torchvision.models.resnet18()).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+def test_what_cannot_be_the_network_is_refused(tmp_path):
+    state = state_of("resnet8")
+    torch.jit.save(torch.jit.script(build_backbone("resnet8")), tmp_path / "c.pth")
+    with pytest.raises(InputError, match="c.pth: a TorchScript program; save its state_dict"):
+        load_checkpoint(tmp_path / "c.pth")
+    with pytest.raises(InputError, match="several networks; choose one of online, target"):
+        backbone_state({"online": {"net": state}, "target": {"net": dict(state)}})
+    assert_loaded(backbone_state({"online": {"net": dict(state)}, "target": {"net": state}}, "target"))
+    with pytest.raises(InputError, match="'taecher': the keys are student, teacher"):
+        backbone_state({"student": state, "teacher": state}, "taecher")
+    with pytest.raises(InputError, match="conv1.weight has no values"):
+        backbone_state({"model": {name: value.to("meta") for name, value in state.items()}})
+    with pytest.raises(InputError, match="conv1.weight holds complex numbers"):
+        backbone_state({"model": state | {"conv1.weight": state["conv1.weight"].to(torch.complex64)}})
+    for more in ("layer3.1.conv1.weight", "attnpool.weight", "fc_norm.weight"):
+        with pytest.raises(InputError, match=f"1 unexpected: {more}"):
+            load_backbone_weights(build_backbone("resnet8"), state | {more: torch.ones(2)})
+
+
+def test_dicts_that_contain_themselves_or_are_nested_deeply():
+    checkpoint = {"model": state_of("resnet8"), "deep": {}}
+    inner = checkpoint["deep"]
+    for _ in range(3000):
+        inner["deep"] = {}
+        inner = inner["deep"]
+    inner["self"] = checkpoint["self"] = checkpoint
+    assert_loaded(backbone_state(checkpoint))
+
+
+def test_positions_of_timms_vits(tmp_path):
+    large = fill_(build_backbone("vit_tiny_patch16_224", img_size=96))
+    torch.save(large.state_dict(), tmp_path / "c.pth")
+    assert load_backbone(tmp_path / "c.pth", arch="vit_tiny_patch16_224").network.pos_embed.shape == (1, 37, 192)
+    network = build_backbone("vit_tiny_patch16_224", img_size=224)
+    load_backbone_file(network, tmp_path / "c.pth")
+    assert torch.equal(network.pos_embed[:, 0], large.pos_embed[:, 0]) and network.pos_embed.shape == (1, 197, 192)
+    means = [positions[:, 1:].mean((0, 1)) for positions in (network.pos_embed, large.pos_embed)]
+    assert torch.allclose(*means, atol=0.02 * large.pos_embed.abs().max().item())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -14,19 +14,14 @@ from support.golden import DATA, fill_, rel_error, tensor
 from torch import nn
 
 import vmamba.ss2d
-from backbones import (
-    backbone_state,
-    build_backbone,
-    load_backbone_file,
-    load_backbone_weights,
-    synchronize_batch_norm,
-)
+from backbones import build_backbone, synchronize_batch_norm
 from utils import InputError
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging, VSSBlock
 from vmamba.scan_reference import selective_scan_reference
 from vmamba.selective_scan import BACKENDS
 from vmamba.ss2d import SS2D
+from weights import backbone_state, load_backbone_file, load_backbone_weights
 
 VMAMBA = json.loads((DATA / "vmamba.json").read_text())
 TINY = "vssm2-vmambav2_tiny_224"
