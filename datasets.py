@@ -19,7 +19,7 @@ from augmentations import Views
 from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from image_files import DECODE_ERRORS, Sample, labelled_samples, list_images, read_pixels, to_rgb
 from rendering import render_batch
-from shards import file_of, is_member, read_file
+from shards import file_of, read_file
 from telemetry import Progress
 from utils import InputError, atomic_file, describe_error
 from workers import worker_count, worker_options
@@ -119,7 +119,10 @@ def draw_views(
     Returns uint8 [V', B, 3, S, S] for each resolution, the parameters VIEW [B, V], and the images' heights and widths [B].
     Raises InputError if a file cannot be decoded.
     """
-    images = [read_pixels(path) for path in paths]
+    try:
+        images = [read_pixels(path) for path in paths]
+    except InputError as error:
+        raise InputError(f"{error} (--skip_bad_images true leaves such images out)") from error
     heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
     parameters = views.draw_seeded(seeds, heights, widths)  # B, V
     return render_batch(images, parameters, renderer), parameters, (heights, widths)
@@ -240,7 +243,7 @@ def check_images(paths: Sequence[str], threads: int = 8) -> dict[str, str]:
 
 def _read_error(path):
     try:
-        with Image.open(io.BytesIO(read_file(path)) if is_member(path) else path) as image:  # fails without pixels, too
+        with Image.open(io.BytesIO(read_file(path))) as image:  # fails without pixels, too
             image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
             image.load()
             if image.mode not in ("L", "RGB"):

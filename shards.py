@@ -171,9 +171,14 @@ def read_file(path: str | os.PathLike) -> bytes:
     """The bytes of a file, or of an image in a tar file. Raises OSError if it cannot be read as a whole."""
     member = _MEMBER.match(os.fspath(path))
     if member is None:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             return file.read()
     return _read_bytes(member[1], int(member[2]), int(member[3]))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """os.open, which for a named pipe would wait for a writer: its content is empty instead."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def file_of(path: str) -> str:
