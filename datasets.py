@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from augmentations import Views
 from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
-from image_files import DECODE_ERRORS, Sample, labelled_samples, list_images, read_pixels, to_rgb
+from image_files import DECODE_ERRORS, Sample, decode_reason, labelled_samples, list_images, read_pixels, to_rgb
 from rendering import render_batch
 from shards import file_of, read_file
 from telemetry import Progress
-from utils import InputError, atomic_file, describe_error
+from utils import InputError, atomic_file
 from workers import worker_count, worker_options
 
 UNLABELLED = -1
@@ -249,7 +249,7 @@ def _read_error(path):
             if image.mode not in ("L", "RGB"):
                 to_rgb(image)
     except DECODE_ERRORS as error:
-        return describe_error(error)
+        return decode_reason(error)
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from distributed import is_main_process
 from shards import find_shards, list_members, read_file
@@ -172,7 +172,12 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
         with Image.open(io.BytesIO(read_file(path) if content is None else content)) as image:
             return to_rgb(image)
     except DECODE_ERRORS as error:
-        raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
+        raise InputError(f"image {path}: cannot be read ({decode_reason(error)})") from error
+
+
+def decode_reason(error: Exception) -> str:
+    """Why an image cannot be decoded, in one line; one of DECODE_ERRORS."""
+    return "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else describe_error(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -202,7 +207,7 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
             if colorspace in ("YCbCr", "RGB", "Gray") and height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
                 return simplejpeg.decode_jpeg(content, "RGB")
     except OSError as error:
-        raise InputError(f"image {path}: cannot be read ({describe_error(error)})") from error
+        raise InputError(f"image {path}: cannot be read ({decode_reason(error)})") from error
     except ValueError:
         pass  # damaged, or unusual: Pillow reads it after all, or gives the reason
     return np.array(read_image(path, content))  # writable, as torch.from_numpy wants it

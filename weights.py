@@ -180,7 +180,7 @@ def _named_networks(prefixes: list[str], key: str | None) -> list[str]:
 def _plain_tensors(checkpoint: dict[str, Any], entry: Any, key: str | None) -> dict[str, Tensor]:
     usual = (checkpoint.get("model"), checkpoint.get("state_dict")) if key == "teacher" else ()
     for state in (entry,) if entry is not None else (*usual, checkpoint):
-        if isinstance(state, dict) and _is_plain(state):
+        if isinstance(state, dict) and (_is_plain(state) or module_entries(state)):
             return {PREFIXES.sub("", name): value for name, value in _tensors(state)}
     return {}
 

@@ -177,9 +177,8 @@ def test_code_in_a_checkpoint_does_not_run(world, tmp_path, save):
     assert sprung.exists()  # the trap does work
 
 
-def test_a_pickled_network_is_refused(world, tmp_path):
-    torch.save({"teacher": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")
-    assert_refused(probe(tmp_path / "module.pth", world.data, tmp_path / "out"), "module.pth", "no state dict", "'teacher'")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    assert_refused(probe(tmp_path / "module.pth", world.data, tmp_path / "out"), "module.pth", "save its state_dict()")
-
+def test_another_pickled_network_is_refused(world, tmp_path):
+    for content in ({"teacher": torch.nn.Linear(2, 2)}, torch.nn.Linear(2, 2)):
+        torch.save(content, tmp_path / "module.pth")
+        outcome = probe(tmp_path / "module.pth", world.data, tmp_path / "out")
+        assert_refused(outcome, "module.pth", "do not fit the backbone", " missing: ")
