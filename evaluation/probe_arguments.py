@@ -110,7 +110,7 @@ def build_probe(
 
 def short_hash(lines: Iterable[str]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of some lines of text."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> ProbeGroup:

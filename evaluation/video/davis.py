@@ -50,7 +50,7 @@ class Video:
         digest = hashlib.sha256()
         for path in [*self.frames, self.annotations[0]]:
             stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
 
