@@ -159,7 +159,7 @@ def make_loader(
 
 
 def unchanged(batch: Any) -> Any:
-    """collate_fn for batches that are already made."""
+    """collate_fn for batches that are already made, or for examples without batches."""
     return batch
 
 

@@ -5,7 +5,7 @@ Regressors are fitted to frozen features of transformed views, and tell on other
     python eval_equivariance.py ... --transforms rotation crop --head linear mlp --input pair single
     python eval_equivariance.py ... --protocol sie --transforms rotation
 --data_path is any folder of images; labels are not used. All numbers stand beside controls: the same network without training,
-shuffled targets, and random parts of the representation as wide as the EF. Several processes: torchrun --nproc_per_node=2 ...
+shuffled targets, and as many random dimensions as the EF has. Several processes: torchrun --nproc_per_node=2 ...
 """
 
 import argparse
@@ -23,9 +23,9 @@ import utils
 from arguments import bool_flag
 from datasets import UNLABELLED, keep_readable
 from evaluation.equivariance import (
-    FOLDS,
     GRAM_IMAGES,
     GRAM_VIEWS,
+    HELD_OUT,
     TRANSFORMS,
     Subspace,
     Transform,
@@ -42,6 +42,7 @@ from evaluation.features import FeatureExtractor
 from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, check_trial_name, load_pretrained, result_record
 from evaluation.regression import LinearRegressor, MLPRegressor
+from heads import has_both_parts
 from image_files import list_images
 from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError
@@ -53,7 +54,7 @@ PROTOCOLS = {
     "own": {"head": ["linear"], "input": ["pair"], "mlp_epochs": 50},
     "sie": {"head": ["mlp"], "input": ["pair"], "mlp_epochs": 300},
 }
-MIN_TRAIN, MIN_TEST = FOLDS, 2  # images; a cosine gap needs another image
+MIN_TRAIN, MIN_TEST = HELD_OUT, 2  # images; a cosine gap needs another image
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -103,7 +104,7 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     arguments.check_choices("transforms", args.transforms, TRANSFORMS)
     for name in args.transforms:
         if not inputs_of(TRANSFORMS[name], args.input):
-            raise InputError(f"--transforms {name} with --input {' '.join(args.input)}: told from pairs only, add pair")
+            raise InputError(f"--transforms {name} with --input {' '.join(args.input)}: needs pairs, add pair")
     if args.parts is not None:
         arguments.check_choices("parts", args.parts, PARTS)
     arguments.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
@@ -114,7 +115,7 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def inputs_of(transform: Transform, inputs: list[str]) -> list[str]:
-    """Those of the inputs from which the transformation can be told."""
+    """Those of the inputs from which the transformation can be predicted."""
     return [kind for kind in inputs if kind in transform.inputs]
 
 
@@ -153,7 +154,7 @@ def draw_images(paths: list[str], args: argparse.Namespace, rng: np.random.Gener
 def choose_subspaces(args: argparse.Namespace, pretrained: Pretrained) -> list[Subspace]:
     """The parts and the controls that are measured. Raises InputError for parts that the network does not have."""
     dim = pretrained.backbone.embed_dim
-    splits = 0 < int(dim * pretrained.hp1) < dim
+    splits = has_both_parts(dim, pretrained.hp1)
     parts = ["ALL", "IR", "EF"] if splits and pretrained.net != "dino" else ["ALL"]
     if args.parts is not None:
         parts = [PARTS[flag] for flag in args.parts]

@@ -32,6 +32,7 @@ from evaluation.names import PARTS, classifier_name, linear_probe_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, single_run
 from evaluation.probe import ProbeGroup
 from evaluation.probe_arguments import (
+    IMAGENET_CLASSES,
     add_probe_arguments,
     build_probe,
     check_class_count,
@@ -44,8 +45,6 @@ from evaluation.probe_arguments import (
 from locking import locked
 from rendering import resolve_renderer
 from utils import InputError
-
-CLASSES = {"Imagenet": 1000, "IN100": 100}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -70,8 +69,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--final_eval_weights {args.final_eval_weights}: only with one part, not {' '.join(args.else_part)}")
     if args.per_image and not args.evaluate:
         raise InputError("--per_image true: only with --evaluate")
-    if args.dataset_type is not None and args.dataset_type not in CLASSES:
-        raise InputError(f"--dataset_type {args.dataset_type!r}: must be one of {', '.join(CLASSES)}")
+    if args.dataset_type is not None and args.dataset_type not in IMAGENET_CLASSES:
+        raise InputError(f"--dataset_type {args.dataset_type!r}: must be one of {', '.join(IMAGENET_CLASSES)}")
     arguments.check_writable(args.output_dir)
 
 
@@ -83,7 +82,7 @@ def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDa
         folder, views, args.seed, renderer=args.views, skip_bad_images=args.skip_bad_images, check=check,
         threads=args.num_workers,
     )  # fmt: skip
-    check_class_count(args, folder, len(dataset.classes), CLASSES)
+    check_class_count(args, folder, len(dataset.classes), IMAGENET_CLASSES)
     return dataset
 
 

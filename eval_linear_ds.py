@@ -32,6 +32,7 @@ from evaluation.names import PARTS, classifier_name, downstream_name
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from evaluation.probe import ProbeGroup
 from evaluation.probe_arguments import (
+    IMAGENET_CLASSES,
     add_probe_arguments,
     build_probe,
     check_class_count,
@@ -49,7 +50,7 @@ from utils import InputError
 from vmamba import is_config_name
 
 MODES = ("linear", "ds_ft", "semi_1", "semi_10")
-CLASSES = {"Imagenet": 1000, "IN100": 100, "CUB200": 200} | {name: count for name, (_, count, *_) in TORCHVISION.items()}
+CLASSES = IMAGENET_CLASSES | {"CUB200": 200} | {name: count for name, (_, count, *_) in TORCHVISION.items()}
 FOLDERS = {"train": "train", "test": "val"}  # sub-folders of an image folder
 CHECKPOINT = ".pth.tar"
 

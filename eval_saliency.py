@@ -29,6 +29,7 @@ import arguments
 import distributed
 import utils
 from augmentations import ToNormalizedTensor
+from datasets import unchanged
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
 from evaluation.saliency.data import (
     LAYOUTS,
@@ -39,7 +40,6 @@ from evaluation.saliency.data import (
     SaliencyDataset,
     dataset_folders,
     find_pairs,
-    unchanged,
 )
 from evaluation.saliency.detection import FEATURES, Detector
 from evaluation.saliency.pictures import MASK_FOLDERS, draw_overview, save_masks

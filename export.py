@@ -74,7 +74,7 @@ def outputs(out: str | Path) -> tuple[Path, Path, Path]:
 # --- the network and its description -------------------------------------------------------------------------------------
 
 
-def part_columns(pretrained: Pretrained) -> dict[str, list[int]]:
+def column_ranges(pretrained: Pretrained) -> dict[str, list[int]]:
     """First column and end of each part in the representation. A dino network has only ALL."""
     dim = pretrained.backbone.embed_dim
     if not pretrained.has_parts:
@@ -104,14 +104,14 @@ def network_to_export(args: argparse.Namespace, pretrained: Pretrained) -> Netwo
         backbone=pretrained.backbone,
         arch=pretrained.arch,
         img_size=pretrained.img_size,
-        columns=None if args.part == "ALL" else tuple(part_columns(pretrained)[PARTS[args.part]]),
+        columns=None if args.part == "ALL" else tuple(column_ranges(pretrained)[PARTS[args.part]]),
         description={"args": training_args(pretrained), "epoch": pretrained.epochs},
     )
 
 
 def sidecar(args: argparse.Namespace, pretrained: Pretrained, target: Format, difference: float) -> dict[str, Any]:
     """What <out>.json says: everything that is needed to use the file, and where it comes from."""
-    columns, size = part_columns(pretrained), pretrained.img_size
+    columns, size = column_ranges(pretrained), pretrained.img_size
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "torchvision", *target.packages)}
     return {
         "kind": "export", "format": args.format, "part": args.part, "file": Path(args.out).name,
@@ -259,7 +259,7 @@ def main() -> None:
           f"largest difference {difference:.1e} of the largest feature")  # fmt: skip
     print(f"how to load it: {args.out}.md; everything about it: {args.out}.json")
     if args.format == "safetensors" and args.part != "ALL":
-        first, end = part_columns(pretrained)[PARTS[args.part]]
+        first, end = column_ranges(pretrained)[PARTS[args.part]]
         print(f"the file holds the whole backbone; the part is columns {first}:{end} of its output")
 
 

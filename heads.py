@@ -28,9 +28,14 @@ def split_sizes(dim: int, hp1: float) -> tuple[int, int]:
     """
     check_hp1(hp1)
     ir = int(dim * hp1)
-    if ir == 0 or ir == dim:
+    if not has_both_parts(dim, hp1):
         raise InputError(f"hp1 {hp1} leaves the {'IR' if ir == 0 else 'EF'} of a representation of width {dim} empty")
     return ir, dim - ir
+
+
+def has_both_parts(dim: int, hp1: float) -> bool:
+    """Whether hp1 leaves neither the IR nor the EF of a representation of width `dim` empty."""
+    return 0 < int(dim * hp1) < dim
 
 
 def split_ir_ef(z: torch.Tensor, hp1: float) -> tuple[torch.Tensor, torch.Tensor]:

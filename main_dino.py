@@ -46,7 +46,7 @@ from pretraining_arguments import (
 )
 from rendering import renderer_line, resolve_renderer
 from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
-from utils import InputError
+from utils import InputError, plural
 from weights import load_backbone_file
 
 NETS = ("dino", "CLeVER")
@@ -175,7 +175,7 @@ def build_networks(
     utils.seed_everything(args.seed)
     student, teacher = build_network(args, args.drop_path_rate), build_network(args, drop_path_rate=0.0)
     if args.init_from and not resuming:
-        load_backbone_file(student.backbone, args.init_from)
+        load_backbone_file(student.backbone, args.init_from, args.init_key)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     student, teacher = synchronize_batch_norm([student, teacher], args.arch, device)
@@ -297,8 +297,8 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
     print(f"arguments: {json.dumps(run.arguments)}")
     print(
         f"{args.net} {args.arch}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f}M parameters, "
-        f"width {backbone.embed_dim}; {images} images, {distributed.get_world_size()} processes, "
-        f"{steps_per_epoch} steps of {run.images_per_step} images per epoch; "
+        f"width {backbone.embed_dim}; {plural(images, 'image')}, {plural(distributed.get_world_size(), 'process')}, "
+        f"{plural(steps_per_epoch, 'step')} of {plural(run.images_per_step, 'image')} per epoch; "
         f"peak lr {peak_lr(args):.3g}; {str(run.amp_dtype).removeprefix('torch.')} on {run.device}"
     )
     print(renderer_line(args.views))

@@ -27,7 +27,9 @@ def add_network_arguments(group: argparse._ArgumentGroup) -> None:
     add("--sep_lambd", type=float, default=1.0, help="CLeVER: weight of the EF loss (DVR)")
     add("--reg_lambd", default="_reg0.001", help="CLeVER: weight of the regulariser of the two heads: _reg0.001, 0.001, or "
         "'' for none. Raise it if one of the heads collapses")
-    add("--init_from", help="checkpoint whose backbone the student starts from: ours, an original's, or a plain state dict")
+    add("--init_from", help="checkpoint whose backbone the student starts from: ours, an original's, or another program's")
+    add("--init_key", default="teacher", help="which network of --init_from, if there are several; a file without `teacher`: "
+        "`model` or `state_dict`")
 
 
 def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,8 +74,17 @@ def write_text_atomically(text: str, path: str | Path) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that can be encoded: the bytes of a file name that is not UTF-8, which Python holds as surrogates, become \\xe9."""
+    """Text that can be encoded: the bytes of a file name that is not UTF-8, which Python holds as surrogates, become \\xe9.
+
+    Other surrogates, which JSON may hold, become question marks.
+    """
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def plural(count: int, noun: str) -> str:
+    """1 run, 2 runs, 3 processes."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def read_lines(path: str | Path) -> list[str]:

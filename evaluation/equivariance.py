@@ -26,7 +26,7 @@ from evaluation.regression import LinearRegressor, accuracy, auc, mean_angle_err
 from telemetry import with_progress
 from utils import InputError
 
-FOLDS = 5  # one of five parts of the training images chooses the strength of the ridge
+HELD_OUT = 5  # one of so many training images is held out, to choose the strength of the ridge
 GRAM_IMAGES, GRAM_VIEWS = 16, 2  # for the Gram gap, so many images are transformed alike, so many times
 
 # --- transformations -----------------------------------------------------------------------------------------------------
@@ -37,11 +37,11 @@ Target = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # -> B, V
 
 @dataclass(frozen=True)
 class Transform:
-    """A transformation, and what is to be told about it.
+    """A transformation, and what is to be predicted about it.
 
     Args:
         changes: fields of ViewDistribution in which the transformed views differ from the clean one.
-        targets: what is to be told.
+        targets: what is to be predicted.
         kind: `values` (scored by R2), `angle` (also by the error in degrees; the targets are sine and cosine), or `class`
             (also by accuracy and AUC; the target is 1 or -1).
         disc: all views, the clean one too, are black outside their inscribed circle.
@@ -257,10 +257,10 @@ def check_targets(transform: str, names: Sequence[str], targets: Tensor, images:
             )
 
 
-def hold_out_fifth(images: int, seed: int) -> Tensor:
+def hold_out(images: int, seed: int) -> Tensor:
     """A random fifth of the images: bool [M]."""
     held_out = torch.zeros(images, dtype=torch.bool)
-    held_out[torch.randperm(images, generator=torch.Generator().manual_seed(seed))[: images // FOLDS]] = True
+    held_out[torch.randperm(images, generator=torch.Generator().manual_seed(seed))[: images // HELD_OUT]] = True
     return held_out
 
 
@@ -291,7 +291,7 @@ def regress(
     (train_features, train_targets), (test_features, test_targets) = train, test
     M, V, _ = train_targets.shape
     groups = torch.stack([train_targets, shuffle_by_image(train_targets, seed)], dim=2).flatten(0, 1)  # M*V, 2, T
-    held_out = hold_out_fifth(M, seed).repeat_interleave(V).to(groups.device)  # M*V
+    held_out = hold_out(M, seed).repeat_interleave(V).to(groups.device)  # M*V
     truth = test_targets.flatten(0, 1)  # N, T
     records: dict[int, list[dict[str, Any]]] = {}
     for network, (x, test_x) in enumerate(zip(train_features, test_features, strict=True)):

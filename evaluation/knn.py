@@ -23,7 +23,7 @@ MAX_QUERIES, MAX_SIMILARITIES = 1024, 2**28  # of a chunk: at most 1 GiB of simi
 def nearest_neighbors(train_features: torch.Tensor, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine similarities and indices [B, k] of each feature's k nearest training features, nearest first.
 
-    Both arguments are L2-normalised, [M, D] and [B, D]. k is at most M.
+    Both arguments are L2-normalised, [M, D] and [B, D]. With k > M there are M neighbours.
     """
     return (features @ train_features.T).topk(min(k, len(train_features)), dim=-1)
 
@@ -62,7 +62,7 @@ def knn_predict(
 ) -> torch.Tensor:
     """Class scores [B, C] of features [B, D] by weighted votes of their k nearest training features [M, D].
 
-    Features are L2-normalised here. k is at most M.
+    Features are L2-normalised here. With k > M, all M features vote.
     """
     train, queries = F.normalize(train_features, dim=-1), F.normalize(features, dim=-1)  # M, D and B, D
     found = search_neighbors(train, train_labels, queries, k)

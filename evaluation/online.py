@@ -15,7 +15,7 @@ import torch.nn as nn
 import arguments
 from augmentations import eval_transform
 from datasets import ImageDataset, check_same_classes, labelled_dataset
-from evaluation.equivariance import FOLDS, TRANSFORMS, TransformDataset, linear_r2
+from evaluation.equivariance import HELD_OUT, TRANSFORMS, TransformDataset, linear_r2
 from evaluation.knn import knn_accuracy
 from utils import InputError
 
@@ -27,7 +27,7 @@ def add_online_arguments(group: argparse._ArgumentGroup) -> None:
     add("--knn_data", help="labelled folder (train/ and val/), for the accuracy of a 20-NN classifier during training")
     add("--knn_freq", type=int, default=10, help="epochs between k-NN evaluations")
     add("--probe_data", help="labelled folder (train/ and val/): measures, on some of its images, the 20-NN accuracy of ALL, "
-        "IR and EF and how well a linear regressor tells a rotation from them (R2: 0 not at all, 1 exactly)")  # fmt: skip
+        "IR and EF and how well a linear regressor predicts a rotation from them (R2: 0 not at all, 1 exactly)")  # fmt: skip
     add("--probe_freq", type=int, default=10, help="epochs between these measurements. Raise it if they take more than a "
         "minute per hour; the line that they print says how long they took")  # fmt: skip
     add("--probe_images", type=int, default=2000, help="training images of --probe_data to use, and half as many test images")
@@ -36,8 +36,8 @@ def add_online_arguments(group: argparse._ArgumentGroup) -> None:
 def check_online_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values of these flags."""
     arguments.check_positive(args, "knn_freq", "probe_freq")
-    if args.probe_images < 2 * FOLDS:
-        raise InputError(f"--probe_images {args.probe_images}: must be {2 * FOLDS} or more")
+    if args.probe_images < 2 * HELD_OUT:
+        raise InputError(f"--probe_images {args.probe_images}: must be {2 * HELD_OUT} or more")
 
 
 class OnlineEvaluation:
@@ -61,8 +61,8 @@ class OnlineEvaluation:
             self.probe_data = subset(train, args.probe_images), subset(val, args.probe_images // 2)
             self.rotated = [self._rotated(images, stream) for stream, images in enumerate(self.probe_data)]
             for split, images in zip(("train", "val"), self.probe_data, strict=True):
-                if len(images) < FOLDS:
-                    raise InputError(f"--probe_data {args.probe_data}/{split}: has only {len(images)} images, needs {FOLDS}")
+                if len(images) < HELD_OUT:
+                    raise InputError(f"--probe_data {args.probe_data}/{split}: has only {len(images)} images, needs {HELD_OUT}")
 
     def _labelled(self, folder: str) -> tuple[ImageDataset, ImageDataset]:
         """Clean images of train/ and val/."""

@@ -16,7 +16,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import build_backbone, default_image_size, is_known, is_ours, is_same_network, vit_names
 from checkpoint import load_checkpoint, stored_arguments
 from evaluation.names import part_flag
-from heads import check_hp1, split_sizes
+from heads import check_hp1, has_both_parts, split_sizes
 from utils import InputError, error_prefix, seed_everything
 from weights import backbone_state, load_backbone_weights, trained_image_size
 
@@ -60,8 +60,7 @@ class Pretrained:
     @property
     def has_parts(self) -> bool:
         """Whether the representation has an IR and an EF: dino's has not, and an hp1 near 0 or 1 leaves one of them empty."""
-        dim = self.backbone.embed_dim
-        return self.net != "dino" and int(dim * self.hp1) not in (0, dim)
+        return self.net != "dino" and has_both_parts(self.backbone.embed_dim, self.hp1)
 
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
@@ -155,8 +154,9 @@ def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = Tru
         parts: also add the flags for IR and EF and for the size of the images.
     """
     add = parser.add_argument
-    add("--pretrained_weights", required=required, help="checkpoint of a pretraining, ours or an original's")
-    add("--checkpoint_key", default="teacher", help="which network of the checkpoint; a file without `teacher`: `model`")
+    add("--pretrained_weights", required=required, help="checkpoint of a pretraining, ours, an original's or another program's")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint, if there are several; a file without "
+        "`teacher`: `model` or `state_dict`")  # fmt: skip
     add("--arch", help="backbone; default: the checkpoint's, else vit_small")
     add("--patch_size", type=int, help="side of a ViT's patches, pixels; default: the checkpoint's, else 16")
     if not parts:

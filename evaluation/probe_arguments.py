@@ -20,6 +20,7 @@ from evaluation.probe import LinearClassifier, Probe, ProbeGroup
 from rendering import add_renderer_argument
 from utils import InputError
 
+IMAGENET_CLASSES = {"Imagenet": 1000, "IN100": 100}  # number of classes by --dataset_type
 # Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
 FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size", "crop_scale")
 

@@ -167,4 +167,4 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     positive = (labels > 0).cpu()
     ranks = torch.from_numpy(rankdata(scores.cpu().numpy()))  # ties share their mean rank
     count = int(positive.sum())
-    return ((ranks[positive].sum().item() - count * (count + 1) / 2) / (count * (len(labels) - count)))
+    return (ranks[positive].sum().item() - count * (count + 1) / 2) / (count * (len(labels) - count))

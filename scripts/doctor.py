@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 import views_cpp
+from arguments import ArgumentParser
 from compiled import build_info
 from csrc.selective_scan import build_tool
+from distributed import run_entry_point
 from vmamba import extension, scan_cpp
 from vmamba.selective_scan import BACKENDS, PREFERENCE
 
@@ -125,6 +127,7 @@ def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: b
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__).parse_args()
     show_torch()
     compiler, nvcc = show_tools()
     outdated = show_builds()
@@ -135,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -1,4 +1,4 @@
-"""Everything that is to be seen on a GPU, in one command: builds, tests, trainings, timings. See scripts/gpu_check.sh.
+"""All checks and timings that need a GPU, in one command: builds, tests, trainings, speed. See scripts/gpu_check.sh.
 
     bash scripts/gpu_check.sh                     # the parts below in this order, in at most 9 minutes
     bash scripts/gpu_check.sh scan losses         # only these parts

@@ -19,6 +19,7 @@ from torch import nn
 from arguments import ArgumentParser, check_positive
 from backbones import backbone_names, build_backbone
 from distributed import run_entry_point
+from evaluation.markdown import align
 from utils import InputError, write_text_atomically
 from vmamba.selective_scan import scan_flops
 
@@ -60,23 +61,6 @@ def table_row(arch: str, img_size: int) -> tuple[str, ...]:
     return arch, str(model.embed_dim), f"{params / 1e6:.1f}", f"{flops / 1e9:.2f}", with_scan
 
 
-def as_text(rows: list[tuple[str, ...]]) -> str:
-    """The table with aligned columns."""
-    rows = [HEADER, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines = []
-    for name, *numbers in rows:
-        cells = [name.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
-def as_markdown(rows: list[tuple[str, ...]]) -> str:
-    """The table in Markdown."""
-    rule = ("---", *["---:"] * (len(HEADER) - 1))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, rule, *rows))
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="ours or timm's; default: all of ours that support --img_size")
@@ -93,9 +77,10 @@ def main() -> None:
             if args.names:
                 raise
             print(f"{arch} left out: {error}", file=sys.stderr)
-    print(as_text(rows))
+    table = align([HEADER, *rows])
+    print(table)
     if args.markdown:
-        write_text_atomically(as_markdown(rows) + "\n", args.markdown)
+        write_text_atomically(table + "\n", args.markdown)
 
 
 if __name__ == "__main__":

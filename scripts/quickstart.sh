@@ -3,7 +3,7 @@
 #
 # Pretrains dino and CLeVER on small real images, trains linear probes on the whole representation (ALL), the invariant
 # representation (IR) and the equivariant factor (EF), evaluates them on perturbed images, measures what rotation does to the
-# features, and prints two tables. The row `random` is a network without pretraining, probed in the same way. Every step runs a
+# features, and prints two tables. The row `untrained` is a network without pretraining, probed in the same way. Every step runs a
 # launch script with small settings.
 # Can be run again: finished steps are reused, interrupted ones continue.
 #
@@ -32,8 +32,8 @@ case $DATA in
     ;;
   *) stop "DATA=$DATA: must be digits or fashion-mnist" ;;
 esac
-# Chosen for dino, sep_lambd for CLeVER, on a part of the training images (docs/pretraining.md, "Little data"). Networks that do
-# not begin with a batch norm get the mean and the standard deviation of the images.
+# Chosen for dino, sep_lambd and the momentum of a ViT for CLeVER, on a part of the training images (docs/pretraining.md, "Little
+# data"). Networks that do not begin with a batch norm get the mean and the standard deviation of the images.
 case $ARCH in
   vit*) epochs=100 warmup=10 rate=0.008 momentum=0.996 sep_lambd=0.1 probe_rate=1 ;;
   vssm*) epochs=40 warmup=4 rate=0.016 momentum=0.99 sep_lambd=1.0 probe_rate=1 ;;
@@ -70,10 +70,10 @@ pretrain() { net_name=$1 EPOCH=$epochs bash scripts/pretrain.sh 2>&1 | sed "s/^/
 # measure NET EPOCHS PARTS: train the probes of a network and evaluate them on perturbed images; then what rotation does.
 measure() {
   local row=$1
-  [[ $2 != 0 ]] || row=random
+  [[ $2 != 0 ]] || row=untrained
   export net_name=$1 EPOCH=$2 PARTS=$3
   { # the untrained network's rotation is measured beside those of the others
-    bash scripts/linear_probe.sh && bash scripts/perturbation.sh && { [[ $row == random ]] || bash scripts/equivariance.sh; }
+    bash scripts/linear_probe.sh && bash scripts/perturbation.sh && { [[ $row == untrained ]] || bash scripts/equivariance.sh; }
   } 2>&1 | sed "s/^/[$row] /"
 }
 
@@ -95,10 +95,10 @@ pretrain CLeVER & clever=$!
 wait_for "$dino" "$clever"
 
 step "linear probes, perturbations, rotation"
-measure CLeVER 0 ALL & random=$!
+measure CLeVER 0 ALL & untrained=$!
 measure dino "$epochs" ALL & dino=$!
 measure CLeVER "$epochs" "ALL main_part else_part" & clever=$!
-wait_for "$random" "$dino" "$clever" # three jobs of about the same length: at once, two cores are never idle
+wait_for "$untrained" "$dino" "$clever" # three jobs of about the same length: at once, two cores are never idle
 
 step "results: top-1 accuracy in percent on clean images (ori) and perturbed ones; then what rotation does to the features"
 python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"

@@ -14,7 +14,7 @@ from arguments import ArgumentParser, check_not_negative, check_writable
 from distributed import run_entry_point
 from scripts.report_page import MARKER, render
 from scripts.report_records import collect
-from utils import InputError, atomic_file
+from utils import InputError, atomic_file, plural
 
 
 def check_out(path: Path) -> None:
@@ -53,7 +53,8 @@ def main() -> None:
     with atomic_file(args.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(
-        f"wrote {args.out}: {len(found.runs)} runs, {len(found.results)} results, {len(found.pictures)} pictures, "
+        f"wrote {args.out}: {plural(len(found.runs), 'run')}, {plural(len(found.results), 'result')}, "
+        f"{plural(len(found.pictures), 'picture')}, "
         f"{args.out.stat().st_size / 1e6:.1f} MB"
     )
 

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from utils import printable
+
 FOLDER = Path(__file__).parent
 SHOWN_LENGTH = 300  # of a value that is no number, characters
 
@@ -16,14 +18,9 @@ class Html(str):
     """Finished HTML. All other text is escaped."""
 
 
-def printable(text: object) -> str:
-    """Text that UTF-8 can write: halves of surrogate pairs, which file names and JSON may hold, become question marks."""
-    return str(text).encode("utf-8", "replace").decode()
-
-
 def escape(text: object) -> Html:
     """Any text as HTML."""
-    return text if isinstance(text, Html) else Html(html.escape(printable(text)))
+    return text if isinstance(text, Html) else Html(html.escape(printable(str(text))))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:

@@ -27,6 +27,7 @@ from scripts.report_tables import (
     sort_key,
 )
 from scripts.results_table import rank
+from utils import plural
 
 MARKER = "<!doctype html><!-- scripts/report.py -->"  # the beginning of every report, by which it is known
 MAX_HEADLINES = 4  # pairs of data and backbone; beyond, the table below says it better
@@ -63,10 +64,6 @@ def render(found: Found, folders: list[Path], max_bytes: float) -> str:
         tag("dialog", tag("form", tag("button", "close", class_="plain"), method="dialog"), tag("div"), id="details"),
     ])  # fmt: skip
     return document(title, MARKER, Html(body))
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def page_head(found: Found, folders: list[Path], count: int) -> Html:

@@ -5,8 +5,8 @@
 Reads the JSON files that eval_linear.py and eval_equivariance.py wrote below the given folders, prints the tables in Markdown
 (a row per network and part, a column per perturbation; a second table for rotation, if there are results), and writes
 results.json (tables, Markdown, records) and results.png to --out. Accuracies are those of the last epoch, in percent. A network
-that was not pretrained is the row `random`. Results for different data sets, architectures, recipes, numbers of epochs, hp1 or
-seeds (of the pretraining, of the evaluation) have rows of their own. If several files hold a result for the same cell, the
+that was not pretrained is the row `untrained`. Results for different data sets, architectures, recipes, numbers of epochs, hp1
+or seeds (of the pretraining, of the evaluation) have rows of their own. If several files hold a result for the same cell, the
 newest one counts, and a note on stderr says so.
 """
 
@@ -26,13 +26,13 @@ from augmentations import PERTURBATIONS
 from distributed import run_entry_point
 from evaluation.markdown import align
 from evaluation.names import PARTS
-from scripts.rotation_table import RANDOM_PART, ROTATION, Rotation, draw, rotation_rows, split_untrained
+from scripts.rotation_table import RANDOM_DIMENSIONS, ROTATION, Rotation, draw, rotation_rows, split_untrained
 from scripts.rotation_table import to_markdown as rotation_markdown
 from utils import InputError, atomic_file, save_json
 
 # Rows appear in this order, columns in that of PERTURBATIONS; unknown names follow in alphabetical order.
-RANDOM = "random"
-NETS = (RANDOM, "dino", "CLeVER")
+UNTRAINED = "untrained"
+NETS = (UNTRAINED, "dino", "CLeVER")
 PART_ORDER = ("ALL", "IR", "EF")
 
 # Where networks of the same kind differ in one of these fields, its value is a piece of the row's name.
@@ -41,7 +41,7 @@ VARIANT_FORMATS = {
     "pretraining_seed": "pretraining seed {}", "seed": "evaluation seed {}",
 }  # fmt: skip
 NAMED_IN_ALL_ROWS = ("dataset", "arch")  # or in none
-PRETRAINING_FIELDS = ("aug", "pretrained_epochs", "hp1")  # the row `random` has none of them
+PRETRAINING_FIELDS = ("aug", "pretrained_epochs", "hp1")  # the row `untrained` has none of them
 # Kinds of results, and the fields that they must have.
 PROBE, EQUIVARIANCE = "linear_probe", "equivariance"
 REQUIRED_FIELDS = {
@@ -52,7 +52,7 @@ FIELD_TYPES = {name: (str, int, float, type(None)) for name in VARIANT_FORMATS} 
     "gaps": list,
 }  # fmt: skip
 LARGEST = {"accuracy": 100, "num_labels": 10**9}
-COLORS = {RANDOM: "Greys", "dino": "Blues", "CLeVER": "Oranges"}
+COLORS = {UNTRAINED: "Greys", "dino": "Blues", "CLeVER": "Oranges"}
 SHADES = {"ALL": 0.85, "IR": 0.6, "EF": 0.35}
 
 Table = dict[str, dict[str, float]]  # {row: {perturbation: accuracy}}
@@ -115,7 +115,7 @@ def read_record(path: Path) -> dict | None:
 
 
 def network_name(record: dict) -> str:
-    return RANDOM if record.get("pretrained_epochs") == 0 else record["net"]
+    return UNTRAINED if record.get("pretrained_epochs") == 0 else record["net"]
 
 
 def differing_fields(records: list[dict]) -> dict[str, list[str]]:
@@ -129,7 +129,7 @@ def differing_fields(records: list[dict]) -> dict[str, list[str]]:
         networks.setdefault(network_name(record), []).append(record)
 
     def differ(name: str, net: str) -> bool:
-        if name in PRETRAINING_FIELDS and net == RANDOM:
+        if name in PRETRAINING_FIELDS and net == UNTRAINED:
             return False
         return len({record.get(name) for record in (records if name in NAMED_IN_ALL_ROWS else networks[net])}) > 1
 
@@ -202,7 +202,7 @@ def rotation_table(records: list[dict], fields: dict[str, list[str]]) -> Rotatio
             rows[row] = values
     for row, several in results.items():
         note_older(f"{row}, {ROTATION}", several)
-    parts = (*PART_ORDER, RANDOM_PART)
+    parts = (*PART_ORDER, RANDOM_DIMENSIONS)
     part_of = {row: next(part for part in parts if row.endswith(part)) for row in rows}
 
     def place(row: str) -> tuple:
@@ -243,7 +243,7 @@ def plot(table: Table, columns: list[str], chance: float | None, rotation: Rotat
 
 def color_of(row: str) -> tuple[float, ...]:
     """By network, and darker for ALL than for IR than for EF."""
-    words = row.removesuffix(RANDOM_PART).split()
+    words = row.removesuffix(RANDOM_DIMENSIONS).split()
     return plt.get_cmap(COLORS.get(words[0], "Greens"))(SHADES.get(words[-1], 0.2))
 
 

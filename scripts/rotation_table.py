@@ -1,7 +1,7 @@
 """What the parts of networks do under rotation, from the results of eval_equivariance.py: a table and a panel of bars.
 
-results_table.py shows both beside the accuracies. R2 says how well a linear regressor tells the angle from the features (0: not
-at all, 1: exactly); the cosine gap says how much closer a rotated image is to itself than to other images (0: not closer).
+results_table.py shows both beside the accuracies. R2 says how well a linear regressor predicts the angle from the features (0:
+not at all, 1: exactly); the cosine gap says how much closer a rotated image is to itself than to other images (0: not closer).
 """
 
 import matplotlib.pyplot as plt
@@ -10,14 +10,14 @@ import numpy as np
 from evaluation.equivariance_report import std_over_draws
 from evaluation.markdown import align
 
-RANDOM_PART = "random part"  # as wide as the EF
+RANDOM_DIMENSIONS = "random dimensions"  # as wide as the EF
 PARTS = {
-    ("ALL", None): "ALL", ("IR", None): "IR", ("EF", None): "EF", ("EF", "random_subspace"): RANDOM_PART
+    ("ALL", None): "ALL", ("IR", None): "IR", ("EF", None): "EF", ("EF", "random_subspace"): RANDOM_DIMENSIONS
 }  # fmt: skip
 MEASURES = {"r2": "R2", "cosine_gap": "cosine gap"}
 ROTATION = "rotation"
 
-Value = tuple[float, float | None]  # and its standard deviation over several random parts
+Value = tuple[float, float | None]  # and its standard deviation over several random dimensions
 Rotation = dict[str, dict[str, Value]]  # {row: {measure: value}}
 
 
@@ -64,18 +64,18 @@ def to_markdown(rows: Rotation) -> str:
 
 
 def draw(axes: plt.Axes, rows: Rotation, colors: dict[str, str]) -> None:
-    """A group of bars for each measure, a bar for each row, as in the table; random parts are hatched."""
+    """A group of bars for each measure, a bar for each row, as in the table; random dimensions are hatched."""
     names, width = list(rows), 0.86 / len(rows)
     for i, row in enumerate(names):
         places = np.arange(len(MEASURES)) + (i - (len(names) - 1) / 2) * width
         heights, spread = zip(*(rows[row][measure] for measure in MEASURES), strict=True)
-        is_random_part = row.endswith(RANDOM_PART)
+        is_random = row.endswith(RANDOM_DIMENSIONS)
         bars = axes.bar(
-            places, heights, 0.92 * width, color=colors[row], label=row, hatch="///" if is_random_part else None,
+            places, heights, 0.92 * width, color=colors[row], label=row, hatch="///" if is_random else None,
             yerr=None if None in spread else spread, edgecolor="white", linewidth=0,
         )  # fmt: skip
         axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=2)
-    titles = ["R2 of the angle\n(1: told exactly)", "cosine gap\n(0: as far as another image)"]
+    titles = ["R2 of the angle\n(1: predicted exactly)", "cosine gap\n(0: as far as another image)"]
     axes.set_xticks(range(len(MEASURES)), titles)
     axes.set(ylim=(0, 1.05), title="what rotation does to the features")
     axes.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@
 # Afterwards `python` can import every package: it is that of the active environment if it has all packages, else of .venv.
 # VMamba's selective scan is compiled in csrc/selective_scan if there is a compiler; otherwise it runs on plain PyTorch.
 # SCAN_CUDA=1 also compiles its CUDA part, which takes minutes; by default this happens only on a machine with a GPU.
-# EXTRA_MODULES: modules that are needed in addition to those of requirements.txt (test.sh: "pytest xdist ruff safetensors").
+# EXTRA_MODULES: modules that are needed in addition to those of requirements.txt (see test.sh).
 # shellcheck shell=bash
 set -euo pipefail
 

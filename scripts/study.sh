@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/study.sh   (installs what is missing; STUDY=small takes about 90 minutes on two cores, without a GPU)
+# bash scripts/study.sh   (installs what is missing; STUDY=small takes about 110 minutes on two cores, without a GPU)
 #
 # Does CLeVER beat DINO on perturbed images, and what do its IR and EF hold? docs/study.md has the protocol and the results.
 # A cell is one network: a backbone pretrained by one of the NETS with one of the RECIPES and one of the SEEDS, or (epochs 0)
@@ -23,7 +23,7 @@ set -euo pipefail
 set -f # lists such as SEEDS are split into words, without expanding * to file names
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Chosen for dino on the tuning split, and shared by CLeVER. batch: images per step. lr: for 256 images per step. out_dim,
+# Chosen for dino on the tuning split, and shared by CLeVER; momentum and sep of vit_micro were chosen for CLeVER. batch: images per step. lr: for 256 images per step. out_dim,
 # hidden, bottleneck: widths of the heads. temp: of the teacher. sep: CLeVER's sep_lambd. crop: least share of the image in a
 # view. wd: weight decay.
 SETTINGS="
@@ -174,7 +174,7 @@ knn() {
 equivariance() {
   [[ $net != untrained ]] || return 0 # it is a control in the results of every trained network
   local hp1=""
-  [[ $net != dino ]] || hp1="--hp1 0.8" # the width of random parts; CLeVER's checkpoints say how wide the EF is
+  [[ $net != dino ]] || hp1="--hp1 0.8" # the number of random dimensions; CLeVER's checkpoints say how wide the EF is
   run eval_equivariance.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" $hp1 \
     --transforms rotation crop jitter blur flip solarize --num_images 2000 --views_per_image 4 --seed "$seed" \
     $EQUIVARIANCE_FLAGS # no transformation `grey`, which grey images do not show

@@ -237,7 +237,7 @@ BAD = [
     (CLEVER + "--parts DIR", "--parts 'DIR'", "ALL, main_part, else_part"),
     (CLEVER + "--protocol ours", "--protocol 'ours'", "own, sie"),
     (CLEVER + "--protocol sie --head linear", "--head linear", "mlp"),
-    (CLEVER + "--transforms flip --input single", "--transforms flip", "pairs only"),
+    (CLEVER + "--transforms flip --input single", "--transforms flip", "needs pairs"),
     (CLEVER + "--views_per_image 0", "--views_per_image 0", "greater than 0"),
     (CLEVER + "--mlp_epochs 0", "--mlp_epochs 0", "greater than 0"),
     (CLEVER + "--batch_size_per_gpu 0", "--batch_size_per_gpu 0", "greater than 0"),

@@ -317,4 +317,4 @@ def test_a_file_that_gives_other_features_gets_no_name(world, tmp_path, monkeypa
 def test_a_network_without_equivariant_columns_has_no_parts():
     backbone = build_backbone("vit_test", patch_size=8, img_size=SIZE)
     network = Pretrained(backbone, "vit_test", "CLeVER", 1.0, SIZE, (0.5,) * 3, (0.2,) * 3, None, None, "")
-    assert export.part_columns(network) == {"ALL": [0, 64]}
+    assert export.column_ranges(network) == {"ALL": [0, 64]}

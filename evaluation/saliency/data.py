@@ -165,8 +165,3 @@ def read_truth(path: str) -> np.ndarray:
     except DECODE_ERRORS:
         pass  # read_image gives the reason
     return np.asarray(read_image(path).convert("L"))
-
-
-def unchanged(example: Example) -> Example:
-    """The collate_fn of a DataLoader with batch_size=None; the default one would turn arrays into tensors."""
-    return example

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-THRESHOLDS = np.arange(255) / 255  # T: 0, 1/255, ..., 254/255
+THRESHOLDS = 255  # T: 0, 1/255, ..., 254/255
 BETA_SQUARED = 0.3  # precision counts more than recall (Achanta et al., CVPR 2009)
 
 
@@ -32,16 +32,16 @@ def f_curve(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Precision is 1 where no pixel is above the threshold, recall is 1 where the truth is empty, F is 0 where both are 0.
     One pass over the pixels: a histogram of the number of thresholds below each pixel, accumulated from its end.
     """
-    thresholds_below = np.ceil(np.asarray(prediction, np.float64) * 255).clip(0, 255).astype(np.intp)  # H, W
+    thresholds_below = np.ceil(np.asarray(prediction, np.float64) * THRESHOLDS).clip(0, THRESHOLDS).astype(np.intp)  # H, W
     positives, true_positives = (
-        np.bincount(counts.ravel(), minlength=256)[:0:-1].cumsum()[::-1]  # T
+        np.bincount(counts.ravel(), minlength=THRESHOLDS + 1)[:0:-1].cumsum()[::-1]  # T
         for counts in (thresholds_below, thresholds_below[truth])
     )
     relevant = np.count_nonzero(truth)
-    precision = np.divide(true_positives, positives, out=np.ones(255), where=positives > 0)
-    recall = true_positives / relevant if relevant else np.ones(255)
+    precision = np.divide(true_positives, positives, out=np.ones(THRESHOLDS), where=positives > 0)
+    recall = true_positives / relevant if relevant else np.ones(THRESHOLDS)
     product, weighted = (1 + BETA_SQUARED) * precision * recall, BETA_SQUARED * precision + recall
-    return np.divide(product, weighted, out=np.zeros(255), where=weighted > 0)
+    return np.divide(product, weighted, out=np.zeros(THRESHOLDS), where=weighted > 0)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class SaliencyMeter:
     accuracy: float = 0.0
     iou: float = 0.0
     iou_images: int = 0  # images for which the IoU is defined: prediction or truth is not empty
-    curve: np.ndarray = field(default_factory=lambda: np.zeros(255))  # F measure, T
+    curve: np.ndarray = field(default_factory=lambda: np.zeros(THRESHOLDS))  # F measure, T
 
     def add(self, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         """Add an image, prediction 0..1 and boolean truth, both [H, W]; returns the image's IoU, accuracy and F_max."""

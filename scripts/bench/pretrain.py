@@ -33,7 +33,8 @@ import main_dino
 import optim
 import utils
 import vision_transformer
-from arguments import ArgumentParser
+from arguments import ArgumentParser, check_positive
+from distributed import run_entry_point
 from pretraining import Pretraining
 from scripts.bench.products import ProductRecorder, gigaflops, synchronize, time_products
 from telemetry import peak_memory_gib
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one, here, and print JSON")
     options = parser.parse_args()
+    check_positive(options, "out_dim", "batch_size", "steps", "rounds")
     options.straightforward_dtype = options.straightforward_dtype or options.amp_dtype
     if options.implementation:
         print(json.dumps(measure(options)))
@@ -246,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

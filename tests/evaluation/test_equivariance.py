@@ -16,7 +16,7 @@ from evaluation.equivariance import (
     cosine_gap,
     extract_views,
     gram_gap,
-    hold_out_fifth,
+    hold_out,
     input_columns,
     inscribed_disc,
     linear_r2,
@@ -233,7 +233,7 @@ def test_regressors_get_aligned_rows_and_whole_images_are_held_out():
         assert torch.equal(y[:, 0].unflatten(0, (10, 2)), targets)
         assert torch.equal(y[:, 1].unflatten(0, (10, 2)), shuffle_by_image(targets, 0))
         assert held_out.unflatten(0, (10, 2)).sum(1).tolist().count(2) == held_out.sum() // 2 == 2
-    assert hold_out_fifth(14, 0).sum() == 2 and not torch.equal(hold_out_fifth(14, 0), hold_out_fifth(14, 1))
+    assert hold_out(14, 0).sum() == 2 and not torch.equal(hold_out(14, 0), hold_out(14, 1))
 
 
 def test_draws_are_averaged():

@@ -200,9 +200,9 @@ def test_the_summary_compares_the_best_accuracies_with_dino(runs):
     page, _ = make(runs)
     rows = page.tables["Linear probe: top-1 accuracy by perturbation of the test images"]
     assert [tuple(row.values()) for row in rows] == [
-        ("random ALL", "30.0", "–"), ("dino ALL", "80.0", "–"), ("CLeVER ALL", "83.0", "50.0"), ("CLeVER EF", "60.0", "–")
+        ("untrained ALL", "30.0", "–"), ("dino ALL", "80.0", "–"), ("CLeVER ALL", "83.0", "50.0"), ("CLeVER EF", "60.0", "–")
     ]  # fmt: skip
-    for tile in ("random ALL30.0−50.0 against dino", "dino ALL80.0baseline", "CLeVER ALL83.0+3.0", "CLeVER EF60.0−20.0"):
+    for tile in ("untrained ALL30.0−50.0 against dino", "dino ALL80.0baseline", "CLeVER ALL83.0+3.0", "CLeVER EF60.0−20.0"):
         assert tile in page.text
     assert "Chance: 10.0." in page.text
 

@@ -51,7 +51,7 @@ def test_rows_name_the_fields_in_which_networks_of_the_same_kind_differ(tmp_path
     write("r.json", 20.0, epochs=0, recipe="aug1_4_2")
     lines, _, _ = table_of(tmp_path)
     assert lines[2:] == [
-        ["random ALL", "20.0"],
+        ["untrained ALL", "20.0"],
         ["dino ALL", "50.0"],
         ["CLeVER aug1 ALL", "70.0"],
         ["CLeVER aug1_2 ALL", "60.0"],
@@ -69,14 +69,14 @@ def test_order_of_rows_and_columns_and_missing_results(tmp_path, write):
     lines, results, err = table_of(tmp_path)
     assert lines[0] == ["top-1 (%)", "ori", "basic", "aug1_2", "zoom"]
     assert lines[2:] == [
-        ["random ALL", "40.0", "-", "-", "-"],
+        ["untrained ALL", "40.0", "-", "-", "-"],
         ["dino ALL", "-", "56.0", "55.5", "-"],
         ["CLeVER ALL", "90.0", "-", "-", "12.0"],
         ["CLeVER IR", "-", "-", "61.0", "-"],
         ["CLeVER EF", "33.3", "-", "-", "-"],
     ]
     assert results["table"]["columns"] == ["ori", "basic", "aug1_2", "zoom"]
-    assert results["table"]["rows"][0] == {"row": "random ALL", "ori": 40.04}
+    assert results["table"]["rows"][0] == {"row": "untrained ALL", "ori": 40.04}
     assert err == ""
 
 
@@ -116,7 +116,7 @@ def test_rows_name_the_architecture_if_there_are_several(tmp_path, write):
 
 
 def test_data_sets_and_seeds_are_not_merged(tmp_path, write):
-    """An older file names its data set in its arguments only; `random` has seeds, too."""
+    """An older file names its data set in its arguments only; `untrained` has seeds, too."""
     write("a.json", 10.0)
     write("b.json", 20.0, seed=1)
     write("c.json", 30.0, args={"data_path": "data/IN100/"})
@@ -128,15 +128,15 @@ def test_data_sets_and_seeds_are_not_merged(tmp_path, write):
     assert lines[2:] == [
         ["dino IN100 ALL", "40.0"],
         ["CLeVER IN100 evaluation seed 0 ALL", "30.0"],
-        ["random digits evaluation seed 0 ALL", "50.0"],
+        ["untrained digits evaluation seed 0 ALL", "50.0"],
         ["CLeVER digits evaluation seed 0 ALL", "10.0"],
-        ["random digits evaluation seed 1 ALL", "60.0"],
+        ["untrained digits evaluation seed 1 ALL", "60.0"],
         ["CLeVER digits evaluation seed 1 ALL", "20.0"],
     ]
 
 
 def test_networks_pretrained_with_other_seeds_have_rows_of_their_own(tmp_path, write):
-    """`random` depends on the seed as well. An older file does not say it; dino has only one."""
+    """`untrained` depends on the seed as well. An older file does not say it; dino has only one."""
     for seed in (0, 1):
         write(f"c{seed}.json", 10.0 + seed, pretraining_seed=seed)
         write(f"r{seed}.json", 20.0 + seed, pretraining_seed=seed, epochs=0)
@@ -147,9 +147,9 @@ def test_networks_pretrained_with_other_seeds_have_rows_of_their_own(tmp_path, w
     assert lines[2:] == [
         ["dino ALL", "40.0"],
         ["CLeVER ALL", "30.0"],
-        ["random pretraining seed 0 ALL", "20.0"],
+        ["untrained pretraining seed 0 ALL", "20.0"],
         ["CLeVER pretraining seed 0 ALL", "10.0"],
-        ["random pretraining seed 1 ALL", "21.0"],
+        ["untrained pretraining seed 1 ALL", "21.0"],
         ["CLeVER pretraining seed 1 ALL", "11.0"],
     ]
 
@@ -280,15 +280,15 @@ def test_rotation_stands_in_a_table_of_its_own(tmp_path, write):
     table = lines[lines.index([""]) + 1 :]
     assert table[0] == ["rotation", "R2", "cosine gap"]
     assert table[2:] == [
-        ["random ALL", "0.40", "0.50"],
+        ["untrained ALL", "0.40", "0.50"],
         ["dino ALL", "0.90", "0.50"],
-        ["dino random part", "0.70 ± 0.25", "0.50 ± 0.12"],
+        ["dino random dimensions", "0.70 ± 0.25", "0.50 ± 0.12"],
         ["CLeVER ALL", "0.70", "0.50"],
         ["CLeVER IR", "0.30", "0.50"],
         ["CLeVER EF", "0.20", "0.50"],
-        ["CLeVER random part", "0.50 ± 0.25", "0.50 ± 0.12"],
+        ["CLeVER random dimensions", "0.50 ± 0.25", "0.50 ± 0.12"],
     ]
-    assert results["rotation"]["CLeVER random part"]["r2"] == pytest.approx([0.5, 0.25])
+    assert results["rotation"]["CLeVER random dimensions"]["r2"] == pytest.approx([0.5, 0.25])
     assert results["rotation"]["CLeVER ALL"]["r2"] == [0.7, None]
     assert lines[:3] == [["top-1 (%)", "ori"], lines[1], ["CLeVER ALL", "80.0"]]
 
@@ -305,12 +305,13 @@ def test_rotation_of_several_seeds_has_a_row_for_each(tmp_path, write):
     _, results, err = table_of(tmp_path)
     r2 = {row: values["r2"][0] for row, values in results["rotation"].items() if row.endswith("ALL")}
     assert r2 == {
-        "random pretraining seed 5 evaluation seed 5 ALL": 0.3,
-        "random pretraining seed 6 evaluation seed 6 ALL": 0.4,
+        "untrained pretraining seed 5 evaluation seed 5 ALL": 0.3,
+        "untrained pretraining seed 6 evaluation seed 6 ALL": 0.4,
         "CLeVER pretraining seed 0 evaluation seed 5 ALL": 0.7,
         "CLeVER pretraining seed 1 evaluation seed 6 ALL": pytest.approx(0.8),
     }
-    assert err == "" and "random pretraining seed 0 evaluation seed 0 ALL" in {row["row"] for row in results["table"]["rows"]}
+    rows = {row["row"] for row in results["table"]["rows"]}
+    assert err == "" and "untrained pretraining seed 0 evaluation seed 0 ALL" in rows
 
 
 def test_the_newest_of_several_results_for_rotation_counts(tmp_path, write):
@@ -320,7 +321,7 @@ def test_the_newest_of_several_results_for_rotation_counts(tmp_path, write):
         os.utime(newest, (when, when))
     _, results, err = table_of(tmp_path)
     assert results["rotation"]["dino ALL"]["r2"][0] == 0.7
-    rows = ("dino ALL", "dino random part")
+    rows = ("dino ALL", "dino random dimensions")
     assert err == "".join(f"note: {row}, rotation: 2 results, the newest counts: {newest}\n" for row in rows)
 
 
@@ -329,8 +330,8 @@ def test_rotation_of_a_single_random_part_has_no_standard_deviation(tmp_path, wr
     path = equivariance(tmp_path / "runs")
     path.write_text(path.read_text().replace('"draws": 5', '"draws": 1').replace("0.25", "0.0").replace("0.125", "0.0"))
     lines, results, _ = table_of(tmp_path)
-    assert ["CLeVER random part", "0.50", "0.50"] in lines
-    assert results["rotation"]["CLeVER random part"]["r2"] == [pytest.approx(0.5), None]
+    assert ["CLeVER random dimensions", "0.50", "0.50"] in lines
+    assert results["rotation"]["CLeVER random dimensions"]["r2"] == [pytest.approx(0.5), None]
 
 
 def test_rotation_alone_is_not_enough(tmp_path):
