@@ -87,6 +87,7 @@ RENAMES: dict[str, list[Rename]] = {
     ],
 }
 
+NUMBERED, BLOCK = re.compile(r"(^|\.)\d+\."), re.compile(r"(^|\.)\d+\.[^.]+\.")
 MAX_DEPTH = 64  # of nested dicts
 
 # --- finding -----------------------------------------------------------------------------------------------------------
@@ -154,14 +155,16 @@ def _is_plain(checkpoint: dict[str, Any]) -> bool:
 
 def _network_prefixes(tensors: dict[str, Tensor]) -> list[str]:
     """What stands before the names of each network, found by the name of its first layer; maybe [""]."""
-    found = set()
-    for name in tensors:
-        for layer in (*FIRST_LAYERS, *RENAMES):
-            prefix = name.removesuffix(layer)
-            # With our names, a number in the prefix means a block, such as layer1.0.conv1.
-            if f".{name}".endswith(f".{layer}") and (layer in RENAMES or not re.search(r"(^|\.)\d+\.", prefix)):
-                found.add(prefix)
-    return sorted(p for p in found if not any(p != other and p.startswith(other) for other in found))
+    layers = (*FIRST_LAYERS, *RENAMES)
+    found = {name.removesuffix(layer) for name in tensors for layer in layers if f".{name}".endswith(f".{layer}")}
+    found = {prefix for prefix in found if not any(prefix != other and prefix.startswith(other) for other in found)}
+    return sorted(prefix for prefix in found if not NUMBERED.search(prefix) or _is_network(prefix, tensors))
+
+
+def _is_network(prefix: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors below a prefix with a number, such as `layer1.0.`, are those of a network, not of a single block."""
+    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    return any(BLOCK.search(name) for name in names) or not RENAMES.keys().isdisjoint(names)
 
 
 def _named_networks(prefixes: list[str], key: str | None) -> list[str]:

@@ -5,7 +5,7 @@
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
-EXTRA_MODULES="pytest xdist ruff safetensors fvcore" source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+EXTRA_MODULES="pytest xdist ruff safetensors fvcore hypothesis" source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 cd "$ROOT"
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.golden import fill_
 from support.in_process import assert_refused, pretrain, probe
 
@@ -251,7 +253,7 @@ FOREIGN_NAMES = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "model.0."])
+@pytest.mark.parametrize("prefix", ["model.0."])
 @pytest.mark.parametrize("kind", FOREIGN_NAMES)
 def test_names_of_other_programs(kind, prefix):
     rename, arch = FOREIGN_NAMES[kind]
@@ -279,6 +281,16 @@ def test_a_query_layer_without_its_key_is_missed():
 
 def prefixed(state, prefix):
     return {prefix + name: value for name, value in state.items()}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=5), st.sampled_from(["vit_micro", "resnet8"]))
+def test_any_prefix_and_any_nesting(names, arch):
+    """`names` are the keys of nested dicts, the last one a prefix."""
+    checkpoint = prefixed(state_of(arch), f"{names[-1]}.")
+    for name in names[:-1]:
+        checkpoint = {name: checkpoint, "epoch": 3, "beside": {"0.weight": torch.ones(2, 2)}}
+    assert_loaded(backbone_state(checkpoint), arch)
 
 
 PLACES = {
