@@ -37,7 +37,7 @@ esac
 case $ARCH in
   vit*) epochs=100 warmup=10 rate=0.008 momentum=0.996 sep_lambd=0.1 probe_rate=1 ;;
   vssm*) epochs=40 warmup=4 rate=0.016 momentum=0.99 sep_lambd=1.0 probe_rate=1 ;;
-  *) epochs=30 warmup=3 rate=0.016 momentum=0.98 sep_lambd=1.0 probe_rate=0.3 stats="" ;;
+  *) epochs=30 warmup=3 rate=0.016 momentum=0.98 sep_lambd=0.1 probe_rate=0.3 stats="" ;;
 esac
 case $QUICK in
   short) ;;

@@ -28,7 +28,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # view. wd: weight decay.
 SETTINGS="
 arch                    epochs warmup batch lr    wd    out_dim hidden bottleneck temp momentum sep crop patch probe_lr
-resnet8                 12     3      64    0.016 0.001 256     256    64         0.02 0.98     1.0 0.7  16    0.3
+resnet8                 12     3      64    0.016 0.001 256     256    64         0.02 0.98     0.1 0.7  16    0.3
 vit_micro               12     3      64    0.008 0.001 256     256    64         0.02 0.996    0.1 0.7  4     1
 vssm2-vmambav2_micro    12     3      64    0.016 0.001 256     256    64         0.02 0.99     1.0 0.7  16    1
 "
