@@ -5,7 +5,7 @@ import difflib
 import importlib.util
 import json
 import math
-import reprlib
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from utils import InputError, describe_error, write_text_atomically
+from utils import InputError, describe_error, short_repr, write_text_atomically
 
 OF_THE_LAUNCHER = ("local_rank", "dist_url")  # flags that a configuration does not set
 PIP_NAMES = {"sklearn": "scikit-learn", "umap": "umap-learn", "mlflow": "mlflow-skinny"}  # where they are not the module's
@@ -41,6 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None, **options: Any) -> None:
         super().__init__(description=description, **{"formatter_class": HelpFormatter, **options})
+        self.config_path: str | None = None
         self.add_argument("--config", metavar="FILE", help="YAML file with values of flags (flag: value), or the JSON file of "
             "a result, whose flags are used again; flags of the command line win")  # fmt: skip
 
@@ -48,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")
-        path = finder.parse_known_args(words)[0].config
+        path = self.config_path = finder.parse_known_args(words)[0].config
         parsed = super().parse_args(words if path is None else [*config_words(self, path), *words], namespace)
         if parsed.config != path:
             self.error(f"--config {parsed.config}: write the name of this flag in full")
@@ -56,7 +57,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists all arguments)")
+        source = f"; flags are also read from {self.config_path}" if self.config_path else ""
+        raise InputError(f"{message} (--help lists all arguments{source})")
 
 
 # --- configurations ----------------------------------------------------------------------------------------------------
@@ -80,13 +82,13 @@ def config_words(parser: argparse.ArgumentParser, path: str) -> list[str]:
             continue
         if flags[name].nargs == 0:  # a switch, such as --evaluate
             if not isinstance(value, bool):
-                raise InputError(f"--config {path}: {name!r} must be true or false, not {reprlib.repr(value)}")
+                raise InputError(f"--config {path}: {name!r} must be true or false, not {short_repr(value)}")
             words += [f"--{name}"] if value else []
         elif isinstance(value, list) and flags[name].nargs is not None and not any(isinstance(v, list | dict) for v in value):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, list | dict):
             wanted = "a value" if flags[name].nargs is None else "a value or a list of values"
-            raise InputError(f"--config {path}: {name!r} must have {wanted}, not {reprlib.repr(value)}")
+            raise InputError(f"--config {path}: {name!r} must have {wanted}, not {short_repr(value)}")
         else:
             words.append(f"--{name}={value}")
     return [*words, f"--config={path}"]  # ends a list of values before the words of the command line
@@ -96,7 +98,8 @@ def read_config(path: str) -> dict[str, Any]:
     """The flags and values in a YAML file or in the JSON file of a result. Raises InputError unless it holds a mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        is_json = path.endswith(".json")
+        values = json.loads(text, object_pairs_hook=_without_repetition) if is_json else yaml.load(text, _Loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--config {path}: cannot be read ({describe_error(error)})") from error
     if isinstance(values, dict) and "kind" in values and isinstance(values.get("args"), dict):
@@ -107,10 +110,51 @@ def read_config(path: str) -> dict[str, Any]:
     return values
 
 
+def _without_repetition(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping. Raises ValueError if it has a key twice: one of the values would be lost."""
+    pairs = list(pairs)
+    keys = [key for key, _ in pairs]
+    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is given twice")
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """Without YAML 1.1's numbers that are not what they look like: 0123 is 83 there, and 1:30 is 90."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    pairs = ((loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)) for key, value in node.value)
+    return _without_repetition(pairs)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+        raise ValueError(f"{node.value}: write a number without leading zeros and colons, or a text in quotes")
+    kind = "float" if node.tag.endswith("float") else "int"
+    return getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
+
+
 def save_config(args: argparse.Namespace, path: str | Path) -> None:
     """Write all flags with their values as a YAML file for --config, atomically. A flag without a value is left out."""
+    write_text_atomically(_config_text(args), path)
+
+
+def is_saved_config(args: argparse.Namespace, path: Path) -> bool:
+    """Whether a file is what save_config writes for these arguments."""
+    return path.exists() and path.read_bytes() == _config_text(args).encode()
+
+
+def _config_text(args: argparse.Namespace) -> str:
     values = {name: value for name, value in plain_args(args).items() if value is not None and name not in OF_THE_LAUNCHER}
-    write_text_atomically(yaml.safe_dump(values, sort_keys=False), path)
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 # --- types and checks of flags -----------------------------------------------------------------------------------------
@@ -179,6 +223,8 @@ def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
 
 def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
     """Raise InputError, which names the flag, unless `folder` or its nearest existing parent is writable; leaves no file."""
+    if not str(folder):
+        raise InputError(f"{flag}: is empty; is a variable not set?")
     path = Path(folder).absolute()
     try:
         if path.exists() and not path.is_dir():

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import resnet
 import vision_transformer as vit
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from distributed import is_distributed
 from utils import InputError
 from vmamba import build_vssm, config_names, is_config_name, load_config
@@ -98,6 +99,16 @@ def default_image_size(arch: str) -> int:
 
     config = get_pretrained_cfg(arch)
     return config.input_size[-1] if config else 224
+
+
+def default_stats(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels that a backbone is made for: ImageNet's, or what timm says of its model."""
+    if is_ours(arch) or not is_known(arch):
+        return IMAGENET_MEAN, IMAGENET_STD
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(arch)
+    return (tuple(config.mean), tuple(config.std)) if config else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def is_same_network(arch: str, other: str) -> bool:

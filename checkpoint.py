@@ -1,6 +1,7 @@
 """Checkpoint files: safe reading, atomic writing, and loading into networks and optimizers."""
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from arguments import plain_args
-from utils import InputError, atomic_file, describe_error
+from utils import InputError, atomic_file, describe_error, short_repr
 
 _numpy_scalar, _numpy_array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
 
@@ -166,28 +167,35 @@ def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
     args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, dict) else {})
+    args = {name: value for name, value in args.items() if isinstance(name, str)}
+    args = {n: _in_unit_scale(value) if n in ("mean", "std") else value for n, value in args.items()}
     return {n: value for n, value in args.items() if value is not None and (n not in _OURS or _OURS[n](value))}
 
 
-def _is_stats(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+def _in_unit_scale(value: Any) -> Any:
+    """Mean or standard deviation of the channels for pixels in 0..1; some programs store them for pixels in 0..255."""
+    return [each / 255 for each in value] if _is_triple(value) and 1 < max(value) <= 255 else value
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) for v in value)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+    return type(value) is int and value > 0
 
 
 # What the values of our flags look like, for flags that evaluations take from a checkpoint.
 _OURS: dict[str, Callable[[Any], bool]] = {
     "arch": lambda value: isinstance(value, str),
     "net": lambda value: value in ("dino", "CLeVER"),
-    "hp1": lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+    "hp1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
     "patch_size": _is_count,
     "global_crops_size": _is_count,
-    "mean": _is_stats,
-    "std": _is_stats,
+    "mean": lambda value: _is_triple(value) and all(0 <= v <= 1 for v in value),
+    "std": lambda value: _is_triple(value) and all(0 < v <= 1 for v in value),
     "aug": lambda value: isinstance(value, str),
-    "seed": lambda value: isinstance(value, int),
+    "seed": lambda value: type(value) is int,
 }
 
 
@@ -229,6 +237,11 @@ def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -
     missing = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} - set(state)
     if missing:
         raise InputError(f"checkpoint {path}: not a checkpoint of this script, lacks {', '.join(sorted(missing))}")
+    wrong = [name for name in ("student", "teacher", "optimizer", "dino_loss") if not isinstance(state[name], dict)]
+    wrong += [] if isinstance(state["args"], (dict, argparse.Namespace)) else ["args"]
+    wrong += [] if type(state["epoch"]) is int and state["epoch"] >= 0 else ["epoch"]
+    if wrong:
+        raise InputError(f"checkpoint {path}: damaged, or of another script: its {wrong[0]} is {short_repr(state[wrong[0]])}")
     stored = plain_args(state["args"])
     for name in fixed:
         if name in stored and stored[name] != getattr(args, name):
@@ -240,6 +253,17 @@ def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -
     if changed:
         print("continuing with changed arguments:", ", ".join(f"{n} {stored[n]} -> {getattr(args, n)}" for n in changed))
     return state
+
+
+@contextlib.contextmanager
+def valid_state(path: str | Path) -> Iterator[None]:
+    """Errors while a training's state is taken from the checkpoint `path` become an InputError: it is damaged, or another's."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"checkpoint {path}: damaged, or of another script ({describe_error(error)[:200]})") from error
 
 
 def strip_prefix(state: dict[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch.nn as nn
 
 import interruption
 from arguments import check_positive
-from failures import describe_failure
+from failures import describe_failure, describe_path_error
 from slurm import adopt_slurm_variables
 from utils import InputError, describe_error
 
@@ -30,8 +30,8 @@ def run_entry_point(main: Callable[[], None]) -> None:
     """Run a script's main.
 
     An InputError becomes one line on stderr and exit status 2; a FloatingPointError and a failure of the machine, such as a
-    full disk (failures.py), one line and exit status 1. SIGTERM ends the script with one line, see interruption.py. What the
-    terminal's encoding lacks is printed escaped.
+    full disk (failures.py), one line and exit status 1. SIGTERM and Ctrl-C end the script with one line, see interruption.py.
+    What the terminal's encoding lacks is printed escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -45,14 +45,19 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except FloatingPointError as error:
         _give_up(f"not finite: {error}", 1)
     except interruption.Interrupted as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"stopped by SIGTERM: {stop}", file=sys.stderr, flush=True)
+        if _rank_of_launcher() == 0:
+            print(f"stopped by {interruption.received()}: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.status)
-    except Exception as error:
-        failure = describe_failure(error)
-        if failure is None:
+    except BrokenPipeError as error:
+        if error.filename is not None:
             raise
-        _give_up(failure, 1)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python would flush the closed one at its end
+        _give_up("the program that reads the output has ended", 1)
+    except Exception as error:
+        failure, path = describe_failure(error), describe_path_error(error)
+        if failure is None and path is None:
+            raise
+        _give_up(failure or path, 1 if failure else 2)
     # Not after an error: nccl would wait here for the other processes, which may be waiting in a collective.
     if is_distributed():
         dist.destroy_process_group()
@@ -64,10 +69,16 @@ def _give_up(message: str, status: int) -> NoReturn:
     A launcher ends all processes as soon as one has ended. So an error that occurs in every process is printed once, and an
     error that occurs in only one of them is printed too.
     """
-    if int(os.environ.get("RANK", 0)) > 0:
+    if _rank_of_launcher() > 0:
         time.sleep(GRACE_SECONDS)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _rank_of_launcher() -> int:
+    """The number that the launcher has given to this process; 0 without a launcher."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +103,7 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         InputError: there is not one GPU per process, or the processes do not find each other.
     """
     by_srun = adopt_slurm_variables()
-    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    local_rank = _variable("LOCAL_RANK", args.local_rank)
     cuda = torch.cuda.is_available()
     if cuda:
         # Counts the processes of the whole machine: every process raises the error if one of them has no GPU.
@@ -116,20 +127,33 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
 
 def _join_process_group(backend: str, args: argparse.Namespace) -> None:
     """Find the other processes within JOIN_MINUTES; later on, wait for them for --dist_timeout minutes."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = _variable("RANK"), _variable("WORLD_SIZE")
+    if rank >= world_size:
+        raise InputError(f"RANK={rank} with WORLD_SIZE={world_size}: the ranks are 0..{world_size - 1}")
     check_positive(args, "dist_timeout")
     _check_address(args.dist_url)
     try:
         join, wait = (datetime.timedelta(minutes=minutes) for minutes in (JOIN_MINUTES, args.dist_timeout))
-        store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=join))
-        store.set_timeout(wait)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+        with interruption.at_once():  # torch's waiting does not return to Python
+            store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=join))
+            store.set_timeout(wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     except (OSError, RuntimeError, ValueError) as error:  # torch's own errors are RuntimeErrors
         reason = describe_error(error)
         advice = "do all processes run, and do they have the same address and port?"
         if "EADDRINUSE" in reason:
             advice = "choose another port: PORT_NUM of the launch scripts, --master_port of torchrun, or MASTER_PORT"
         raise InputError(f"process {rank} of {world_size} cannot join the others: {advice} ({reason[:200]})") from error
+
+
+def _variable(name: str, default: int | None = None) -> int:
+    """A number that the launcher has put into the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise InputError(f"{name}={text}: must be a whole number, which launchers set")
+    return int(text)
 
 
 def _check_address(dist_url: str) -> None:

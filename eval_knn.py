@@ -37,6 +37,7 @@ from evaluation.pretrained import (
     result_record,
     single_run,
 )
+from locking import locked
 from rendering import add_renderer_argument, resolve_renderer
 from utils import InputError
 
@@ -223,8 +224,10 @@ def main() -> None:
     args = resolve_renderer(args)
     device = distributed.init_distributed(args)
     sets = {"ori": read_features(args)} if args.load_features else compute_features(args, device)
-    if args.dump_features and distributed.is_main_process():
-        save_features(sets["ori"], args.dump_features)
+    if args.dump_features:
+        with locked(Path(args.dump_features) / "features"):
+            if distributed.is_main_process():
+                save_features(sets["ori"], args.dump_features)
     neighbors = usable_neighbors(args.nb_knn, len(next(iter(sets.values())).train))
     for perturbation, features in sets.items():
         for part in args.else_part:

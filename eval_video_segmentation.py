@@ -37,8 +37,9 @@ from evaluation.video.davis import Video
 from evaluation.video.masks import write_mask
 from evaluation.video.metrics import VideoScores
 from evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
+from locking import locked
 from telemetry import Progress
-from utils import InputError, whole_folder
+from utils import InputError, plural, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
 MAX_READING_THREADS = 4
@@ -206,19 +207,17 @@ def write_contact_sheet(videos: list[Video], scores: list[VideoScores], output: 
     print(f"wrote {path}")
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
-    check_args(args)
-    device = distributed.init_distributed(args)
-    names, output = davis.list_videos(args.data_path, args.subset), Path(args.output_dir)
-    pretrained = load_pretrained(args, device)
-    segmenter = build_segmenter(args, pretrained, device)
+def segment_videos(
+    args: argparse.Namespace, pretrained: Pretrained, segmenter: Segmenter, names: list[str], output: Path
+) -> None:
+    """Masks, tables and contact sheet. Raises InputError if a video has failed, after the others."""
     videos, failures = open_videos(args.data_path, names, all_annotations=args.score)
     if distributed.is_main_process():
         remove_results(output, args.subset)
         for name, error in failures.items():
             print_failure(name, error)
-    print(f"{pretrained.net} {pretrained.arch}, {len(videos)} videos, {sum(len(v.frames) for v in videos)} frames, {device}")
+    frames = sum(len(video.frames) for video in videos)
+    print(f"{pretrained.net} {pretrained.arch}, {plural(len(videos), 'video')}, {plural(frames, 'frame')}, {segmenter.device}")
 
     settings = mask_settings(args, pretrained, segmenter.std)
     shares = distributed.all_gather_objects(evaluate(segmenter, own_share(videos), output, settings, args.score))
@@ -237,6 +236,17 @@ def main() -> None:
             f"{len(failures)} of {len(names)} videos failed (masks of the other {len(names) - len(failures)} are in {output}, "
             f"no tables are written); {name}: {error}"
         )
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
+    check_args(args)
+    device = distributed.init_distributed(args)
+    names, output = davis.list_videos(args.data_path, args.subset), Path(args.output_dir)
+    pretrained = load_pretrained(args, device)
+    segmenter = build_segmenter(args, pretrained, device)
+    with locked(output / "video_segmentation"):
+        segment_videos(args, pretrained, segmenter, names, output)
 
 
 if __name__ == "__main__":

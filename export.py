@@ -32,7 +32,9 @@ import utils
 from evaluation.export_formats import FORMATS, Features, Format, Network
 from evaluation.names import PARTS, part_flag
 from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from failures import describe_failure
 from heads import split_sizes
+from locking import locked
 from utils import InputError, describe_error
 from vmamba import is_config_name
 
@@ -202,7 +204,7 @@ def largest_difference(network: Network, features: Features) -> float:
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """A new folder beside `out` for what is not yet complete, with the same file system; removed at the end."""
-    folder = out.with_name(f".{out.name}.unfinished")
+    folder = utils.beside(out.with_name(f".{out.name}"), ".unfinished")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
@@ -243,6 +245,8 @@ def write_and_compare(network: Network, target: Format, path: Path) -> float:
     except InputError:
         raise
     except Exception as error:  # of many types, by the code of any network and library
+        if describe_failure(error):  # such as a full disk: not the format's fault
+            raise
         raise InputError(f"{failed} cannot be exported ({describe_error(error)[:300]}); choose another format") from error
     if not difference <= TOLERANCE:
         raise InputError(f"{failed} has other features there, which differ by {difference:.1e} of the largest; "
@@ -254,7 +258,8 @@ def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
     pretrained = load_pretrained(args, torch.device("cpu"))
-    difference = export(args, pretrained)
+    with locked(args.out):
+        difference = export(args, pretrained)
     print(f"wrote {args.out}: {args.part} of {pretrained.net} {pretrained.arch}, format {args.format}; "
           f"largest difference {difference:.1e} of the largest feature")  # fmt: skip
     print(f"how to load it: {args.out}.md; everything about it: {args.out}.json")

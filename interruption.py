@@ -1,54 +1,83 @@
-"""SIGTERM, which Slurm, Kubernetes and launchers send some time before they kill a process.
+"""SIGTERM, which Slurm, Kubernetes and launchers send some time before they kill a process, and SIGINT, which Ctrl-C sends.
 
-By default a script ends at once, with a line that says how to go on. Where something is to be finished or saved first, SIGTERM
-is only noted: `deferred`. In data loading workers it is ignored: the process that started them decides when they end.
+By default a script ends at once, with a line that says how to go on. Where something is to be finished or saved first, the
+signal is only noted: `deferred`; a second Ctrl-C does not wait. In data loading workers both are ignored: the process that
+started them decides when they end.
 """
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+SAME_SECONDS = 1.0  # two signals within them are one
 UNFINISHED = "what has not been written yet is missing; start the same command again"
 
 
 class Interrupted(BaseException):
-    """The script ends because of SIGTERM. Like KeyboardInterrupt it is no Exception, which others might catch.
+    """The script ends because of a signal. Like KeyboardInterrupt it is no Exception, which others might catch.
 
     Args:
         message: how to go on.
-        status: the exit status: 0 if nothing is lost, otherwise 143, as if there were no handler.
+        status: the exit status: 0 if nothing is lost. None: that of a process without a handler, 143 (SIGINT: 130).
     """
 
-    def __init__(self, message: str = UNFINISHED, status: int = 128 + signal.SIGTERM) -> None:
+    def __init__(self, message: str = UNFINISHED, status: int | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.given_status = status
+
+    @property
+    def status(self) -> int:
+        return 128 + (_received or signal.SIGTERM) if self.given_status is None else self.given_status
 
 
-_received = False
+_received: signal.Signals | None = None
+_received_at = 0.0
 _response: Interrupted | None = None  # raised by SIGTERM; None: it is only noted
 
 
 def is_requested() -> bool:
-    """True if this process has received SIGTERM."""
-    return _received
+    """True if this process has received one of the signals."""
+    return _received is not None
+
+
+def received() -> str:
+    """The signal that this process has received, as users know it."""
+    return "Ctrl-C" if _received == signal.SIGINT else "SIGTERM"
 
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """In the main thread, SIGTERM raises Interrupted from here on, unless `deferred`."""
+    """In the main thread, SIGTERM and SIGINT raise Interrupted from here on, unless `deferred`."""
     global _received
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _received = False
-    former = signal.signal(signal.SIGTERM, _on_sigterm)
+    _received = None
+    former = {number: signal.signal(number, _on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with _responding(Interrupted()):
             yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """SIGTERM and SIGINT end the process within, without a line: for calls that wait for long outside of Python."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def deferred() -> contextlib.AbstractContextManager[None]:
@@ -74,16 +103,22 @@ def _responding(response: Interrupted | None) -> Iterator[None]:
 
 
 def _obey() -> None:
-    if _received and _response is not None:
+    if _received is not None and _response is not None:
         raise _response
 
 
-def _on_sigterm(*_: Any) -> None:
-    global _received
-    _received = True
+def _on_signal(number: int, _: Any) -> None:
+    global _received, _received_at
+    now = time.monotonic()
+    # A launcher passes on the signal that the terminal has sent to both: the second one means no more than the first.
+    if number == signal.SIGINT and _received == signal.SIGINT and now - _received_at > SAME_SECONDS:
+        sys.exit(128 + number)
+    if _received is None:
+        _received, _received_at = signal.Signals(number), now
     _obey()
 
 
-def ignore_sigterm(*_: Any) -> None:
-    """Ignore SIGTERM in this process; as worker_init_fn of a DataLoader, in its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(*_: Any) -> None:
+    """Ignore both signals in this process; as worker_init_fn of a DataLoader, in its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import all_gather_objects, is_main_process
-from utils import InputError
+from utils import InputError, beside
 
 try:
     import fcntl
@@ -51,7 +51,7 @@ def locked(*paths: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = path.with_name(f"{path.name}.lock")
+    lock = beside(path, ".lock")
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

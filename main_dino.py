@@ -30,7 +30,7 @@ import optim
 import utils
 from augmentations import MultiCropAugmentation, check_crop_scale
 from backbones import build_backbone, check_timm_size, default_drop_path_rate, is_ours, synchronize_batch_norm
-from checkpoint import load_resumable, save_atomically
+from checkpoint import load_resumable, save_atomically, valid_state
 from datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from heads import DINOHead, MultiCropWrapper, check_hp1, split_sizes
@@ -45,8 +45,8 @@ from pretraining_arguments import (
     add_run_arguments,
 )
 from rendering import renderer_line, resolve_renderer
-from telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
-from utils import InputError, plural
+from telemetry import CollapseWatch, append_log, epoch_line, is_first_epoch, peak_memory_gib, truncate_log
+from utils import InputError, plural, set_aside
 from weights import load_backbone_file
 
 NETS = ("dino", "CLeVER")
@@ -341,12 +341,18 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
     steps_per_epoch = len(loader) // args.accumulation
     run = build_pretraining(args, student, teacher, device, steps_per_epoch)
 
-    start_epoch = run.load_state_dict(state) if state else 0
+    with valid_state(Path(args.output_dir) / "checkpoint.pth"):
+        start_epoch = run.load_state_dict(state) if state else 0
     if distributed.is_main_process():
         os.makedirs(args.output_dir, exist_ok=True)
-        truncate_log(Path(args.output_dir) / "log.txt", start_epoch)
+        log, config = (Path(args.output_dir) / name for name in ("log.txt", "config.yaml"))
+        if state is None:  # a new run: the files are of another one, or the user's
+            for path, is_own in ((log, is_first_epoch(log)), (config, arguments.is_saved_config(given, config))):
+                if not is_own:
+                    set_aside(path)
+        truncate_log(log, start_epoch)
         readable.save()
-        arguments.save_config(given, Path(args.output_dir) / "config.yaml")
+        arguments.save_config(given, config)
     print_summary(args, run, len(dataset), steps_per_epoch)
     if state:
         step = run.micro_steps_done(start_epoch) // args.accumulation

@@ -11,6 +11,7 @@ resumed run repeats them.
 
 import itertools
 import json
+import math
 import os
 import re
 import tarfile
@@ -18,11 +19,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from distributed import all_gather_objects, get_rank, get_world_size
+from distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from telemetry import Progress
-from utils import InputError, describe_error
+from utils import InputError, describe_error, plural
 
 MAX_OPEN_FILES = 64  # of a process
+MAX_SHARDS = 1_000_000  # that a pattern may mean
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json file
 _MEMBER = re.compile(r"(.*\.tar)//(\d+)\+(\d+)/", re.DOTALL)
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -46,7 +48,7 @@ def find_shards(root: str, suffixes: tuple[str, ...]) -> list[str]:
     files that do not exist.
     """
     if root.endswith(".tar"):
-        paths = _expand(root)
+        paths = [root] if os.path.isfile(root) else _expand(root)
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise InputError(f"tar files {root}: {len(missing)} of {len(paths)} do not exist, the first is {missing[0]}")
@@ -72,9 +74,13 @@ def _expand(pattern: str) -> list[str]:
             first, last = numbers.groups()
             if int(first) > int(last):
                 raise InputError(f"tar files {pattern}: the range {{{text}}} is empty")
+            if int(last) - int(first) >= MAX_SHARDS:
+                raise InputError(f"tar files {pattern}: more than {MAX_SHARDS} files")
             choices.append([f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)])
         else:
             choices.append(text.split(","))
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise InputError(f"tar files {pattern}: more than {MAX_SHARDS} files")
     parts = _BRACES.split(pattern)[::2]  # what stands between the braces
     return ["".join(itertools.chain(*zip(parts, (*choice, ""), strict=True))) for choice in itertools.product(*choices)]
 
@@ -86,22 +92,29 @@ def list_members(shards: list[str], suffixes: tuple[str, ...]) -> list[Member]:
     """
     own = shards[get_rank() :: get_world_size()]
     meter = Progress("listing tar files", len(own), unit="files", silent_if_quick=True)
-    found: dict[str, list[Member] | InputError] = {}
+    found: dict[str, tuple[list[Member], int] | InputError] = {}
     for path in own:
         try:
             found[path] = _members_of(path, suffixes)
         except InputError as error:  # raised by all processes, below
             found[path] = error
         meter.advance()
-    of_all = {path: members for share in all_gather_objects(found) for path, members in share.items()}
+    of_all = {path: each for share in all_gather_objects(found) for path, each in share.items()}
     for path in shards:
         if isinstance(of_all[path], InputError):
             raise of_all[path]
-    return [member for path in shards for member in of_all[path]]
+    left_out = sum(of_all[path][1] for path in shards)
+    if left_out and is_main_process():
+        print(f"left out: {plural(left_out, 'image')} of tar files, with a dot before the suffix of the name", flush=True)
+    return [member for path in shards for member in of_all[path][0]]
 
 
-def _members_of(path: str, suffixes: tuple[str, ...]) -> list[Member]:
-    """The images in one tar file, in their order."""
+def _members_of(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], int]:
+    """The images in one tar file, in their order, and the number of those that are left out.
+
+    In WebDataset's layout, a sample's name ends at its first dot: `a.seg.png` is the segmentation of `a`, no image of its own.
+    """
+    left_out = 0
     images: dict[str, str] = {}  # by key
     labels: dict[str, int] = {}
     for member in _read_headers(path):
@@ -114,13 +127,16 @@ def _members_of(path: str, suffixes: tuple[str, ...]) -> list[Member]:
             if key in images:
                 raise InputError(f"tar file {path}: two images of the name {key}")
             images[key] = f"{path}//{member.offset_data}+{member.size}/{member.name}"
+        elif kind.endswith(suffixes):
+            left_out += 1
         elif kind in (".cls", ".json"):
             label = _read_label(path, member, kind)
             if label is not None and labels.setdefault(key, label) != label:
                 raise InputError(f"tar file {path}: two labels for {key}: {labels[key]} and {label}")
     if not images:
-        raise InputError(f"tar file {path}: has no images ({' '.join(suffixes)})")
-    return [Member(image, labels.get(key)) for key, image in images.items()]
+        dots = f"; {plural(left_out, 'image')} with a dot before the suffix of the name" if left_out else ""
+        raise InputError(f"tar file {path}: has no images ({' '.join(suffixes)}){dots}")
+    return [Member(image, labels.get(key)) for key, image in images.items()], left_out
 
 
 def _read_headers(path: str) -> Iterator[tarfile.TarInfo]:

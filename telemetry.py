@@ -243,9 +243,18 @@ def truncate_log(path: str | Path, epoch: int) -> None:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and record.get("epoch", epoch) < epoch:
+        if isinstance(record, dict) and type(record.get("epoch")) is int and record["epoch"] < epoch:
             kept.append(line)
     write_text_atomically("".join(line + "\n" for line in kept), path)
+
+
+def is_first_epoch(path: Path) -> bool:
+    """Whether a log holds at most the record of epoch 0, of a run that ended before its first checkpoint."""
+    try:
+        records = read_log(path)
+    except (ValueError, RecursionError):
+        return False
+    return not records or (len(records) == 1 and isinstance(records[0], dict) and records[0].get("epoch") == 0)
 
 
 def feature_std(z: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 import contextlib
 import csv
+import hashlib
 import io
+import itertools
 import json
 import os
 import random
 import re
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
+MAX_NAME = 255  # bytes of a file name, on most file systems
 
 
 class InputError(ValueError):
@@ -47,6 +52,14 @@ def seed_everything(*key: int) -> None:
     random.seed(int(words[1]))
 
 
+def beside(path: Path, ending: str) -> Path:
+    """The name of a file that accompanies `path`: its own and the ending; shorter where that would be too long for a file."""
+    name = path.name + ending
+    if len(os.fsencode(name)) > MAX_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{ending}"
+    return path.with_name(name)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Write atomically: `path` holds the whole old file or the whole new one at any moment, whatever happens.
@@ -56,7 +69,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = beside(path, ".tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -65,6 +78,15 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # writing to an open file fails without its name
             error.filename = str(path)
         raise
+
+
+def set_aside(path: Path) -> None:
+    """Give a file that exists another name, log.txt for example log.1.txt, and say so."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        new = next(name for name in names if not name.exists())
+        path.rename(new)
+        print(f"{path} is kept as {new.name}")
 
 
 def write_text_atomically(text: str, path: str | Path) -> None:
@@ -82,6 +104,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def short_repr(value: Any) -> str:
+    """A value as text in one line of at most 200 characters."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def plural(count: int, noun: str) -> str:
     """1 run, 2 runs, 3 processes."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
@@ -90,7 +118,7 @@ def plural(count: int, noun: str) -> str:
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file that are not blank, without spaces around them. They may name files, which need not be UTF-8."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a byte order mark
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
 def save_json(record: Any, path: str | Path) -> None:
@@ -117,7 +145,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     `folder` is whole, old or new, or absent for a moment; it is never incomplete.
     """
-    scratch, former = (folder.with_name(f".{folder.name}.{word}") for word in ("unfinished", "former"))
+    scratch, former = (beside(folder.with_name(f".{folder.name}"), f".{word}") for word in ("unfinished", "former"))
     try:
         for leftover in (scratch, former):
             shutil.rmtree(leftover, ignore_errors=True)

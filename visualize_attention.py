@@ -34,10 +34,11 @@ from arguments import bool_flag
 from datasets import keep_readable, shard
 from evaluation.attention import PictureDataset, ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
 from evaluation.pretrained import add_backbone_arguments, load_pretrained
-from evaluation.video.files import DEFAULT_FPS, FORMATS, SUFFIXES, extract_frames, write_video
+from evaluation.video.files import DEFAULT_FPS, FORMATS, MAX_FPS, MAX_GIF_FPS, MIN_FPS, SUFFIXES, extract_frames, write_video
 from image_files import list_images
+from locking import locked
 from telemetry import with_progress
-from utils import InputError
+from utils import InputError, plural
 from workers import worker_count, worker_options
 
 OUTPUT_NAMES = re.compile(r"(overview|img|overlay|attn-.*|mask_th.*)\.png|video\..*")
@@ -80,7 +81,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: must lie in (0, 1]")
     if args.fps is not None:
-        arguments.check_positive(args, "fps")
+        limit = MAX_GIF_FPS if args.video_format == "gif" else MAX_FPS
+        if not MIN_FPS <= args.fps <= limit:
+            raise InputError(f"--fps {args.fps}: must lie in {MIN_FPS}..{limit} for --video_format {args.video_format}")
     arguments.check_not_negative(args, "num_workers")
     arguments.check_writable(output)
 
@@ -108,6 +111,10 @@ def resolve_image_size(args: argparse.Namespace) -> list[int]:
 
 
 # --- input -------------------------------------------------------------------------------------------------------------
+
+
+def video_path(args: argparse.Namespace) -> Path:
+    return Path(args.output_dir) / f"video.{args.video_format}"
 
 
 def natural_order(path: str | Path) -> list[str | int]:
@@ -189,24 +196,21 @@ def write_frames(maps: Iterator[tuple[str, Tensor, Tensor]], output: Path) -> No
         utils.save_png(draw_frame(image, attention), attention_file(path, output))
 
 
+def remove_other_pictures(frames: list[str], output: Path) -> None:
+    """Remove the pictures of an earlier video, which --video_only would take for frames of this one."""
+    kept = {attention_file(frame, output) for frame in frames}
+    for path in output.glob("attention/attn-*.png"):
+        if path not in kept:
+            path.unlink()
+
+
 def save_video(pictures: list[Path], path: Path, fps: float) -> None:
     write_video(pictures, path, fps)
     print(f"wrote {path}: {len(pictures)} frames, {fps:.4g} per second")
 
 
-def main() -> None:
-    args = get_args_parser().parse_args()
-    check_args(args)
-    source, output = Path(args.image_path or ""), Path(args.output_dir)
-    video = output / f"video.{args.video_format}"
-    if args.video_only:
-        pictures = sorted(output.glob("attention/attn-*.png"), key=natural_order)
-        if not pictures:
-            raise InputError(f"--video_only: {output / 'attention'} contains no attn-*.png")
-        save_video(pictures, video, args.fps or DEFAULT_FPS)
-        return
-
-    device = distributed.init_distributed(args)
+def visualize(args: argparse.Namespace, source: Path, output: Path, device: torch.device) -> None:
+    """The pictures of all images, or of all frames and then the video."""
     backbone, transform = build_network(args, device)
     if args.video:
         paths, fps = find_frames(source, output, args.skip_bad_images)
@@ -214,18 +218,37 @@ def main() -> None:
         paths = find_images(source, args.skip_bad_images)
     maps = attention_maps(paths, backbone, build_loader(paths, transform, args.num_workers), device)
     if args.video:
+        if distributed.is_main_process():
+            remove_other_pictures(paths, output)
         write_frames(maps, output)
     else:
         write_pictures(maps, source, output, args.threshold)
     distributed.barrier()
     folder = output / "attention" if args.video else output
-    print(f"wrote the attention of {len(paths)} image{'s' * (len(paths) > 1)} to {folder}")
+    print(f"wrote the attention of {plural(len(paths), 'image')} to {folder}")
 
     if args.video and distributed.is_main_process():
+        video = video_path(args)
         try:
             save_video([attention_file(path, output) for path in paths], video, args.fps or fps)
         except InputError as error:  # such as missing PyAV; the pictures are there
             print(f"no {video.name} written, try again with --video_only: {error}")
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
+    check_args(args)
+    source, output = Path(args.image_path or ""), Path(args.output_dir)
+    if args.video_only:
+        pictures = sorted(output.glob("attention/attn-*.png"), key=natural_order)
+        if not pictures:
+            raise InputError(f"--video_only: {output / 'attention'} contains no attn-*.png")
+        save_video(pictures, video_path(args), args.fps or DEFAULT_FPS)
+        return
+
+    device = distributed.init_distributed(args)
+    with locked(output / "attention"):
+        visualize(args, source, output, device)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ RENAMES: dict[str, list[Rename]] = {
 
 NUMBERED, BLOCK = re.compile(r"(^|\.)\d+\."), re.compile(r"(^|\.)\d+\.[^.]+\.")
 MAX_DEPTH = 64  # of nested dicts
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights that are read
 
 # --- finding -----------------------------------------------------------------------------------------------------------
 
@@ -222,11 +223,9 @@ def _join_query_key_value(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _readable(name: str, value: Tensor) -> Tensor:
-    """A dense tensor of real numbers."""
+    """A dense tensor with values."""
     if value.is_meta:
         raise InputError(f"{name} has no values (a tensor on the device meta)")
-    if value.is_complex():
-        raise InputError(f"{name} holds complex numbers")
     value = value.dequantize() if value.is_quantized else value
     return value.to_dense() if value.layout != torch.strided else value
 
@@ -268,7 +267,12 @@ def _check_fit(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
-    mismatches = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    mistyped = [
+        f"{name} ({str(state[name].dtype).removeprefix('torch.')} in the file)"
+        for name, value in own.items()
+        if name in state and value.is_floating_point() and state[name].dtype not in FLOATS
+    ]
+    mismatches = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped, "of another type": mistyped}
     problems = [f"{len(names)} {kind}: {_first(names)}" for kind, names in mismatches.items() if names]
     if problems:
         raise InputError(f"the weights do not fit the backbone ({len(own)} tensors); {'; '.join(problems)}")
@@ -315,7 +319,10 @@ def image_size_of(state: dict[str, Tensor], patch_size: int | None = None) -> in
     """
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
         return None
-    dim, *_, trained_patch_size = state["patch_embed.proj.weight"].shape
+    shape = state["patch_embed.proj.weight"].shape
+    if len(shape) != 4 or 0 in shape:
+        return None  # these weights fit no ViT, which loading them says
+    dim, *_, trained_patch_size = shape
     if trained_patch_size != (patch_size or trained_patch_size):
         raise InputError(f"patch size {patch_size}: the weights were trained with patch size {trained_patch_size}")
     tokens = state["pos_embed"].numel() // dim

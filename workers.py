@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from interruption import ignore_sigterm
+from interruption import ignore_signals
 
 TIMEOUT = 1800.0  # seconds to wait for a batch; a worker that needs longer hangs, or its storage does
 
@@ -22,7 +22,7 @@ def worker_options(workers: int) -> dict[str, Any]:
     if workers == 0:
         return {}
     return {
-        "num_workers": workers, "persistent_workers": True, "worker_init_fn": ignore_sigterm, "timeout": TIMEOUT,
+        "num_workers": workers, "persistent_workers": True, "worker_init_fn": ignore_signals, "timeout": TIMEOUT,
     }  # fmt: skip
 
 

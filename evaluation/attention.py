@@ -3,6 +3,8 @@
 Shapes: p patch size, h w rows and columns of patches, M heads.
 """
 
+import math
+
 import matplotlib
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from augmentations import ToNormalizedTensor
 from image_files import read_image
 from utils import InputError, printable
 
+MAX_PATCHES = 65_536  # of an image
 RED = np.array([255, 0, 0])
 
 
@@ -25,16 +28,23 @@ class ResizeAndCrop:
     """PIL image -> normalised tensor [3, H, W], resized, then cropped at the right and the bottom to whole patches.
 
     `size` is height and width, or the shorter side, or 0 to keep the size of the image.
-    Raises InputError if the result is smaller than a patch.
+    Raises InputError if the result is smaller than a patch, or has more than MAX_PATCHES of them.
     """
 
     def __init__(self, size: list[int], patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.resize = v2.Resize(size, antialias=True) if any(size) else nn.Identity()
+        self.size = size
         self.patch_size, self.to_tensor = patch_size, ToNormalizedTensor(mean, std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        image = self.resize(image)
         p, (W, H) = self.patch_size, image.size
+        area = math.prod(self.size) if len(self.size) == 2 else W * H * ((self.size[0] or min(W, H)) / min(W, H)) ** 2
+        if area / p**2 > MAX_PATCHES:
+            raise InputError(
+                f"image of {W}x{H} pixels: {area / p**2:.0f} patches, more than {MAX_PATCHES}; give a smaller --image_size"
+            )
+        image = self.resize(image)
+        W, H = image.size
         if min(W, H) < p:
             raise InputError(f"image of {W}x{H} pixels: smaller than a patch of {p}; give a larger --image_size")
         return self.to_tensor(image.crop((0, 0, W - W % p, H - H % p)))
@@ -58,8 +68,13 @@ class PictureDataset(Dataset):
 
 @torch.no_grad()
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Attention of [CLS] to the patches in the last block, per head: [B, 3, H, W] -> [B, M, h, w], on the CPU."""
+    """Attention of [CLS] to the patches in the last block, per head: [B, 3, H, W] -> [B, M, h, w], on the CPU.
+
+    Raises FloatingPointError if it is not finite.
+    """
     attention = backbone.get_last_cls_attention(images)  # B, M, h*w
+    if not attention.isfinite().all():
+        raise FloatingPointError("attention of [CLS]")
     return rearrange(attention, "B M (h w) -> B M h w", h=images.shape[-2] // backbone.patch_embed.patch_size).float().cpu()
 
 

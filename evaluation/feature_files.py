@@ -5,6 +5,7 @@ Shapes: D width of the representation, M training images, N test images.
 
 import json
 import pickle
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from checkpoint import DAMAGE, save_atomically
+from checkpoint import DAMAGE, save_atomically, stored_arguments
 from utils import InputError, save_json
+from weights import FLOATS
 
 # Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.
 TENSORS = {"train": "trainfeat.pth", "test": "testfeat.pth", "train_labels": "trainlabels.pth", "test_labels": "testlabels.pth"}
 DESCRIPTION = "features.json"
+MAX_CLASSES = 1_000_000
+NUMBERS = {*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
 @dataclass
@@ -39,14 +43,18 @@ class FeatureSet:
 
 
 def save_features(features: FeatureSet, folder: str | Path) -> None:
-    """Write one file per tensor, and the description; features that are already there are replaced."""
+    """Write one file per tensor, and the description; features that are already there are replaced when all are written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*TENSORS.values(), DESCRIPTION):  # an interruption must not leave a mixture of old and new
-        (folder / name).unlink(missing_ok=True)
-    for name, file in TENSORS.items():
-        save_atomically(getattr(features, name).cpu(), folder / file)
-    save_json(features.description, folder / DESCRIPTION)
+    with tempfile.TemporaryDirectory(prefix=".features.", dir=folder) as scratch:
+        for name, file in TENSORS.items():
+            save_atomically(getattr(features, name).cpu(), Path(scratch, file))
+        save_json(features.description, Path(scratch, DESCRIPTION))
+        names = (*TENSORS.values(), DESCRIPTION)
+        for name in names:  # a kill between these two loops leaves too few files, never a mixture of old and new
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            Path(scratch, name).replace(folder / name)
     print(f"wrote features to {folder}")
 
 
@@ -58,7 +66,9 @@ def load_features(folder: str | Path, source: str) -> FeatureSet:
     folder = Path(folder)
     tensors = {name: _read_tensor(folder / file, source) for name, file in TENSORS.items()}
     description = _read_description(folder / DESCRIPTION, source)
-    num_classes = max(len(description.get("classes", [])), 1 + int(tensors["train_labels"].max()))
+    num_classes = len(description.get("classes", [])) or 1 + int(tensors["train_labels"].max())
+    if num_classes > MAX_CLASSES:
+        raise InputError(f"{source} {folder}: labels up to {num_classes - 1}; there may be {MAX_CLASSES} classes at most")
     width = tensors["train"].shape[-1]
     for split in ("train", "test"):
         x, labels = tensors[split], tensors[f"{split}_labels"]
@@ -82,6 +92,9 @@ def _read_tensor(path: Path, source: str) -> torch.Tensor:
         raise InputError(f"{source} {path}: damaged, or contains more than a tensor") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.numel() == 0:
         raise InputError(f"{source} {path}: contains no tensor, an empty one, or a single number")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NUMBERS:
+        kind = " ".join(str(word).removeprefix("torch.") for word in (tensor.layout, tensor.dtype, "on", tensor.device))
+        raise InputError(f"{source} {path}: must hold an ordinary tensor of numbers, not {kind}")
     return tensor
 
 
@@ -92,4 +105,8 @@ def _read_description(path: Path, source: str) -> dict[str, Any]:
         raise InputError(f"{source} {path}: damaged ({error})") from error
     if not isinstance(description, dict) or not isinstance(description.get("classes", []), list):
         raise InputError(f"{source} {path}: must contain a JSON object, and its `classes` a list")
+    valid = stored_arguments({"args": description})
+    for name in ("net", "hp1"):
+        if description.get(name) is not None and name not in valid:
+            raise InputError(f"{source} {path}: {name} {description[name]!r} is not one of ours")
     return description

@@ -12,8 +12,7 @@ import torch
 import torch.nn as nn
 
 from arguments import TypedFloat, plain_args
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import build_backbone, default_image_size, is_known, is_ours, is_same_network, vit_names
+from backbones import build_backbone, default_image_size, default_stats, is_known, is_ours, is_same_network, vit_names
 from checkpoint import load_checkpoint, stored_arguments
 from evaluation.names import part_flag
 from heads import check_hp1, has_both_parts, split_sizes
@@ -183,14 +182,15 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
+    mean, std = default_stats(arch)
     return Pretrained(
         backbone=backbone.eval().requires_grad_(False).to(device),
         arch=arch,
         net=net,
         hp1=hp1,
         img_size=args.img_size or trained_size,
-        mean=tuple(stored.get("mean", IMAGENET_MEAN)),
-        std=tuple(stored.get("std", IMAGENET_STD)),
+        mean=tuple(stored.get("mean", mean)),
+        std=tuple(stored.get("std", std)),
         epochs=checkpoint["epoch"] if isinstance(checkpoint.get("epoch"), int) else None,
         aug=stored.get("aug"),
         fingerprint=fingerprint(state),

@@ -7,7 +7,9 @@ of the representation with one pass of the backbone. They serve the linear probe
 Shapes: D width of the features, C classes, M images.
 """
 
+import argparse
 import datetime
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ import arguments
 import interruption
 import utils
 from backbones import has_batch_norm
-from checkpoint import load_checkpoint, save_atomically, strip_prefix
+from checkpoint import load_checkpoint, save_atomically, strip_prefix, valid_state
 from datasets import ImageDataset, make_loader, shard
 from distributed import (
     all_reduce_sum,
@@ -137,16 +139,17 @@ class Probe:
         missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
         if missing:
             raise InputError(f"probe checkpoint {self.path}: cannot be resumed, lacks {', '.join(sorted(missing))}")
-        stored = arguments.plain_args(state.get("args", {}))
+        stored = arguments.plain_args(state["args"]) if isinstance(state.get("args"), (dict, argparse.Namespace)) else {}
         for name in self.fixed_arguments:
             if name in stored and stored[name] != self.arguments[name]:
                 raise InputError(
                     f"--{name} {self.arguments[name]}: the probe {self.path} was trained with {stored[name]}; continue it with "
                     "that, or give another --output_dir or --trial_name"
                 )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.best = state["epoch"], {name: state[key] for name, key in BEST.items() if key in state}
+        with valid_state(self.path):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.best = int(state["epoch"]), {name: float(state[key]) for name, key in BEST.items() if key in state}
         print(f"continuing {self.path} from epoch {self.epoch}")
 
     def load(self, path: str | Path) -> dict[str, Any]:
@@ -155,8 +158,9 @@ class Probe:
         Raises InputError if it is not one, or if its identity is another one.
         """
         checkpoint = load_checkpoint(path)
-        state = strip_prefix(checkpoint["state_dict"]) if "state_dict" in checkpoint else {}
-        if set(state) != {"linear.weight", "linear.bias"}:
+        state = strip_prefix(checkpoint["state_dict"]) if isinstance(checkpoint.get("state_dict"), dict) else {}
+        sizes = [value.ndim if isinstance(value, torch.Tensor) else None for value in state.values()]
+        if set(state) != {"linear.weight", "linear.bias"} or sorted(sizes, key=str) != [1, 2]:
             raise InputError(f"probe checkpoint {path}: contains no linear classifier")
         found = checkpoint | dict(zip(("num_labels", "dim"), state["linear.weight"].shape, strict=True))
         for name, value in self.identity.items():
@@ -171,7 +175,8 @@ class Probe:
                     why = (f"was trained with {found[name]} images per step, not {value} (--batch_size_per_gpu {batch} times "
                            "processes); continue it with that, or give another --output_dir or --trial_name")  # fmt: skip
                 raise InputError(f"probe checkpoint {path}: {why}")
-        self.classifier.load_state_dict(state)
+        with valid_state(path):
+            self.classifier.load_state_dict(state)
         if self.extractor.train_backbone:
             load_trained_backbone(path, checkpoint, self.extractor.backbone)
         elif "state_dict_model" in checkpoint:
@@ -350,13 +355,19 @@ def accuracies(
 
     Returns the mean loss `test_loss`, the top-1 `accuracy` and, from 5 classes on, `top5`, in percent; with `per_class` also
     `mean_class_accuracy`, the mean over the classes of the accuracy on the images of the class.
+
+    Raises FloatingPointError if the classifier has diverged.
     """
     logits = classifier(features)  # M, C
+    if not logits.isfinite().all():
+        raise FloatingPointError("outputs of the classifier for test images")
     num_labels = logits.shape[1]
     hits = logits.topk(min(5, num_labels)).indices == labels[:, None]  # M, 5
     loss = F.cross_entropy(logits, labels, reduction="sum")
     sums = torch.stack([loss, hits[:, :1].sum(), hits.sum(), torch.tensor(len(labels), device=loss.device)]).double()
     loss, top1, top5, count = all_reduce_sum(sums).tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError("loss on test images")
     result = {"accuracy": 100 * top1 / count, "test_loss": loss / count, "num_test_images": int(count)}
     if num_labels >= 5:
         result["top5"] = 100 * top5 / count

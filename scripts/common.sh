@@ -22,6 +22,9 @@ DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_
 : "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for a single process
 
 # Pretraining
+for name in GPU_num GPU_num_LN GPU_num_EVAL; do
+  [[ ${!name} =~ ^[1-9][0-9]{0,4}$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
+done
 : "${EPOCH:=200}" "${BATCH:=$((512 / GPU_num))}" # BATCH: images per GPU, 512 in total by default
 : "${HP1:=0.8}" "${SEP_LAMBD:=1.0}" "${DVR_out_dim:=65536}"
 reg=${reg-_reg0.001}    # empty: no regulariser

@@ -4,6 +4,8 @@ results_table.py shows both beside the accuracies. R2 says how well a linear reg
 not at all, 1: exactly); the cosine gap says how much closer a rotated image is to itself than to other images (0: not closer).
 """
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -41,13 +43,13 @@ def rotation_rows(record: dict, name: str) -> Rotation:
     Of several heads and inputs the first counts; without the transformation `rotation` there are no rows.
     """
     rows: Rotation = {}
-    results = [entry for entry in record["results"] if entry["transform"] == ROTATION]
-    first = [entry for entry in results if all(entry[key] == results[0][key] for key in ("head", "input"))]
-    gaps = [entry for entry in record["gaps"] if entry["transform"] == ROTATION]
+    results = [entry for entry in record["results"] if entry.get("transform") == ROTATION]
+    first = [entry for entry in results if all(entry.get(key) == results[0].get(key) for key in ("head", "input"))]
+    gaps = [entry for entry in record["gaps"] if entry.get("transform") == ROTATION]
     for measure, entries in (("r2", first), ("cosine_gap", gaps)):
         for entry in entries:
-            part = PARTS.get((entry["part"], entry["control"]))
-            if part:
+            part = PARTS.get((entry.get("part"), entry.get("control")))
+            if part and isinstance(entry.get(measure), (int, float)):
                 rows.setdefault(f"{name} {part}", {})[measure] = entry[measure], std_over_draws(entry, measure)
     return rows
 
@@ -56,6 +58,8 @@ def to_markdown(rows: Rotation) -> str:
     """The table with aligned columns."""
 
     def cell(values: dict[str, Value], measure: str) -> str:
+        if measure not in values:
+            return "-"
         value, std = values[measure]
         return f"{value:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
@@ -68,7 +72,7 @@ def draw(axes: plt.Axes, rows: Rotation, colors: dict[str, str]) -> None:
     names, width = list(rows), 0.86 / len(rows)
     for i, row in enumerate(names):
         places = np.arange(len(MEASURES)) + (i - (len(names) - 1) / 2) * width
-        heights, spread = zip(*(rows[row][measure] for measure in MEASURES), strict=True)
+        heights, spread = zip(*(rows[row].get(measure, (math.nan, None)) for measure in MEASURES), strict=True)
         is_random = row.endswith(RANDOM_DIMENSIONS)
         bars = axes.bar(
             places, heights, 0.92 * width, color=colors[row], label=row, hatch="///" if is_random else None,

@@ -247,5 +247,5 @@ def test_plain_python_continues_a_run(images, tmp_path):
         "--epochs", 2, "--batch_size_per_gpu", 4, "--num_workers", 0,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert f"continuing {folder} from epoch 1" in process.stdout and "1 processes" in process.stdout
+    assert f"continuing {folder} from epoch 1" in process.stdout and "1 process," in process.stdout
     assert [record["epoch"] for record in read_log(folder)] == [0, 1]

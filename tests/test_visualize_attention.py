@@ -258,7 +258,7 @@ BAD = [
     (VIT + "--image_path {odd} --threshold 0", "--threshold 0.0", "(0, 1]"),
     (VIT + "--image_path {odd} --threshold nan", "--threshold nan", "(0, 1]"),
     (VIT + "--image_path {odd} --threshold 1.1", "--threshold 1.1", "(0, 1]"),
-    (VIT + "--image_path {odd} --fps 0", "--fps 0.0", "greater than 0"),
+    (VIT + "--image_path {odd} --fps 0", "--fps 0.0", "must lie in 0.01"),
     (VIT + "--image_path {images} --output_dir {images}/vis", "{images}/vis", "would become input"),
     (VIT + "--image_path {images} --output_dir {root}/vit.pth", "{root}/vit.pth", "is a file"),
     (VIT + "--image_path {named} --output_dir {empty}", "{named} could be overwritten"),

@@ -4,7 +4,6 @@ The architecture `<folder>-<config>` is the file vmamba/configs/<folder>/<config
 """
 
 import math
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,7 +51,7 @@ class VSSMConfig:
         for name, (is_valid, expected) in CHECKS.items():
             value = getattr(self, name)
             if not is_valid(value):
-                raise InputError(f"{name.upper()} {reprlib.repr(value)}: must be {expected}")
+                raise InputError(f"{name.upper()} {short_repr(value)}: must be {expected}")
         if not isinstance(self.embed_dim, int) and len(self.embed_dim) != len(self.depths):
             raise InputError(f"EMBED_DIM {self.embed_dim!r}: must be one number, or one for each of {len(self.depths)} stages")
         if self.ssm_ratio * min(self.dims) < 1:
@@ -142,7 +141,7 @@ def _mapping(where: str, content: Any, known: set[str]) -> dict[str, Any]:
     """Returns `content`; raises InputError unless it is a mapping with known keys only."""
     choices = ", ".join(sorted(known))
     if not isinstance(content, dict):
-        raise InputError(f"{where}: must be a mapping with keys among {choices}, not {reprlib.repr(content)}")
+        raise InputError(f"{where}: must be a mapping with keys among {choices}, not {short_repr(content)}")
     for key in content:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}; choose among {choices}")

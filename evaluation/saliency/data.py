@@ -162,6 +162,12 @@ def read_truth(path: str) -> np.ndarray:
             if image.mode.startswith("I"):
                 levels = np.asarray(image)
                 return levels if levels.max() <= 255 else levels / 257
+            if "A" in image.getbands():
+                alpha, colour = np.asarray(image.getchannel("A")), np.asarray(image.convert("L"))
+                if alpha.min() < alpha.max() and colour.min() == colour.max():
+                    raise InputError(f"ground truth {path}: a transparency over one colour; convert it to black and white")
+    except InputError:
+        raise
     except DECODE_ERRORS:
         pass  # read_image gives the reason
     return np.asarray(read_image(path).convert("L"))

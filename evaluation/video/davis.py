@@ -174,13 +174,16 @@ def read_frame(path: Path, size: tuple[int, int], mean: tuple[float, ...], std: 
 def score_video(video: Video, folder: Path) -> VideoScores:
     """J&F of the masks in a folder, over all frames except the first and the last, whose masks need not exist.
 
+    Objects are the labels of the first annotation, which need not be 1..n.
+
     Raises InputError if a mask is missing or does not fit its annotation.
     """
-    objects = int(read_labels(video.annotations[0], video.void).max())
+    first = read_labels(video.annotations[0], video.void)
+    objects, labels = int(first.max()), np.unique(first[first > 0])
     values = []
     for name, annotation in list(zip(video.mask_names, video.annotations, strict=True))[1:-1]:
         predicted = read_labels(folder / name, void=video.void or VOID)  # a mask with void pixels is an error
         with error_prefix(str(folder / name)):
             values.append(score_frame(predicted, read_labels(annotation, video.void), objects))
-    j, f = np.array(values).reshape(len(values), 2, objects).transpose(1, 0, 2)  # T, n
-    return VideoScores(video.name, j, f)
+    j, f = np.array(values).reshape(len(values), 2, objects).transpose(1, 0, 2)  # T, largest label
+    return VideoScores(video.name, j[:, labels - 1], f[:, labels - 1], labels.tolist())

@@ -14,6 +14,7 @@ from image_files import DECODE_ERRORS, read_image
 from utils import InputError
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # that are read
+MIN_FPS, MAX_FPS, MAX_GIF_FPS = 0.01, 1000, 100  # a GIF counts in hundredths of a second
 FORMATS = ("mp4", "avi", "gif")  # that are written
 DEFAULT_FPS = 30.0
 

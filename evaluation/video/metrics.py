@@ -94,11 +94,13 @@ class VideoScores:
     video: str
     j: np.ndarray  # T, n
     f: np.ndarray  # T, n
+    labels: list[int] | None = None  # of the n objects; None: 1..n
 
     def objects(self) -> dict[str, dict[str, float]]:
         """{<video>_<object>: {statistic: value}} with the names of STATISTICS."""
         values = [(*statistics(j), *statistics(f)) for j, f in zip(self.j.T, self.f.T, strict=True)]
-        return {f"{self.video}_{i}": dict(zip(STATISTICS, row, strict=True)) for i, row in enumerate(values, 1)}
+        labels = self.labels or range(1, len(values) + 1)
+        return {f"{self.video}_{i}": dict(zip(STATISTICS, row, strict=True)) for i, row in zip(labels, values, strict=True)}
 
 
 def global_scores(objects: dict[str, dict[str, float]]) -> dict[str, float]:

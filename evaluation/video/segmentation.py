@@ -60,7 +60,10 @@ class Segmenter:
 
     @torch.inference_mode()
     def frame_features(self, video: Video) -> Iterator[Tensor]:
-        """Patch tokens [rows, columns, D] of the last block, after the final norm, frame by frame."""
+        """Patch tokens [rows, columns, D] of the last block, after the final norm, frame by frame.
+
+        Raises FloatingPointError if they are not finite.
+        """
         patch_size = self.backbone.patch_embed.patch_size
         size = davis.network_size(video.size, patch_size, self.short_side)
         rows, _ = davis.grid_of(size, patch_size)
@@ -68,6 +71,8 @@ class Segmenter:
         while batch := list(islice(frames, self.batch_size)):
             images = torch.stack(batch).to(self.device)  # B, 3, h, w
             tokens = self.backbone.get_intermediate_layers(images, 1)[0][:, 1:]  # B, rows*columns, D
+            if not tokens.isfinite().all():
+                raise FloatingPointError(f"features of video {video.name}")
             yield from rearrange(tokens, "B (rows columns) D -> B rows columns D", rows=rows)
 
 

@@ -10,6 +10,7 @@ a seed: equally many of every class (or all images of a smaller class), at least
 """
 
 import argparse
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from arguments import ArgumentParser
 from distributed import run_entry_point
 from evaluation.downstream_data import read_semi_list
 from image_files import labelled_samples
-from utils import InputError, write_text_atomically
+from utils import InputError, atomic_file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -89,13 +90,17 @@ def line_of(image: str) -> str:
 
 def write_list(out: Path, images: list[str]) -> None:
     """Write the sorted list. Raises InputError if `out` has other content or cannot be written."""
-    text = "".join(f"{line}\n" for line in sorted(map(line_of, images)))
+    lines = sorted(map(line_of, images))
+    odd = [line for line in lines if line != line.strip() or "\n" in line or "\r" in line]
+    if odd:
+        raise InputError(f"image {odd[0]!r}: a list cannot hold a name with line breaks, or spaces at its ends; rename it")
+    content = os.fsencode("".join(f"{line}\n" for line in lines))  # names need not be UTF-8
     try:
-        if out.exists() and out.read_text() != text:
+        if out.exists() and out.read_bytes() != content:
             raise InputError(f"--out {out}: exists with other content; delete it or choose another name")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(text, out)
-    except (OSError, UnicodeDecodeError) as error:
+        with atomic_file(out) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error
 
 
