@@ -215,12 +215,15 @@ class Pretraining:
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Restore the state of a checkpoint, ours or an original's, and return the epoch to continue with.
 
-        Raises InputError if names or shapes differ.
+        Raises InputError if names or shapes differ, and other errors if entries are of another kind.
         """
         for name, module in (("student", self.student), ("teacher", self.teacher), ("dino_loss", self.criterion)):
             load_strictly(module, state[name], f"{name} of the checkpoint to continue from")
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
-        self.part_of_epoch = state.get("part_of_epoch", {})
+        part = state.get("part_of_epoch", {})
+        if not isinstance(part, dict) or (part and not {"epoch", "images", "progress", "generators"} <= set(part)):
+            raise ValueError("part_of_epoch is not what an interrupted epoch leaves")
+        self.part_of_epoch = part
         return state["epoch"]

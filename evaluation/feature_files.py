@@ -6,6 +6,7 @@ Shapes: D width of the representation, M training images, N test images.
 import json
 import pickle
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def _read_tensor(path: Path, source: str) -> torch.Tensor:
     if not path.is_file():
         raise InputError(f"{source} {path.parent}: lacks {path.name}")
     try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *DAMAGE) as error:
         raise InputError(f"{source} {path}: damaged, or contains more than a tensor") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.numel() == 0:

@@ -1,5 +1,6 @@
 """eval_knn.py: votes by hand and by scikit-learn, parts, saved features, several processes, bad input."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import eval_knn
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from backbones import build_backbone
 from datasets import labelled_dataset
-from evaluation.feature_files import TENSORS
+from evaluation.feature_files import TENSORS, FeatureSet, save_features
 from evaluation.features import select_part
 from evaluation.hits import unpack_hits
 from evaluation.knn import MIN_TEMPERATURE, knn_predict
@@ -258,6 +259,21 @@ def test_new_features_replace_old_ones(world, tmp_path):
         assert torch.allclose(new, first, atol=1e-6)
 
 
+def test_old_features_stay_until_the_new_ones_are_written(tmp_path, monkeypatch):
+    folder = tmp_path / "features"
+    features = FeatureSet(torch.ones(2, 4), torch.tensor([0, 1]), torch.ones(2, 4), torch.tensor([0, 1]))
+    save_features(features, folder)
+    before = snapshot(folder)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("evaluation.feature_files.save_json", full)
+    with pytest.raises(OSError):
+        save_features(features, folder)
+    assert snapshot(folder) == before
+
+
 def test_two_processes_agree_with_one(world, tmp_path):
     """27 and 16 images: the shares of the training images are unequal."""
     flags = (
@@ -370,6 +386,10 @@ FEATURES = [
     ("testfeat", {"x": torch.ones(2, 4)}, "testfeat.pth: contains no tensor"),
     ("testfeat", np.ones((2, 4)), "testfeat.pth: damaged, or contains more"),
     ("testfeat", None, "testfeat.pth: damaged"),
+    ("trainfeat", torch.ones(2, 4).to_sparse(), "must hold an ordinary tensor of numbers, not sparse_coo"),
+    ("trainfeat", torch.ones(2, 4, device="meta"), "must hold an ordinary tensor"),
+    ("trainfeat", torch.ones(2, 4, dtype=torch.complex64), "must hold an ordinary tensor"),
+    ("trainlabels", torch.tensor([0, 10**12]), "there may be 1000000 classes at most"),
 ]
 
 
@@ -394,6 +414,11 @@ def test_features_of_clever_need_their_cut(tmp_path):
         assert_refused(knn("--load_features", folder, "--output_dir", tmp_path, *flags), message)
     (folder / "features.json").write_text("{")
     assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), "features.json: damaged")
+    for content in ('{"hp1": "0.8"}', '{"hp1": [1]}', '{"net": 5}', '{"hp1": NaN}'):
+        (folder / "features.json").write_text(content)
+        assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), "is not one of ours")
+    (folder / "features.json").write_text('{"classes": ["a"]}')
+    assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), "labels of train must be whole numbers in 0..0")
     for content in ("5", '{"classes": 5}', '{"classes": null}'):
         (folder / "features.json").write_text(content)
         assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), "features.json: must contain a JSON object")

@@ -14,7 +14,7 @@ from PIL import Image
 from support import video_reference as reference
 from support.golden import rel_error
 from support.in_process import assert_refused, call, pretrain, snapshot, times
-from support.processes import run, write_images
+from support.processes import fork, run, wait, write_images
 from support.synthetic_davis import (
     colour_probe,
     constant_network,
@@ -29,6 +29,7 @@ from support.synthetic_davis import (
 import backbones
 import eval_video_segmentation as evaluation
 from evaluation.video.masks import palette, read_labels, write_mask
+from locking import locked
 from scripts import score_davis
 
 # --- the whole evaluation ----------------------------------------------------------------------------------------------
@@ -416,3 +417,39 @@ def test_void_pixels_are_background(world, tmp_path):
         outputs.append(tmp_path / f"out-{name}")
     assert results(outputs[0])["objects"] == results(outputs[1])["objects"]
     assert (outputs[0] / "v/00002.png").read_bytes() == (outputs[1] / "v/00002.png").read_bytes()
+
+
+def test_objects_are_the_labels_of_the_first_annotation(world, short, tmp_path):
+    """Labels 1 and 2 as 7 and 200: the same scores, under these names."""
+    data = shutil.copytree(world / "short", tmp_path / "DAVIS")
+    for path in (data / "Annotations/480p/two").glob("*.png"):
+        with Image.open(path) as image:
+            labels = np.asarray(image)
+        Image.fromarray(np.array([0, 7, 200], np.uint8)[labels]).save(path)
+    outcome = evaluate(world / "probe4.pth", data, tmp_path / "out", *SMALL)
+    assert outcome.status == 0, outcome
+    found, expected = results(tmp_path / "out")["objects"], results(short)["objects"]
+    assert set(found) == {"one_1", "two_7", "two_200"}
+    assert found["two_7"] == expected["two_1"] and found["two_200"] == expected["two_2"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
+    with locked(tmp_path / "video_segmentation"):
+        child = fork(refused_run, str(world), str(tmp_path))
+        assert wait([child]) == [0]
+    assert not list(tmp_path.iterdir())
+
+
+def refused_run(world, output):
+    outcome = evaluate(f"{world}/probe4.pth", f"{world}/short", output, *SMALL)
+    assert_refused(outcome, "video_segmentation: another run is writing it")
+
+
+def test_features_that_are_not_finite_are_an_error(world, tmp_path):
+    checkpoint = torch.load(world / "probe4.pth", weights_only=True)
+    (name,) = [name for name in checkpoint["teacher"] if name.removeprefix("backbone.") == "norm.weight"]
+    checkpoint["teacher"][name].fill_(3e38)
+    torch.save(checkpoint, tmp_path / "huge.pth")
+    outcome = evaluate(tmp_path / "huge.pth", world / "short", tmp_path / "out", *SMALL)
+    assert outcome.status == 1 and "not finite: features of video one" in outcome.stderr
+    assert not (tmp_path / "out" / "one").exists()

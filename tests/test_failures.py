@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.in_process import assert_refused, pretrain
 from support.processes import (
     ROOT,
     SETTINGS,
@@ -24,7 +25,8 @@ from support.processes import (
 )
 
 from failures import describe_failure
-from utils import atomic_file
+from locking import locked
+from utils import atomic_file, write_text_atomically
 
 FLAGS = (*TINY_NETWORK, "--net", "CLeVER", "--batch_size_per_gpu", 4)
 LONG = ("--epochs", 1000)
@@ -124,3 +126,79 @@ def test_failures_in_one_line(error, words):
 def test_other_errors_keep_their_traceback():
     assert describe_failure(RuntimeError("shapes differ")) is None
     assert describe_failure(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (MemoryError("Unable to allocate 9 TiB"), "out of memory"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"), "another process of the"),
+        (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+)
+def test_failures_of_libraries_in_one_line(error, words):
+    text = describe_failure(error)
+    assert words in text and "\n" not in text
+
+
+@pytest.mark.parametrize("script", [("-m", "scripts.model_table"), ("main_dino.py", *FLAGS, *LONG, "--num_workers", 0)])
+def test_a_reader_that_stops_ends_a_script_in_one_line(script, tmp_path):
+    images = write_images(tmp_path / "images", 8)
+    data = ("--data_path", images, "--output_dir", tmp_path / "run") if "main_dino.py" in script else ("resnet8",) * 400
+    with start(*script, *data) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert errors.endswith("error: the program that reads the output has ended\n") and "Traceback" not in errors
+
+
+def test_ctrl_c_saves_in_the_middle_of_an_epoch(tmp_path):
+    """The terminal sends SIGINT to all processes, data loading workers included, and a launcher sends it once more."""
+    images = write_images(tmp_path / "images", 16)
+    words = ("main_dino.py", *FLAGS, *LONG, "--print_freq", 1, "--data_path", images, "--output_dir", tmp_path / "run")
+    with start(*words, "--num_workers", 1) as process:
+        read_until(process, "epoch 1/1000 1/4")
+        os.killpg(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors.startswith("stopped by Ctrl-C: after step"), errors
+    assert errors.count("\n") == 1 and (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_a_process_that_waits_for_others_ends_at_once(tmp_path):
+    group = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    code = "import distributed, argparse; print('waiting', flush=True); p = argparse.ArgumentParser(); " \
+           "distributed.add_distributed_arguments(p); distributed.init_distributed(p.parse_args([]))"
+    command = [sys.executable, "-c", f"import distributed\ndef main():\n    {code}\ndistributed.run_entry_point(main)"]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | SETTINGS | group, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        time.sleep(2)
+        process.terminate()
+        assert process.wait(timeout=10) != 0
+
+
+@pytest.mark.parametrize("name, value", [("RANK", "x"), ("RANK", "2"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "-1")])
+def test_variables_of_launchers_are_checked(name, value, tmp_path, monkeypatch):
+    for variable, text in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", name: value}.items():
+        monkeypatch.setenv(variable, text)
+    monkeypatch.setattr("distributed.GRACE_SECONDS", 0)
+    outcome = pretrain(write_images(tmp_path / "images", 4), tmp_path / "run")
+    assert_refused(outcome, f"{name}={value}")
+
+
+def test_outputs_with_names_that_are_too_long_or_lie_in_a_loop(tmp_path):
+    images = write_images(tmp_path / "images", 4)
+    (tmp_path / "loop").symlink_to("loop")
+    for folder, words in (("x" * 300, "too long"), ("loop/x", "loop"), ("", "--output_dir: is empty")):
+        assert_refused(pretrain(images, tmp_path / folder if folder else "", "--epochs", 0), words)
+
+
+def test_long_names_have_room_for_their_companions(tmp_path):
+    for length in (240, 255):
+        path = tmp_path / ("n" * length)
+        with locked(path):
+            write_text_atomically("x", path)
+        assert [each.name for each in tmp_path.iterdir()] == [path.name]
+        path.unlink()

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from support.golden import fill_
 from support.in_process import assert_refused, pretrain, probe
 
+import eval_linear
 from backbones import build_backbone
 from checkpoint import load_checkpoint, stored_arguments
 from evaluation import load_backbone
+from evaluation.pretrained import load_pretrained
 from utils import InputError
 from weights import backbone_state, load_backbone_file, load_backbone_weights
 
@@ -87,6 +89,30 @@ def test_what_stands_beside_the_weights_does_not_matter(tmp_path, name, zipped):
 def test_arguments_of_other_programs_are_taken_where_they_mean_the_same(tmp_path, args, found):
     torch.save({"args": args, "state_dict": {}}, tmp_path / "c.pth")
     assert stored_arguments(load_checkpoint(tmp_path / "c.pth")) == found
+
+
+@pytest.mark.parametrize(
+    "stats, found",
+    [
+        (([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])),
+        (([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])),
+        (([float("nan")] * 3, [0.0, 0.0, 0.0]), (None, None)),
+        (([True, False, True], [300, 1, 1]), (None, None)),
+    ],
+)
+def test_statistics_of_pixels_up_to_255_are_scaled_and_impossible_ones_ignored(stats, found):
+    stored = stored_arguments({"args": dict(zip(("mean", "std"), stats, strict=True))})
+    for name, values in zip(("mean", "std"), found, strict=True):
+        assert stored.get(name) == (None if values is None else pytest.approx(values, abs=1e-6))
+
+
+def test_timms_own_statistics_are_the_default(tmp_path):
+    timm = pytest.importorskip("timm")
+    arch = "vit_tiny_patch16_224.augreg_in21k"
+    torch.save(timm.create_model(arch, num_classes=0).state_dict(), tmp_path / "c.pth")
+    flags = ["--pretrained_weights", str(tmp_path / "c.pth"), "--arch", arch, "--data_path", "x"]
+    pretrained = load_pretrained(eval_linear.get_args_parser().parse_args(flags), torch.device("cpu"))
+    assert pretrained.stats == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_the_architecture_may_stand_beside_the_arguments():
@@ -336,8 +362,13 @@ def test_what_cannot_be_the_network_is_refused(tmp_path):
         backbone_state({"student": state, "teacher": state}, "taecher")
     with pytest.raises(InputError, match="conv1.weight has no values"):
         backbone_state({"model": {name: value.to("meta") for name, value in state.items()}})
-    with pytest.raises(InputError, match="conv1.weight holds complex numbers"):
-        backbone_state({"model": state | {"conv1.weight": state["conv1.weight"].to(torch.complex64)}})
+    for dtype in (torch.complex64, torch.int8, torch.bool, torch.float8_e4m3fn):
+        changed = state | {"conv1.weight": state["conv1.weight"].to(dtype)}
+        kind = str(dtype).removeprefix("torch.")
+        with pytest.raises(InputError, match=f"1 of another type: conv1.weight .{kind} in the file"):
+            load_backbone_weights(build_backbone("resnet8"), backbone_state({"model": changed}))
+    with pytest.raises(InputError, match="do not fit"):
+        load_backbone_weights(build_backbone("resnet8"), backbone_state({"model": {1: torch.ones(2), ("a", 2): torch.ones(2)}}))
     for more in ("layer3.1.conv1.weight", "attnpool.weight", "fc_norm.weight"):
         with pytest.raises(InputError, match=f"1 unexpected: {more}"):
             load_backbone_weights(build_backbone("resnet8"), state | {more: torch.ones(2)})

@@ -10,6 +10,8 @@ import time
 
 import pytest
 import torch
+from support import in_process
+from support.in_process import assert_refused, snapshot
 from support.processes import TINY_NETWORK, end, fork, launch, run, write_images, write_labelled_images
 
 import utils
@@ -249,3 +251,30 @@ def test_plain_python_continues_a_run(images, tmp_path):
     assert process.returncode == 0, process.stderr
     assert f"continuing {folder} from epoch 1" in process.stdout and "1 process," in process.stdout
     assert [record["epoch"] for record in read_log(folder)] == [0, 1]
+
+
+def test_files_of_others_in_the_output_folder_are_kept(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("# my comments\nnet: dino\n")
+    (run / "log.txt").write_text("my notes\n")
+    outcome = in_process.pretrain(write_images(tmp_path / "images", 8), run, "--config", run / "config.yaml")
+    assert outcome.status == 0 and "config.yaml is kept as config.1.yaml" in outcome.stdout, outcome
+    assert (run / "config.1.yaml").read_text().startswith("# my comments") and (run / "log.1.txt").read_text() == "my notes\n"
+    assert json.loads((run / "log.txt").read_text())["epoch"] == 0
+    # The run's own files are continued.
+    outcome = in_process.pretrain(tmp_path / "images", run, "--config", run / "config.yaml", "--epochs", 2)
+    assert outcome.status == 0 and "is kept as" not in outcome.stdout and len((run / "log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name, value", [("args", None), ("epoch", "1"), ("epoch", -1), ("student", None), ("optimizer", {}),
+                                         ("part_of_epoch", {"epoch": 1}), ("part_of_epoch", [1])])  # fmt: skip
+def test_a_damaged_state_is_refused_in_a_line(tmp_path, name, value):
+    images = write_images(tmp_path / "images", 8)
+    assert in_process.pretrain(images, tmp_path / "run").status == 0
+    path = tmp_path / "run" / "checkpoint.pth"
+    torch.save(torch.load(path, weights_only=True) | {name: value}, path)
+    before = snapshot(tmp_path / "run")
+    outcome = in_process.pretrain(images, tmp_path / "run", "--epochs", 2)
+    assert_refused(outcome, "checkpoint.pth: damaged, or of another script")
+    assert snapshot(tmp_path / "run") == before

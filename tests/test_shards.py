@@ -20,7 +20,7 @@ from augmentations import eval_transform
 from checkpoint import load_checkpoint
 from datasets import CheckRecord, labelled_dataset, pretraining_dataset
 from image_files import labelled_samples, list_images, read_image, read_pixels
-from shards import find_shards
+from shards import find_shards, list_members
 from telemetry import read_log
 from utils import InputError
 
@@ -229,3 +229,21 @@ def test_bad_tar_files_are_refused_before_training(twins, tmp_path):
     assert_refused(pretrain(tmp_path / "tars" / "train", tmp_path / "out"), str(path))
     assert_refused(pretrain(f"{tmp_path}/tars/train/{{0..2}}.tar", tmp_path / "out"), "2.tar", "1 of 3 do not exist")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_with_several_dots_are_counted(tmp_path, capsys):
+    """In WebDataset's layout `a.seg.png` belongs to the sample `a`."""
+    files = [("a.png", png(1)), ("a.seg.png", png(2)), ("b.2024.png", png(3)), ("c.txt", b"")]
+    members = list_members([str(write_tar(tmp_path / "t.tar", files))], SUFFIXES)
+    assert [member.path.rsplit("/", 1)[1] for member in members] == ["a.png"]
+    assert "left out: 2 images of tar files, with a dot before the suffix" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has no images.*; 1 image with a dot before the suffix"):
+        list_members([str(write_tar(tmp_path / "u.tar", files[1:2]))], SUFFIXES)
+
+
+def test_braces_of_a_file_name_and_ranges_without_end(tmp_path):
+    path = write_tar(tmp_path / "braces{1,2}.tar", [("a.png", png(1))])
+    assert find_shards(str(path), SUFFIXES) == [str(path)]
+    for pattern in ("{0..99999999999}.tar", "{0..9999}{0..9999}.tar"):
+        with pytest.raises(InputError, match="more than 1000000 files"):
+            find_shards(str(tmp_path / pattern), SUFFIXES)

@@ -1,5 +1,6 @@
 """visualize_attention.py: pictures of images and folders, videos, several processes, bad input."""
 
+import shutil
 import struct
 import sys
 from types import SimpleNamespace
@@ -286,3 +287,32 @@ def test_bad_input(world, flags, mentioned, tmp_path):
     outcome = visualize(*[word.format(**paths) for word in flags.split()], *output)
     assert_refused(outcome, *(text.format(**paths) for text in mentioned))
     assert (snapshot(given), snapshot(world.images)) == before and not (tmp_path / "output").exists()
+
+
+def test_pictures_of_a_former_video_are_not_mixed_with_new_ones(world, frames, tmp_path):
+    flags = ("--pretrained_weights", world.weights, "--output_dir", tmp_path / "out", "--video", "true")
+    flags += ("--video_format", "gif")
+    assert visualize(*flags, "--image_path", frames).status == 0
+    (tmp_path / "short").mkdir()
+    for i in range(3):
+        shutil.copy(frames / f"f{i}.png", tmp_path / "short" / f"f{i}.png")
+    assert visualize(*flags, "--image_path", tmp_path / "short").status == 0
+    outcome = visualize("--video_only", "--video_format", "gif", "--output_dir", tmp_path / "out")
+    assert "video.gif: 3 frames" in outcome.stdout
+
+
+def test_images_of_too_many_patches_are_refused_before_they_are_resized(world, tmp_path):
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "wide.png")
+    flags = ("--pretrained_weights", world.weights, "--image_path", tmp_path / "wide.png", "--output_dir", tmp_path / "out")
+    assert_refused(visualize(*flags, "--image_size", 32), "20000x1 pixels: 320000 patches, more than 65536")
+    assert_refused(visualize(*flags, "--image_size", 10**6, 10**6), "give a smaller --image_size")
+
+
+def test_attention_that_is_not_finite_is_an_error(world, tmp_path):
+    checkpoint = torch.load(world.weights, weights_only=True)
+    checkpoint["teacher"] = {name: value * 1e15 for name, value in checkpoint["teacher"].items()}
+    torch.save(checkpoint, tmp_path / "huge.pth")
+    flags = ("--image_path", world.odd, "--image_size", 32, "--output_dir", tmp_path / "out")
+    outcome = visualize("--pretrained_weights", tmp_path / "huge.pth", *flags)
+    assert outcome.status == 1 and "not finite: attention" in outcome.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """make_semi_lists.py: seeded draws, filtered lists, and refused input."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -105,3 +106,14 @@ def test_refuses(tmp_path, words, mentioned):
     outcome = call(make_semi_lists.main, words[0], "--data_path", data, "--out", tmp_path / "out" / "list", *words[1:])
     assert_refused(outcome, mentioned)
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_any_bytes_are_listed_and_found_again(tmp_path):
+    data = write_classes(tmp_path / "data", {"n01": 2, "n02": 2})
+    for name in (b"caf\xe9 1.png", b"x\x0by.png"):
+        open(os.fsencode(data / "train" / "n01") + b"/" + name, "wb").close()
+    assert draw(data, tmp_path / "list", 100).status == 0
+    _, samples = listed_samples(tmp_path / "list", data / "train")
+    assert len(samples) == 6 and os.fsdecode(b"caf\xe9 1.png") in {Path(path).name for path, _ in samples}
+    (data / "train" / "n02" / "new\nline.png").touch()
+    assert_refused(draw(data, tmp_path / "second", 100), "a list cannot hold a name with line breaks")
