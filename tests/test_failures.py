@@ -142,11 +142,10 @@ def test_failures_of_libraries_in_one_line(error, words):
     assert words in text and "\n" not in text
 
 
-@pytest.mark.parametrize("script", [("-m", "scripts.model_table"), ("main_dino.py", *FLAGS, *LONG, "--num_workers", 0)])
-def test_a_reader_that_stops_ends_a_script_in_one_line(script, tmp_path):
+def test_a_reader_that_stops_ends_a_script_in_one_line(tmp_path):
     images = write_images(tmp_path / "images", 8)
-    data = ("--data_path", images, "--output_dir", tmp_path / "run") if "main_dino.py" in script else ("resnet8",) * 400
-    with start(*script, *data) as process:
+    data = ("--data_path", images, "--output_dir", tmp_path / "run", "--num_workers", 0)
+    with start("main_dino.py", *FLAGS, *LONG, *data) as process:
         process.stdout.readline()
         process.stdout.close()
         errors = process.stderr.read()
