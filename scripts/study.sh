@@ -23,7 +23,7 @@ set -euo pipefail
 set -f # lists such as SEEDS are split into words, without expanding * to file names
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Chosen for dino on the tuning split, and shared by CLeVER; momentum and sep of vit_micro were chosen for CLeVER. batch: images per step. lr: for 256 images per step. out_dim,
+# Chosen for dino on the tuning split, and shared by CLeVER; sep, and the momentum of vit_micro, were chosen for CLeVER. batch: images per step. lr: for 256 images per step. out_dim,
 # hidden, bottleneck: widths of the heads. temp: of the teacher. sep: CLeVER's sep_lambd. crop: least share of the image in a
 # view. wd: weight decay.
 SETTINGS="
