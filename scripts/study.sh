@@ -23,9 +23,9 @@ set -euo pipefail
 set -f # lists such as SEEDS are split into words, without expanding * to file names
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Chosen for dino on the tuning split, and shared by CLeVER; sep, and the momentum of vit_micro, were chosen for CLeVER. batch: images per step. lr: for 256 images per step. out_dim,
-# hidden, bottleneck: widths of the heads. temp: of the teacher. sep: CLeVER's sep_lambd. crop: least share of the image in a
-# view. wd: weight decay.
+# Chosen for dino on the tuning split, and shared by CLeVER; sep, and the momentum of vit_micro, were chosen for CLeVER.
+# batch: images per step. lr: for 256 images per step. out_dim, hidden, bottleneck: widths of the heads. temp: of the teacher.
+# sep: CLeVER's sep_lambd. crop: least share of the image in a view. wd: weight decay.
 SETTINGS="
 arch                    epochs warmup batch lr    wd    out_dim hidden bottleneck temp momentum sep crop patch probe_lr
 resnet8                 12     3      64    0.016 0.001 256     256    64         0.02 0.98     0.1 0.7  16    0.3
