@@ -78,8 +78,10 @@ def draw(axes: plt.Axes, rows: Rotation, colors: dict[str, str]) -> None:
             places, heights, 0.92 * width, color=colors[row], label=row, hatch="///" if is_random else None,
             yerr=None if None in spread else spread, edgecolor="white", linewidth=0,
         )  # fmt: skip
-        axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=2)
+        axes.bar_label(bars, ["" if math.isnan(h) else f"{h:.2f}" for h in heights], fontsize=8, padding=2)
     titles = ["R2 of the angle\n(1: predicted exactly)", "cosine gap\n(0: as far as another image)"]
     axes.set_xticks(range(len(MEASURES)), titles)
-    axes.set(ylim=(0, 1.05), title="what rotation does to the features")
+    lowest = min(values[0] for row in rows.values() for values in row.values())
+    axes.set(ylim=(min(0, 1.2 * lowest - 0.06) if lowest < 0 else 0, 1.05), title="what rotation does to the features")
+    axes.axhline(0, color="black", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
