@@ -81,12 +81,12 @@ def at_once() -> Iterator[None]:
 
 
 def deferred() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM is only noted within, and obeyed at the end."""
+    """A signal is only noted within, and obeyed at the end."""
     return _responding(None)
 
 
 def allowed(message: str, status: int) -> contextlib.AbstractContextManager[None]:
-    """SIGTERM raises Interrupted(message, status) within, and at the start if it has come before."""
+    """A signal raises Interrupted(message, status) within, and at the start if it has come before."""
     return _responding(Interrupted(message, status))
 
 

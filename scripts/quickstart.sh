@@ -102,5 +102,5 @@ wait_for "$untrained" "$dino" "$clever" # three jobs of about the same length: a
 
 step "results: top-1 accuracy in percent on clean images (ori) and perturbed ones; then what rotation does to the features"
 python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
-printf '\nquickstart: %d minutes %d seconds after the installation. Logs and checkpoints: %s\n' \
+printf '\nquickstart: %d:%02d minutes after the installation. Logs and checkpoints: %s\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$RESULT"

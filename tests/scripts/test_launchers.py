@@ -301,6 +301,13 @@ def test_refuses_a_port_in_use(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("count", ["0", "two", "-1"])
+def test_numbers_of_processes_are_checked(tmp_path, count):
+    result = run(SCRIPTS / "pretrain.sh", DATASET_PATH=str(tmp_path), Result_dir=str(tmp_path / "results"), GPU_num=count)
+    assert result.returncode == 2 and f"GPU_num={count}: must be a number of processes" in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_output_is_shown_and_appended_to_the_log(tmp_path):
     launcher = stub(tmp_path, "launcher", "echo to stdout; echo to stderr >&2; echo threads $OMP_NUM_THREADS")
     for _ in range(2):
