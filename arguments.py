@@ -117,7 +117,10 @@ def _without_repetition(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     twice = [key for i, key in enumerate(keys) if key in keys[:i]]
     if twice:
         raise ValueError(f"{twice[0]!r} is given twice")
-    return dict(pairs)
+    try:
+        return dict(pairs)
+    except TypeError as error:  # a key that is a list, for example
+        raise ValueError(f"a key must be a text ({error})") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -125,9 +128,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    pairs = ((loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)) for key, value in node.value)
-    return _without_repetition(pairs)
+    given = [(loader.construct_object(key, deep=True), None) for key, _ in node.value if not key.tag.endswith(":merge")]
+    _without_repetition(given)
+    loader.flatten_mapping(node)  # `<<`: what it brings is overridden by what is given
+    return {loader.construct_object(key, True): loader.construct_object(value, True) for key, value in node.value}
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:

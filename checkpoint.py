@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn as nn
 
 from arguments import plain_args
+from failures import describe_failure
 from utils import InputError, atomic_file, describe_error, short_repr
 
 _numpy_scalar, _numpy_array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
@@ -168,17 +170,25 @@ def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, dict) else {})
     args = {name: value for name, value in args.items() if isinstance(name, str)}
-    args = {n: _in_unit_scale(value) if n in ("mean", "std") else value for n, value in args.items()}
+    if "global_crops_size" not in args:  # not ours
+        args |= _in_unit_scale(args)
     return {n: value for n, value in args.items() if value is not None and (n not in _OURS or _OURS[n](value))}
 
 
-def _in_unit_scale(value: Any) -> Any:
-    """Mean or standard deviation of the channels for pixels in 0..1; some programs store them for pixels in 0..255."""
-    return [each / 255 for each in value] if _is_triple(value) and 1 < max(value) <= 255 else value
+def _in_unit_scale(args: dict[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation of the channels for pixels in 0..1; some programs store them for pixels in 0..255."""
+    stats = {name: args.get(name) for name in ("mean", "std")}
+    if all(_is_triple(values) for values in stats.values()):
+        if all(1 < max(values) <= 255 for values in stats.values()):
+            return {name: [value / 255 for value in values] for name, values in stats.items()}
+        if all(0 <= value <= 1 for values in stats.values() for value in values):
+            return {}
+    return {"mean": None, "std": None}  # not known
 
 
 def _is_triple(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) for v in value)
+    """True for three finite numbers."""
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) and isfinite(v) for v in value)
 
 
 def _is_count(value: Any) -> bool:
@@ -192,8 +202,8 @@ _OURS: dict[str, Callable[[Any], bool]] = {
     "hp1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
     "patch_size": _is_count,
     "global_crops_size": _is_count,
-    "mean": lambda value: _is_triple(value) and all(0 <= v <= 1 for v in value),
-    "std": lambda value: _is_triple(value) and all(0 < v <= 1 for v in value),
+    "mean": _is_triple,
+    "std": lambda value: _is_triple(value) and min(value) > 0,
     "aug": lambda value: isinstance(value, str),
     "seed": lambda value: type(value) is int,
 }
@@ -263,6 +273,8 @@ def valid_state(path: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if describe_failure(error):  # such as memory that does not suffice
+            raise
         raise InputError(f"checkpoint {path}: damaged, or of another script ({describe_error(error)[:200]})") from error
 
 

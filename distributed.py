@@ -37,7 +37,7 @@ def run_entry_point(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with interruption.sigterm_interrupts():
+        with interruption.signals_interrupt():
             main()
     except InputError as error:
         # An error of a data loading worker arrives as a traceback, with the message in its last line.

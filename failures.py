@@ -15,6 +15,7 @@ ADVICE = {
     errno.EROFS: "the file system is read-only",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n), or set fewer --num_workers",
 }
+SHARED_MEMORY = ("shared memory", "</torch_")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # of gloo
 PATH_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST}
 
@@ -27,8 +28,11 @@ def describe_failure(error: BaseException) -> str | None:
     for each in chain(error):
         if isinstance(each, OSError) and each.errno in ADVICE:
             return f"{each.filename or each.strerror}: {ADVICE[each.errno]}"
+        if any(words in str(each) for words in SHARED_MEMORY):
+            return ("no space in shared memory, through which data loading workers pass batches: more of it (docker run "
+                    f"--shm-size), or fewer --num_workers ({describe_error(each)[-200:]})")  # fmt: skip
         if os.strerror(errno.ENOSPC) in str(each):  # of a library that is not written in Python
-            return f"{ADVICE[errno.ENOSPC]} ({describe_error(each)[:200]})"
+            return f"{ADVICE[errno.ENOSPC].replace(' there', '')} ({describe_error(each)[:200]})"
         if isinstance(each, torch.OutOfMemoryError):
             return (
                 "out of GPU memory: try a smaller --batch_size_per_gpu, with --accumulation for the same images per step, or "

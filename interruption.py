@@ -36,7 +36,7 @@ class Interrupted(BaseException):
 
 _received: signal.Signals | None = None
 _received_at = 0.0
-_response: Interrupted | None = None  # raised by SIGTERM; None: it is only noted
+_response: Interrupted | None = None  # raised by a signal; None: it is only noted
 
 
 def is_requested() -> bool:
@@ -50,7 +50,7 @@ def received() -> str:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """In the main thread, SIGTERM and SIGINT raise Interrupted from here on, unless `deferred`."""
     global _received
     if threading.current_thread() is not threading.main_thread():

@@ -16,6 +16,7 @@ For a video: frames/frame-0000.png ... (if it is a file), attention/attn-<frame>
 """
 
 import argparse
+import contextlib
 import os
 import re
 from collections import Counter
@@ -230,7 +231,8 @@ def visualize(args: argparse.Namespace, source: Path, output: Path, device: torc
     if args.video and distributed.is_main_process():
         video = video_path(args)
         try:
-            save_video([attention_file(path, output) for path in paths], video, args.fps or fps)
+            limit = MAX_GIF_FPS if args.video_format == "gif" else MAX_FPS
+            save_video([attention_file(path, output) for path in paths], video, args.fps or min(fps, limit))
         except InputError as error:  # such as missing PyAV; the pictures are there
             print(f"no {video.name} written, try again with --video_only: {error}")
 
@@ -243,11 +245,12 @@ def main() -> None:
         pictures = sorted(output.glob("attention/attn-*.png"), key=natural_order)
         if not pictures:
             raise InputError(f"--video_only: {output / 'attention'} contains no attn-*.png")
-        save_video(pictures, video_path(args), args.fps or DEFAULT_FPS)
+        with locked(video_path(args)):
+            save_video(pictures, video_path(args), args.fps or DEFAULT_FPS)
         return
 
     device = distributed.init_distributed(args)
-    with locked(output / "attention"):
+    with locked(video_path(args)) if args.video else contextlib.nullcontext():
         visualize(args, source, output, device)
 
 

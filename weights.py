@@ -1,8 +1,9 @@
 """Weights of a backbone in checkpoints of this and other programs: found, renamed, checked, loaded."""
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import isqrt
 from typing import Any
 
@@ -25,6 +26,7 @@ CHANGE_FEATURES = {
     "cls_token", "pos_embed", "dist_token", "reg_token", "register_tokens", "storage_tokens", "norm", "norm_pre", "ln_pre",
     "fc_norm", "rel_pos_bias", "attn_pool", "attnpool", "stem", "conv2", "bn2", "conv3", "bn3",
 }  # fmt: skip
+STAGE = re.compile(r"(layer|stage|block)s?_?\d*")  # the same for a further stage
 # First layers of ViTs, VMamba and ResNets, and of timm's and torchvision's other families.
 FIRST_LAYERS = (
     "patch_embed.proj.weight", "patch_embed.0.weight", "conv1.weight", "conv_stem.weight", "stem.0.weight", "stem.conv.weight",
@@ -88,13 +90,15 @@ RENAMES: dict[str, list[Rename]] = {
 }
 
 NUMBERED, BLOCK = re.compile(r"(^|\.)\d+\."), re.compile(r"(^|\.)\d+\.[^.]+\.")
-MAX_DEPTH = 64  # of nested dicts
+MAX_DEPTH, MAX_VISITS = 64, 4  # of nested dicts, and of each of them
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights that are read
 
 # --- finding -----------------------------------------------------------------------------------------------------------
 
 
-def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher") -> dict[str, Tensor]:
+def backbone_state(
+    checkpoint: dict[str, Any], checkpoint_key: str | None = "teacher", own: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Extracts the state dict of the backbone from a checkpoint of this or another program.
 
     Args:
@@ -103,6 +107,7 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "tea
         checkpoint_key: entry that contains the network. Without an entry `teacher`, the key `teacher` means `model` or
             `state_dict`, as in released weights, or the only network that there is. If there are several networks, for
             example `encoder_q.X` and `encoder_k.X`, the key names one of them.
+        own: names of the backbone's tensors, by which it is found if all are there; otherwise its first layer tells.
 
     Returns:
         State dict without prefixes such as `module.backbone.`, without other networks, heads (`head`, `head2`) and classifiers
@@ -114,7 +119,7 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "tea
     """
     entry = checkpoint.get(checkpoint_key) if checkpoint_key else None
     tensors = dict(_tensors(checkpoint if entry is None else entry))
-    prefixes = _network_prefixes(tensors)
+    prefixes = _prefixes_of(own, tensors) or _network_prefixes(tensors)
     if entry is None and not _is_plain(checkpoint):
         prefixes = _named_networks(prefixes, checkpoint_key)
     if len(prefixes) > 1:
@@ -132,26 +137,39 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str | None = "tea
         present = ", ".join(map(str, checkpoint)) or "none"
         raise InputError(f"no state dict under checkpoint key {checkpoint_key!r}: the keys are {present}")
     state = {name: _readable(name, value) for name, value in _with_our_names(tensors).items()}
-    return {name: value for name, value in state.items() if not HEADS.match(name)}
+    return {name: value for name, value in state.items() if name in own or not HEADS.match(name)}
 
 
-def _tensors(value: Any, names: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested dicts and pickled modules, each dict once; the names of nested ones are joined by dots."""
-    seen = set() if seen is None else seen
+def _tensors(value: Any, names: tuple[str, ...] = (), visits: Counter[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested dicts and pickled modules; the names of nested ones are joined by dots.
+
+    A dict that lies in several places is listed MAX_VISITS times at most, which ends dicts that contain themselves, too.
+    """
+    visits = Counter() if visits is None else visits
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        value = torch.from_numpy(value)
+        with contextlib.suppress(TypeError):  # a kind of number that torch does not have
+            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
     if isinstance(value, Tensor):
         yield ".".join(names), value
-    elif isinstance(value, dict) and id(value) not in seen and len(names) < MAX_DEPTH:
-        seen.add(id(value))
+    elif isinstance(value, dict) and visits[id(value)] < MAX_VISITS and len(names) < MAX_DEPTH:
+        visits[id(value)] += 1
         for name, inner in (module_entries(value) or value).items():
-            yield from _tensors(inner, (*names, str(name)), seen)
+            yield from _tensors(inner, (*names, str(name)), visits)
 
 
 def _is_plain(checkpoint: dict[str, Any]) -> bool:
     """True for a state dict; some programs put numbers beside the tensors. A checkpoint has dicts."""
     has_tensor = any(isinstance(value, (Tensor, np.ndarray)) for value in checkpoint.values())
     return has_tensor and not any(isinstance(value, dict) for value in checkpoint.values())
+
+
+def _prefixes_of(own: Collection[str], tensors: dict[str, Tensor]) -> list[str]:
+    """What stands before all of the backbone's names; batch norm's counters may be missing."""
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    if not needed:
+        return []
+    found = {name.removesuffix(needed[0]) for name in tensors if f".{name}".endswith(f".{needed[0]}")}
+    return sorted(prefix for prefix in found if all(f"{prefix}{name}" in tensors for name in needed))
 
 
 def _network_prefixes(tensors: dict[str, Tensor]) -> list[str]:
@@ -176,7 +194,7 @@ def _named_networks(prefixes: list[str], key: str | None) -> list[str]:
     for usual in ("model.", "state_dict."):
         if any(prefix.startswith(usual) for prefix in prefixes):
             return [prefix for prefix in prefixes if prefix.startswith(usual)]
-    if len(prefixes) == 1:
+    if len(prefixes) == 1 and prefixes[0]:
         print(f"the checkpoint has no `teacher`: weights are taken from `{prefixes[0].rstrip('.')}`")
     return prefixes
 
@@ -247,7 +265,8 @@ def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None
         state = backbone.convert_state_dict(state)
     own = backbone.state_dict()
     layers = {name.split(".")[0] for name in own} | CHANGE_FEATURES
-    beside = [name for name in state if name not in own and name.split(".")[0] not in layers]
+    tops = {name: name.split(".")[0] for name in state}
+    beside = [name for name, top in tops.items() if name not in own and top not in layers and not STAGE.fullmatch(top)]
     state = {name: value for name, value in state.items() if name not in beside}
     _check_fit(own, state)
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
@@ -289,7 +308,7 @@ def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str | Non
     """
     checkpoint = load_checkpoint(path)
     with error_prefix(path):
-        state = backbone_state(checkpoint, checkpoint_key)
+        state = backbone_state(checkpoint, checkpoint_key, backbone.state_dict())
         if "pos_embed" in state:
             state["pos_embed"] = _fit_positions(backbone, state["pos_embed"])
         load_backbone_weights(backbone, state)
@@ -297,6 +316,8 @@ def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str | Non
 
 def _fit_positions(backbone: nn.Module, pos_embed: Tensor) -> Tensor:
     """Position embeddings for the image size of one of our ViTs or timm's; as they are for other backbones."""
+    if pos_embed.ndim != 3:
+        return pos_embed
     if isinstance(backbone, vit.VisionTransformer):
         return vit.resize_positions(pos_embed, backbone.grid_size)
     own = getattr(backbone, "pos_embed", None)

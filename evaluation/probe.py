@@ -338,7 +338,7 @@ def load_trained_backbone(path: str | Path, checkpoint: dict[str, Any], backbone
     if "state_dict_model" not in checkpoint:
         raise InputError(f"checkpoint {path}: contains no fine-tuned backbone, only a classifier")
     with utils.error_prefix(f"checkpoint {path}"):
-        load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model"))
+        load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model", backbone.state_dict()))
 
 
 @torch.no_grad()

@@ -9,6 +9,14 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
+# check_processes NAME...: stop unless each of these variables is a number of processes.
+check_processes() {
+  local name
+  for name in "$@"; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,4}$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
+  done
+}
+
 # Network and data
 : "${net_name:=CLeVER}" "${backbone_name:=vit_small}" "${PATCH:=16}"
 : "${DATASET:=IN100}" "${DATASET_PATH:=$ROOT/data/$DATASET}" # the folder with train/ and val/
@@ -17,14 +25,12 @@ die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
 # Machine
 : "${GPU_num:=4}" "${GPU_num_LN:=2}" "${GPU_num_EVAL:=1}" # processes: pretraining, probe, evaluation
+check_processes GPU_num GPU_num_LN GPU_num_EVAL
 DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_DEVICES is not changed
 : "${PORT_NUM:=29500}"                                    # a second run on the same machine needs another port
 : "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for a single process
 
 # Pretraining
-for name in GPU_num GPU_num_LN GPU_num_EVAL; do
-  [[ ${!name} =~ ^[1-9][0-9]{0,4}$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
-done
 : "${EPOCH:=200}" "${BATCH:=$((512 / GPU_num))}" # BATCH: images per GPU, 512 in total by default
 : "${HP1:=0.8}" "${SEP_LAMBD:=1.0}" "${DVR_out_dim:=65536}"
 reg=${reg-_reg0.001}    # empty: no regulariser

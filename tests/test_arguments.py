@@ -151,6 +151,7 @@ def test_the_flags_of_a_result_are_used_again(parser, tmp_path):
         ("scale: [[1], 2]", ["'scale' must have a value or a list of values, not [[1], 2]"]),
         ("epochs: [", ["cannot be read"]),
         ("epochs: 1\nepochs: 2", ["'epochs' is given twice"]),
+        ("? [1, 2]\n: 3", ["cannot be read", "a key must be a text"]),
         ("epochs: 0123", ["0123: write a number without leading zeros"]),
         ("epochs: 1:30", ["1:30: write a number without leading zeros and colons"]),
         ("epochs: yes", ["--epochs: invalid int value: 'True'", "flags are also read from", "run.yaml"]),

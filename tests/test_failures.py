@@ -24,6 +24,7 @@ from support.processes import (
     write_labelled_images,
 )
 
+from checkpoint import valid_state
 from failures import describe_failure
 from locking import locked
 from utils import atomic_file, write_text_atomically
@@ -135,11 +136,17 @@ def test_other_errors_keep_their_traceback():
         (MemoryError("Unable to allocate 9 TiB"), "out of memory"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"), "another process of the"),
         (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (RuntimeError("unable to write to file </torch_12_3_4>: No space left on device (28)"), "--shm-size"),
     ],
 )
 def test_failures_of_libraries_in_one_line(error, words):
     text = describe_failure(error)
     assert words in text and "\n" not in text
+
+
+def test_a_state_for_which_memory_does_not_suffice_is_not_called_damaged():
+    with pytest.raises(torch.OutOfMemoryError), valid_state("c.pth"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_reader_that_stops_ends_a_script_in_one_line(tmp_path):

@@ -96,6 +96,7 @@ def test_arguments_of_other_programs_are_taken_where_they_mean_the_same(tmp_path
     [
         (([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])),
         (([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])),
+        (([1.5, 0.2, 0.2], [0.5, 0.5, 0.5]), (None, None)),
         (([float("nan")] * 3, [0.0, 0.0, 0.0]), (None, None)),
         (([True, False, True], [300, 1, 1]), (None, None)),
     ],
@@ -104,6 +105,24 @@ def test_statistics_of_pixels_up_to_255_are_scaled_and_impossible_ones_ignored(s
     stored = stored_arguments({"args": dict(zip(("mean", "std"), stats, strict=True))})
     for name, values in zip(("mean", "std"), found, strict=True):
         assert stored.get(name) == (None if values is None else pytest.approx(values, abs=1e-6))
+
+
+def test_statistics_of_our_own_checkpoints_are_taken_as_they_are():
+    args = {"mean": [-0.1, 0.5, 1.5], "std": [2.0, 2.0, 2.0], "global_crops_size": 32}
+    stored = stored_arguments({"args": args})
+    assert stored["mean"] == args["mean"] and stored["std"] == args["std"]
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "regnety_002", "dla34", "mambaout_femto", "hgnetv2_b0", "convnext_atto"])
+def test_our_checkpoints_of_any_timm_network(arch, tmp_path):
+    """Found by all of its names, since its first layer may not be known, or stand in several places, or be called head."""
+    pytest.importorskip("timm")
+    network = build_backbone(arch)
+    state = {f"module.backbone.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"teacher": state | {"module.head.mlp.0.weight": torch.ones(2, 2)}}, tmp_path / "c.pth")
+    loaded = load_backbone(tmp_path / "c.pth", arch=arch).network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
+    load_backbone_file(build_backbone(arch), tmp_path / "c.pth")
 
 
 def test_timms_own_statistics_are_the_default(tmp_path):
@@ -325,6 +344,7 @@ PLACES = {
     "one network": lambda state: {"student": prefixed(state, "module.backbone."), "epoch": 3},
     "numpy": lambda state: {name: value.numpy() for name, value in state.items()},
     "parameters": lambda state: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()},
+    "big-endian numpy": lambda state: {n: v.numpy().astype(v.numpy().dtype.newbyteorder(">")) for n, v in state.items()},
     "sparse": lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()},
     "channels last": lambda state: state | {"conv1.weight": state["conv1.weight"].to(memory_format=torch.channels_last)},
     "double": lambda state: {k: v.double() if v.is_floating_point() else v for k, v in state.items()},
@@ -369,9 +389,22 @@ def test_what_cannot_be_the_network_is_refused(tmp_path):
             load_backbone_weights(build_backbone("resnet8"), backbone_state({"model": changed}))
     with pytest.raises(InputError, match="do not fit"):
         load_backbone_weights(build_backbone("resnet8"), backbone_state({"model": {1: torch.ones(2), ("a", 2): torch.ones(2)}}))
-    for more in ("layer3.1.conv1.weight", "attnpool.weight", "fc_norm.weight"):
+    for more in ("layer3.1.conv1.weight", "layer4.0.conv1.weight", "stages.2.weight", "attnpool.weight", "fc_norm.weight"):
         with pytest.raises(InputError, match=f"1 unexpected: {more}"):
             load_backbone_weights(build_backbone("resnet8"), state | {more: torch.ones(2)})
+
+
+def test_a_dict_under_two_names_is_found_under_both(capsys):
+    state = state_of("resnet8")
+    for key in ("student", "teacher"):
+        assert_loaded(backbone_state({"x": {"student": state, "teacher": state}}, key))
+    assert "weights are taken" not in capsys.readouterr().out
+
+
+def test_position_embeddings_of_another_rank_are_refused(tmp_path):
+    torch.save(state_of("vit_micro") | {"pos_embed": torch.zeros(3)}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match="1 of another shape: pos_embed"):
+        load_backbone_file(build_backbone("vit_micro"), tmp_path / "c.pth")
 
 
 def test_dicts_that_contain_themselves_or_are_nested_deeply():

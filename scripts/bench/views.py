@@ -4,8 +4,8 @@
     python -m scripts.bench.views --images /data/imagenet/val --number 64 --output results/bench_views.json
 
 Beside our renderers (cpp, torchvision): the original's pipeline of Pillow images written plainly (`pillow`), torchvision's
-transforms v2 on tensors (`v2`), and, where it is installed, lightly's DINO transform. Everything
-runs in one process on one thread, alternately, on the same files; the table shows the fastest of --rounds.
+transforms v2 on tensors (`v2`), and, where it is installed, lightly's DINO transform.
+Everything runs in one process on one thread, alternately, on the same files; the table shows the fastest of --rounds.
 
 `photos` are JPEG files of 500 x 375 pixels with 2 views of 224 and 8 of 96 pixels, `small` PNG files of 28 x 28 pixels with 2
 views of 24 pixels.
