@@ -91,23 +91,24 @@ def is_known(arch: str) -> bool:
     return timm.is_model(arch)
 
 
-def default_image_size(arch: str) -> int:
-    """Side in pixels of the images that a backbone is made for: 224, or what timm says of its model."""
+def _timm_config(arch: str) -> Any:
+    """What timm says of the images that its model is made for; None for other backbones."""
     if is_ours(arch) or not is_known(arch):
-        return 224
+        return None
     from timm.models import get_pretrained_cfg
 
-    config = get_pretrained_cfg(arch)
+    return get_pretrained_cfg(arch)
+
+
+def default_image_size(arch: str) -> int:
+    """Side in pixels of the images that a backbone is made for: 224, or what timm says of its model."""
+    config = _timm_config(arch)
     return config.input_size[-1] if config else 224
 
 
 def default_stats(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the channels that a backbone is made for: ImageNet's, or what timm says of its model."""
-    if is_ours(arch) or not is_known(arch):
-        return IMAGENET_MEAN, IMAGENET_STD
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(arch)
+    config = _timm_config(arch)
     return (tuple(config.mean), tuple(config.std)) if config else (IMAGENET_MEAN, IMAGENET_STD)
 
 

@@ -17,10 +17,7 @@ import argparse
 import importlib
 import json
 import math
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +198,6 @@ def largest_difference(network: Network, features: Features) -> float:
     return worst
 
 
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` for what is not yet complete, with the same file system; removed at the end."""
-    folder = utils.beside(out.with_name(f".{out.name}"), ".unfinished")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def export(args: argparse.Namespace, pretrained: Pretrained) -> float:
     """Writes the file, reads it, compares; only then it gets its name. Returns the largest difference of the features."""
     network = network_to_export(args, pretrained)
@@ -220,7 +205,7 @@ def export(args: argparse.Namespace, pretrained: Pretrained) -> float:
     out = Path(args.out)
     if target.is_program and is_config_name(network.arch):
         print(f"tracing {network.arch}: a large VMamba takes minutes", flush=True)
-    with unfinished(out) as folder:
+    with utils.unfinished(out) as folder:
         draft, draft_json, draft_card = outputs(folder / out.name)
         difference = write_and_compare(network, target, draft)
         record = sidecar(args, pretrained, target, difference)

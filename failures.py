@@ -26,19 +26,19 @@ def describe_failure(error: BaseException) -> str | None:
     The error that a library raises often comes after the one that caused it: all of the chain are looked at.
     """
     for each in chain(error):
+        text = str(each)
         if isinstance(each, OSError) and each.errno in ADVICE:
             return f"{each.filename or each.strerror}: {ADVICE[each.errno]}"
-        if any(words in str(each) for words in SHARED_MEMORY):
+        if any(words in text for words in SHARED_MEMORY):
             return ("no space in shared memory, through which data loading workers pass batches: more of it (docker run "
                     f"--shm-size), or fewer --num_workers ({describe_error(each)[-200:]})")  # fmt: skip
-        if os.strerror(errno.ENOSPC) in str(each):  # of a library that is not written in Python
+        if os.strerror(errno.ENOSPC) in text:  # of a library that is not written in Python
             return f"{ADVICE[errno.ENOSPC].replace(' there', '')} ({describe_error(each)[:200]})"
         if isinstance(each, torch.OutOfMemoryError):
             return (
                 "out of GPU memory: try a smaller --batch_size_per_gpu, with --accumulation for the same images per step, or "
                 f"--activation_checkpointing true ({describe_error(each)[:200]})"
             )
-        text = str(each)
         if isinstance(each, MemoryError) or (isinstance(each, RuntimeError) and "DefaultCPUAllocator" in text):
             return f"out of memory: choose smaller sizes, or fewer --num_workers ({describe_error(each)[:200]})"
         if isinstance(each, RuntimeError) and any(words in text for words in LOST_PEER):

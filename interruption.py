@@ -57,27 +57,25 @@ def signals_interrupt() -> Iterator[None]:
         yield
         return
     _received = None
-    former = {number: signal.signal(number, _on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with _responding(Interrupted()):
-            yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with _handled_by(_on_signal), _responding(Interrupted()):
+        yield
+
+
+def at_once() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM and SIGINT end the process within, without a line: for calls that wait for long outside of Python."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return _handled_by(signal.SIG_DFL) if is_main else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """SIGTERM and SIGINT end the process within, without a line: for calls that wait for long outside of Python."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+def _handled_by(handler: Any) -> Iterator[None]:
+    """Within, both signals have this handler. Only in the main thread."""
+    former = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 def deferred() -> contextlib.AbstractContextManager[None]:

@@ -140,6 +140,18 @@ def save_png(pixels: np.ndarray, path: str | Path) -> None:
 
 
 @contextlib.contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` for what is not yet complete, with the same file system; removed at the end."""
+    folder = beside(out.with_name(f".{out.name}"), ".unfinished")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Write a folder atomically: yields a new, empty folder, which replaces `folder` at the end unless an error occurs.
 

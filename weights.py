@@ -265,15 +265,15 @@ def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None
         state = backbone.convert_state_dict(state)
     own = backbone.state_dict()
     layers = {name.split(".")[0] for name in own} | CHANGE_FEATURES
-    tops = {name: name.split(".")[0] for name in state}
-    beside = [name for name, top in tops.items() if name not in own and top not in layers and not STAGE.fullmatch(top)]
+    tops = {name: name.split(".")[0] for name in state if name not in own}
+    beside = {name: top for name, top in tops.items() if top not in layers and not STAGE.fullmatch(top)}
     state = {name: value for name, value in state.items() if name not in beside}
     _check_fit(own, state)
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise InputError(f"NaN or infinite values in {len(broken)} of {len(state)} weights: {_first(broken)}")
     if beside:
-        names = list(dict.fromkeys(name.split(".")[0] for name in beside))
+        names = list(dict.fromkeys(beside.values()))
         print(f"left out, as the backbone has no such layers: {_first(names)} (number of tensors: {len(beside)})")
     backbone.load_state_dict(state)
 

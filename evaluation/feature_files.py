@@ -5,7 +5,6 @@ Shapes: D width of the representation, M training images, N test images.
 
 import json
 import pickle
-import shutil
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import DAMAGE, save_atomically, stored_arguments
-from utils import InputError, save_json
+from utils import InputError, save_json, unfinished
 from weights import FLOATS
 
 # Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.
 TENSORS = {"train": "trainfeat.pth", "test": "testfeat.pth", "train_labels": "trainlabels.pth", "test_labels": "testlabels.pth"}
 DESCRIPTION = "features.json"
-SCRATCH = ".features.unfinished"  # folder for files that are not all written yet
 MAX_CLASSES = 1_000_000
 NUMBERS = {*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
@@ -48,10 +46,7 @@ def save_features(features: FeatureSet, folder: str | Path) -> None:
     """Write one file per tensor, and the description; features that are already there are replaced when all are written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    try:
-        scratch.mkdir()
+    with unfinished(folder / "features") as scratch:
         for name, file in TENSORS.items():
             save_atomically(getattr(features, name).cpu(), scratch / file)
         save_json(features.description, scratch / DESCRIPTION)
@@ -60,8 +55,6 @@ def save_features(features: FeatureSet, folder: str | Path) -> None:
             (folder / name).unlink(missing_ok=True)
         for name in names:
             (scratch / name).replace(folder / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     print(f"wrote features to {folder}")
 
 

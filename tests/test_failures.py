@@ -117,6 +117,11 @@ def test_what_a_library_raises_after_a_full_disk_is_described_by_its_cause(tmp_p
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), "a smaller --batch_size_per_gpu"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"), "num_workers (DataLoader worker"),
         (RuntimeError("DataLoader timed out after 1800.0 seconds"), "do they hang"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (MemoryError("Unable to allocate 9 TiB"), "out of memory"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"), "another process of the"),
+        (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (RuntimeError("unable to write to file </torch_12_3_4>: No space left on device (28)"), "--shm-size"),
     ],
 )
 def test_failures_in_one_line(error, words):
@@ -127,21 +132,6 @@ def test_failures_in_one_line(error, words):
 def test_other_errors_keep_their_traceback():
     assert describe_failure(RuntimeError("shapes differ")) is None
     assert describe_failure(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
-
-
-@pytest.mark.parametrize(
-    "error, words",
-    [
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-        (MemoryError("Unable to allocate 9 TiB"), "out of memory"),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5"), "another process of the"),
-        (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),
-        (RuntimeError("unable to write to file </torch_12_3_4>: No space left on device (28)"), "--shm-size"),
-    ],
-)
-def test_failures_of_libraries_in_one_line(error, words):
-    text = describe_failure(error)
-    assert words in text and "\n" not in text
 
 
 def test_a_state_for_which_memory_does_not_suffice_is_not_called_damaged():
