@@ -17,22 +17,34 @@ from typing import Any
 import numpy as np
 import torch
 
-import arguments
-import distributed
-from arguments import bool_flag
-from augmentations import eval_transform
-from datasets import UNLABELLED, ImageDataset, dataset_of, make_loader, shard
-from evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, plot
-from evaluation.equivariance import TRANSFORMS, TransformDataset, extract_views
-from evaluation.features import FeatureExtractor, extract_features, gather_in_order
-from evaluation.names import PARTS, part_flag
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
-from heads import split_ir_ef
-from image_files import list_images
-from locking import locked
-from rendering import add_renderer_argument, resolve_renderer
-from shards import is_member
-from utils import InputError, printable
+from clever import arguments, distributed
+from clever.arguments import bool_flag
+from clever.data.augmentations import eval_transform
+from clever.data.datasets import (
+    UNLABELLED,
+    ImageDataset,
+    dataset_of,
+    make_loader,
+    shard,
+)
+from clever.data.files import list_images
+from clever.data.rendering import add_renderer_argument, resolve_renderer
+from clever.data.shards import is_member
+from clever.entry import run_entry_point
+from clever.evaluation.embeddings import (
+    MAX_CLASSES,
+    REDUCTIONS,
+    WRITERS,
+    Embeddings,
+    plot,
+)
+from clever.evaluation.equivariance import TRANSFORMS, TransformDataset, extract_views
+from clever.evaluation.features import FeatureExtractor, extract_features, gather_in_order
+from clever.evaluation.names import PARTS, part_flag
+from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from clever.locking import locked
+from clever.models.heads import split_ir_ef
+from clever.utils import InputError, printable
 
 COLOURS = ("class", "rotation")
 COLUMNS = {"IR": ["ir"], "EF": ["ef"], "ALL": ["ir", "ef"]}  # of each part
@@ -191,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

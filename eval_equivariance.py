@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import arguments
-import distributed
-import utils
-from arguments import bool_flag
-from datasets import UNLABELLED, keep_readable
-from evaluation.equivariance import (
+from clever import arguments, distributed, utils
+from clever.arguments import bool_flag
+from clever.data.datasets import UNLABELLED, keep_readable
+from clever.data.files import list_images
+from clever.data.rendering import add_renderer_argument, resolve_renderer
+from clever.entry import run_entry_point
+from clever.evaluation.equivariance import (
     GRAM_IMAGES,
     GRAM_VIEWS,
     HELD_OUT,
@@ -37,15 +38,19 @@ from evaluation.equivariance import (
     subspaces,
     with_half_angles,
 )
-from evaluation.equivariance_report import plot, to_markdown
-from evaluation.features import FeatureExtractor
-from evaluation.names import PARTS, part_flag
-from evaluation.pretrained import Pretrained, add_backbone_arguments, check_trial_name, load_pretrained, result_record
-from evaluation.regression import LinearRegressor, MLPRegressor
-from heads import has_both_parts
-from image_files import list_images
-from rendering import add_renderer_argument, resolve_renderer
-from utils import InputError
+from clever.evaluation.equivariance_report import plot, to_markdown
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.names import PARTS, part_flag
+from clever.evaluation.pretrained import (
+    Pretrained,
+    add_backbone_arguments,
+    check_trial_name,
+    load_pretrained,
+    result_record,
+)
+from clever.evaluation.regression import LinearRegressor, MLPRegressor
+from clever.models.heads import has_both_parts
+from clever.utils import InputError
 
 INPUTS = ("pair", "single")
 HEADS = ("linear", "mlp")
@@ -239,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

@@ -18,17 +18,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import arguments
-import distributed
-import utils
-from arguments import bool_flag
-from augmentations import PERTURBATIONS, eval_transform
-from datasets import ImageDataset, check_same_classes, labelled_dataset, make_loader, shard
-from evaluation.feature_files import FeatureSet, load_features, save_features
-from evaluation.features import FeatureExtractor, extract_features, gather_in_order, select_part
-from evaluation.knn import MIN_TEMPERATURE, knn_accuracies
-from evaluation.names import PARTS, part_flag, part_suffix
-from evaluation.pretrained import (
+from clever import arguments, distributed, utils
+from clever.arguments import bool_flag
+from clever.data.augmentations import PERTURBATIONS, eval_transform
+from clever.data.datasets import (
+    ImageDataset,
+    check_same_classes,
+    labelled_dataset,
+    make_loader,
+    shard,
+)
+from clever.data.rendering import add_renderer_argument, resolve_renderer
+from clever.entry import run_entry_point
+from clever.evaluation.feature_files import FeatureSet, load_features, save_features
+from clever.evaluation.features import (
+    FeatureExtractor,
+    extract_features,
+    gather_in_order,
+    select_part,
+)
+from clever.evaluation.knn import MIN_TEMPERATURE, knn_accuracies
+from clever.evaluation.names import PARTS, part_flag, part_suffix
+from clever.evaluation.pretrained import (
     add_backbone_arguments,
     check_part,
     check_trial_name,
@@ -37,9 +48,8 @@ from evaluation.pretrained import (
     result_record,
     single_run,
 )
-from locking import locked
-from rendering import add_renderer_argument, resolve_renderer
-from utils import InputError
+from clever.locking import locked
+from clever.utils import InputError
 
 # What a result's name contains before the trial name, besides knn: a perturbation, and what part_suffix returns.
 RESERVED = (*PERTURBATIONS, r"hp[\d.][^_]*", "else")
@@ -238,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

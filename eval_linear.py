@@ -21,17 +21,23 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import arguments
-import optim
-from arguments import bool_flag
-from augmentations import Views, eval_transform, probe_train_transform
-from datasets import ImageDataset, check_same_classes, labelled_dataset
-from distributed import add_distributed_arguments, init_distributed, run_entry_point
-from evaluation.features import FeatureExtractor
-from evaluation.names import PARTS, classifier_name, linear_probe_name
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, single_run
-from evaluation.probe import ProbeGroup
-from evaluation.probe_arguments import (
+from clever import arguments
+from clever.arguments import bool_flag
+from clever.data.augmentations import Views, eval_transform, probe_train_transform
+from clever.data.datasets import ImageDataset, check_same_classes, labelled_dataset
+from clever.data.rendering import resolve_renderer
+from clever.distributed import add_distributed_arguments, init_distributed
+from clever.entry import run_entry_point
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.names import PARTS, classifier_name, linear_probe_name
+from clever.evaluation.pretrained import (
+    Pretrained,
+    add_backbone_arguments,
+    load_pretrained,
+    single_run,
+)
+from clever.evaluation.probe import ProbeGroup
+from clever.evaluation.probe_arguments import (
     IMAGENET_CLASSES,
     add_probe_arguments,
     build_probe,
@@ -42,9 +48,9 @@ from evaluation.probe_arguments import (
     lr_scale,
     write_result,
 )
-from locking import locked
-from rendering import resolve_renderer
-from utils import InputError
+from clever.locking import locked
+from clever.training import optim
+from clever.utils import InputError
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -20,18 +20,20 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-import arguments
-from arguments import TypedFloat, bool_flag
-from augmentations import Views, eval_transform, probe_train_transform
-from backbones import build_backbone, synchronize_batch_norm
-from datasets import ImageDataset, check_same_classes, dataset_of
-from distributed import add_distributed_arguments, init_distributed, run_entry_point
-from evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
-from evaluation.features import FeatureExtractor
-from evaluation.names import PARTS, classifier_name, downstream_name
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
-from evaluation.probe import ProbeGroup
-from evaluation.probe_arguments import (
+from clever import arguments
+from clever.arguments import TypedFloat, bool_flag
+from clever.data.augmentations import Views, eval_transform, probe_train_transform
+from clever.data.datasets import ImageDataset, check_same_classes, dataset_of
+from clever.data.files import labelled_samples
+from clever.data.rendering import resolve_renderer
+from clever.distributed import add_distributed_arguments, init_distributed
+from clever.entry import run_entry_point
+from clever.evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.names import PARTS, classifier_name, downstream_name
+from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from clever.evaluation.probe import ProbeGroup
+from clever.evaluation.probe_arguments import (
     IMAGENET_CLASSES,
     add_probe_arguments,
     build_probe,
@@ -43,10 +45,9 @@ from evaluation.probe_arguments import (
     short_hash,
     write_result,
 )
-from image_files import labelled_samples
-from locking import locked
-from rendering import resolve_renderer
-from utils import InputError
+from clever.locking import locked
+from clever.models.backbones import build_backbone, synchronize_batch_norm
+from clever.utils import InputError
 from vmamba import is_config_name
 
 MODES = ("linear", "ds_ft", "semi_1", "semi_10")

@@ -25,13 +25,17 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-import arguments
-import distributed
-import utils
-from augmentations import ToNormalizedTensor
-from datasets import unchanged
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
-from evaluation.saliency.data import (
+from clever import arguments, distributed, utils
+from clever.data.augmentations import ToNormalizedTensor
+from clever.data.datasets import unchanged, worker_count, worker_options
+from clever.entry import run_entry_point
+from clever.evaluation.pretrained import (
+    Pretrained,
+    add_backbone_arguments,
+    load_pretrained,
+    result_record,
+)
+from clever.evaluation.saliency.data import (
     LAYOUTS,
     Example,
     ImageSet,
@@ -41,12 +45,16 @@ from evaluation.saliency.data import (
     dataset_folders,
     find_pairs,
 )
-from evaluation.saliency.detection import FEATURES, Detector
-from evaluation.saliency.pictures import MASK_FOLDERS, draw_overview, save_masks
-from evaluation.saliency.results import METHODS, SetResults, rounded, save_table
-from telemetry import Progress
-from utils import InputError
-from workers import worker_count, worker_options
+from clever.evaluation.saliency.detection import FEATURES, Detector
+from clever.evaluation.saliency.pictures import MASK_FOLDERS, draw_overview, save_masks
+from clever.evaluation.saliency.results import (
+    METHODS,
+    SetResults,
+    rounded,
+    save_table,
+)
+from clever.training.telemetry import Progress
+from clever.utils import InputError
 
 MAX_PATCHES = 10000  # per image; their attention takes 2.4 GB in a ViT-S
 IMAGE_ERRORS = (InputError, MemoryError, torch.OutOfMemoryError)  # may concern one image and not the next
@@ -225,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

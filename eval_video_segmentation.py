@@ -25,21 +25,25 @@ from typing import Any
 
 import torch
 
-import arguments
-import distributed
-import utils
-from arguments import bool_flag
-from augmentations import IMAGENET_STD
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
-from evaluation.video import davis, metrics
-from evaluation.video.contact_sheet import contact_sheet
-from evaluation.video.davis import Video
-from evaluation.video.masks import write_mask
-from evaluation.video.metrics import VideoScores
-from evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
-from locking import locked
-from telemetry import Progress
-from utils import InputError, plural, whole_folder
+from clever import arguments, distributed, utils
+from clever.arguments import bool_flag
+from clever.data.augmentations import IMAGENET_STD
+from clever.entry import run_entry_point
+from clever.evaluation.pretrained import (
+    Pretrained,
+    add_backbone_arguments,
+    load_pretrained,
+    result_record,
+)
+from clever.evaluation.video import davis, metrics
+from clever.evaluation.video.contact_sheet import contact_sheet
+from clever.evaluation.video.davis import Video
+from clever.evaluation.video.masks import write_mask
+from clever.evaluation.video.metrics import VideoScores
+from clever.evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
+from clever.locking import locked
+from clever.training.telemetry import Progress
+from clever.utils import InputError, plural, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
 MAX_READING_THREADS = 4
@@ -250,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

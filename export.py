@@ -23,16 +23,19 @@ from typing import Any
 
 import torch
 
-import arguments
-import distributed
-import utils
-from evaluation.export_formats import FORMATS, Features, Format, Network
-from evaluation.names import PARTS, part_flag
-from evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
-from failures import describe_failure
-from heads import split_sizes
-from locking import locked
-from utils import InputError, describe_error
+from clever import arguments, utils
+from clever.entry import describe_failure, run_entry_point
+from clever.evaluation.export_formats import (
+    FORMATS,
+    Features,
+    Format,
+    Network,
+)
+from clever.evaluation.names import PARTS, part_flag
+from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from clever.locking import locked
+from clever.models.heads import split_sizes
+from clever.utils import InputError, describe_error
 from vmamba import is_config_name
 
 TOLERANCE = 1e-5  # largest difference of features, as a fraction of the largest feature
@@ -254,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

@@ -9,8 +9,8 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "einops", "yaml"]
 def backbone(path: str, *args, **options):
     """The pretrained backbone of a checkpoint in eval mode, its transform (PIL image -> [3, S, S]), and split(z) -> IR, EF.
 
-    Arguments: see evaluation.load_backbone.
+    Arguments: see clever.load_backbone.
     """
-    from evaluation import load_backbone
+    from clever import load_backbone
 
     return load_backbone(path, *args, **options)

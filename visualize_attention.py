@@ -28,19 +28,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import arguments
-import distributed
-import utils
-from arguments import bool_flag
-from datasets import keep_readable, shard
-from evaluation.attention import PictureDataset, ResizeAndCrop, cls_attention, draw_frame, draw_overview, draw_pictures
-from evaluation.pretrained import add_backbone_arguments, load_pretrained
-from evaluation.video.files import DEFAULT_FPS, FORMATS, MAX_FPS, MAX_GIF_FPS, MIN_FPS, SUFFIXES, extract_frames, write_video
-from image_files import list_images
-from locking import locked
-from telemetry import with_progress
-from utils import InputError, plural
-from workers import worker_count, worker_options
+from clever import arguments, distributed, utils
+from clever.arguments import bool_flag
+from clever.data.datasets import keep_readable, shard, worker_count, worker_options
+from clever.data.files import list_images
+from clever.entry import run_entry_point
+from clever.evaluation.attention import (
+    PictureDataset,
+    ResizeAndCrop,
+    cls_attention,
+    draw_frame,
+    draw_overview,
+    draw_pictures,
+)
+from clever.evaluation.pretrained import add_backbone_arguments, load_pretrained
+from clever.evaluation.video.files import (
+    DEFAULT_FPS,
+    FORMATS,
+    MAX_FPS,
+    MAX_GIF_FPS,
+    MIN_FPS,
+    SUFFIXES,
+    extract_frames,
+    write_video,
+)
+from clever.locking import locked
+from clever.training.telemetry import with_progress
+from clever.utils import InputError, plural
 
 OUTPUT_NAMES = re.compile(r"(overview|img|overlay|attn-.*|mask_th.*)\.png|video\..*")
 
@@ -255,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

@@ -79,8 +79,8 @@ launch() {
 # port_is_free: succeeds unless a process of this machine listens at PORT_NUM.
 port_is_free() { ! (exec 3<> "/dev/tcp/127.0.0.1/$PORT_NUM") 2> /dev/null; }
 
-# name_of KIND --flag=value ...: print the name of a probe's files (evaluation/names.py); KIND is linear or downstream.
-name_of() { "$(command -v python || command -v python3)" "$ROOT/evaluation/names.py" "$@"; }
+# name_of KIND --flag=value ...: print the name of a probe's files (clever/evaluation/names.py); KIND is linear or downstream.
+name_of() { "$(command -v python || command -v python3)" "$ROOT/clever/evaluation/names.py" "$@"; }
 
 # linear_name PART: print the name of the files of this run's linear probe.
 linear_name() {

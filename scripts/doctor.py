@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-import views_cpp
-from arguments import ArgumentParser
-from compiled import build_info
+from clever.arguments import ArgumentParser
+from clever.compiled import build_info
+from clever.data import rendering_cpp
+from clever.entry import run_entry_point
 from csrc.selective_scan import build_tool
-from distributed import run_entry_point
 from vmamba import extension, scan_cpp
 from vmamba.selective_scan import BACKENDS, PREFERENCE
 
@@ -100,15 +100,15 @@ def show_backends() -> dict[str, str]:
 
 def show_renderer() -> str | None:
     """Shows whether views are rendered by compiled code. Returns the command that builds it anew, if that would help."""
-    reason = views_cpp.unavailable_reason()
+    reason = rendering_cpp.unavailable_reason()
     if reason:
         row("views", f"torchvision and Pillow; cpp: {reason}")
-        return views_cpp.VIEWS.build_command
-    folder = views_cpp.VIEWS.build_folders()[0]
+        return rendering_cpp.VIEWS.build_command
+    folder = rendering_cpp.VIEWS.build_folders()[0]
     is_old = is_outdated(build_info(folder), build_tool.VIEWS)
     note = ", OUT OF DATE: the sources have changed since" if is_old else ""
-    row("views", f"cpp selected ({views_cpp.instruction_set()} instructions{note})")
-    return views_cpp.VIEWS.build_command if is_old else None
+    row("views", f"cpp selected ({rendering_cpp.instruction_set()} instructions{note})")
+    return rendering_cpp.VIEWS.build_command if is_old else None
 
 
 def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: bool, renderer: str | None) -> str:

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import torch
 
-import utils
-from arguments import ArgumentParser
-from distributed import run_entry_point
-from utils import InputError
+from clever import utils
+from clever.arguments import ArgumentParser
+from clever.entry import run_entry_point
+from clever.utils import InputError
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 9.0

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arguments import ArgumentParser, check_positive
-from backbones import backbone_names, build_backbone
-from distributed import run_entry_point
-from evaluation.markdown import align
-from utils import InputError, write_text_atomically
+from clever.arguments import ArgumentParser, check_positive
+from clever.entry import run_entry_point
+from clever.evaluation.markdown import align
+from clever.models.backbones import backbone_names, build_backbone
+from clever.utils import InputError, write_text_atomically
 from vmamba.selective_scan import scan_flops
 
 HEADER = ("backbone", "dimensions", "params (M)", "GFLOPs", "with scan")

@@ -10,11 +10,11 @@ pictures that sum up results. Files that cannot be read are named on stderr and 
 import sys
 from pathlib import Path
 
-from arguments import ArgumentParser, check_not_negative, check_writable
-from distributed import run_entry_point
+from clever.arguments import ArgumentParser, check_not_negative, check_writable
+from clever.entry import run_entry_point
+from clever.utils import InputError, atomic_file, plural
 from scripts.report_page import MARKER, render
 from scripts.report_records import collect
-from utils import InputError, atomic_file, plural
 
 
 def check_out(path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils import printable
+from clever.utils import printable
 
 FOLDER = Path(__file__).parent
 SHOWN_LENGTH = 300  # of a value that is no number, characters

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from clever.utils import plural
 from scripts.report_curves import curves_section, swatch
 from scripts.report_html import Html, data_uri, document, escape, json_block, number, tag, text_of, void
 from scripts.report_records import Found, Picture, Run, short_names
@@ -27,7 +28,6 @@ from scripts.report_tables import (
     sort_key,
 )
 from scripts.results_table import rank
-from utils import plural
 
 MARKER = "<!doctype html><!-- scripts/report.py -->"  # the beginning of every report, by which it is known
 MAX_HEADLINES = 4  # pairs of data and backbone; beyond, the table below says it better

@@ -16,12 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from arguments import plain_args
-from checkpoint import load_checkpoint
+from clever.arguments import plain_args
+from clever.checkpoint import load_checkpoint
+from clever.utils import InputError, describe_error
 from scripts.report_tables import KINDS, Record, check_result, data_name
 from scripts.results_table import NETS, rank
 from scripts.study_records import readable
-from utils import InputError, describe_error
 
 LOG, CHECKPOINT = "log.txt", "checkpoint.pth"
 # Pictures of our scripts that sum up a result; masks and frames, of which there may be thousands, are not among them.

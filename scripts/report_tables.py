@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from augmentations import PERTURBATIONS
-from evaluation.equivariance_report import GAPS, MEASURES, SPACES, group_by
-from evaluation.names import PARTS
-from evaluation.saliency.results import METHODS
+from clever.data.augmentations import PERTURBATIONS
+from clever.evaluation.equivariance_report import (
+    GAPS,
+    MEASURES,
+    SPACES,
+    group_by,
+)
+from clever.evaluation.names import PARTS
+from clever.evaluation.saliency.results import METHODS
 from scripts.results_table import (
     EQUIVARIANCE,
     NETS,

@@ -21,14 +21,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from arguments import ArgumentParser, check_writable
-from augmentations import PERTURBATIONS
-from distributed import run_entry_point
-from evaluation.markdown import align
-from evaluation.names import PARTS
+from clever.arguments import ArgumentParser, check_writable
+from clever.data.augmentations import PERTURBATIONS
+from clever.entry import run_entry_point
+from clever.evaluation.markdown import align
+from clever.evaluation.names import PARTS
+from clever.utils import InputError, atomic_file, save_json
 from scripts.rotation_table import RANDOM_DIMENSIONS, ROTATION, Rotation, draw, rotation_rows, split_untrained
 from scripts.rotation_table import to_markdown as rotation_markdown
-from utils import InputError, atomic_file, save_json
 
 # Rows appear in this order, columns in that of PERTURBATIONS; unknown names follow in alphabetical order.
 UNTRAINED = "untrained"

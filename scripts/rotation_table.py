@@ -9,8 +9,8 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 
-from evaluation.equivariance_report import std_over_draws
-from evaluation.markdown import align
+from clever.evaluation.equivariance_report import std_over_draws
+from clever.evaluation.markdown import align
 
 RANDOM_DIMENSIONS = "random dimensions"  # as wide as the EF
 PARTS = {

@@ -6,10 +6,9 @@ Prints the scores. With --out, also writes the two tables of the DAVIS tool to t
 
 from pathlib import Path
 
-import arguments
-import distributed
-import utils
-from evaluation.video import davis, metrics
+from clever import arguments, utils
+from clever.entry import run_entry_point
+from clever.evaluation.video import davis, metrics
 
 
 def main() -> None:
@@ -35,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

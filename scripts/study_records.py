@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from augmentations import PERTURBATIONS
-from evaluation.hits import unpack_hits
-from evaluation.names import PARTS
+from clever.data.augmentations import PERTURBATIONS
+from clever.evaluation.hits import unpack_hits
+from clever.evaluation.names import PARTS
+from clever.utils import InputError, describe_error, write_text_atomically
 from scripts.results_table import PART_ORDER, rank
-from utils import InputError, describe_error, write_text_atomically
 
 # A cell is one network with its results, as read_cell returns it. {(arch, recipe, net, seed): cell}
 Study = dict[tuple[str, str, str, int], dict[str, Any]]

@@ -21,11 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from arguments import ArgumentParser, check_writable
-from distributed import run_entry_point
-from evaluation.equivariance_report import SPACES
-from evaluation.hits import unpack_hits
-from evaluation.markdown import align
+from clever.arguments import ArgumentParser, check_writable
+from clever.entry import run_entry_point
+from clever.evaluation.equivariance_report import SPACES
+from clever.evaluation.hits import unpack_hits
+from clever.evaluation.markdown import align
+from clever.utils import atomic_file, write_text_atomically
 from scripts.study_records import (
     BASELINE,
     COMPARED,
@@ -40,7 +41,6 @@ from scripts.study_records import (
     save_records,
     seeds_of,
 )
-from utils import atomic_file, write_text_atomically
 
 COLORS = {"dino": "#1f6fb4", "CLeVER": "#e6731a"}
 DRAWS = 1000

@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-import arguments
-from arguments import TypedFloat
-from utils import InputError
+from clever import arguments
+from clever.arguments import TypedFloat
+from clever.utils import InputError
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 

@@ -18,12 +18,17 @@ from torch import nn
 
 import eval_linear
 import main_dino
-import optim
-from backbones import build_backbone
-from checkpoint import load_checkpoint, load_moments, load_strictly, strip_prefix
-from evaluation.pretrained import load_pretrained
-from utils import InputError
-from weights import backbone_state, load_backbone_weights
+from clever.checkpoint import (
+    load_checkpoint,
+    load_moments,
+    load_strictly,
+    strip_prefix,
+)
+from clever.evaluation.pretrained import load_pretrained
+from clever.models.backbones import build_backbone
+from clever.models.weights import backbone_state, load_backbone_weights
+from clever.training import optim
+from clever.utils import InputError
 
 CPU = torch.device("cpu")
 

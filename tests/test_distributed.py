@@ -12,13 +12,14 @@ import torch
 from support.golden import rel_error
 from support.processes import TINY_NETWORK, fork, free_port, launch, run, wait, write_images, write_labelled_images
 
-import distributed
 import eval_linear
 import main_dino
-import workers
-from checkpoint import load_checkpoint, save_atomically
-from telemetry import TrainingProgress
-from utils import InputError
+from clever import distributed, entry
+from clever.checkpoint import load_checkpoint, save_atomically
+from clever.data import datasets
+from clever.entry import run_entry_point
+from clever.training.telemetry import TrainingProgress
+from clever.utils import InputError
 
 
 def read_log(folder):
@@ -114,9 +115,9 @@ def one_process_is_refused(rank, output):
             raise InputError("no such thing")
 
     os.environ["RANK"] = str(rank)
-    distributed.GRACE_SECONDS = 0.1
+    entry.GRACE_SECONDS = 0.1
     with open(output, "w") as stream, contextlib.redirect_stderr(stream):
-        distributed.run_entry_point(main)
+        run_entry_point(main)
 
 
 def test_an_error_of_one_process_only_is_printed(tmp_path):
@@ -236,7 +237,7 @@ def test_more_processes_than_gpus_is_an_error_of_all(monkeypatch, rank):
 
 
 @pytest.mark.parametrize("error, status", [(InputError("wrong"), 2), (FloatingPointError("loss is nan"), 1)])
-@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [distributed.GRACE_SECONDS])])
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [entry.GRACE_SECONDS])])
 def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits):
     """Other processes than the first wait before they speak: the launcher ends them meanwhile if the first has spoken."""
 
@@ -249,7 +250,7 @@ def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as end:
-        distributed.run_entry_point(fail)
+        run_entry_point(fail)
     assert end.value.code == status and slept == [(seconds, "") for seconds in waits]
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
@@ -258,10 +259,10 @@ def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits)
 
 def test_an_error_of_a_data_loading_worker_loses_its_traceback(capsys):
     def fail():
-        raise InputError("Caught InputError in worker 0.\nTraceback:\n  line\nutils.InputError: image x: cannot be read\n")
+        raise InputError("Caught InputError in worker 0.\nTraceback:\n  x\nclever.utils.InputError: image x: cannot be read\n")
 
     with pytest.raises(SystemExit):
-        distributed.run_entry_point(fail)
+        run_entry_point(fail)
     assert capsys.readouterr().err == "error: image x: cannot be read\n"
 
 
@@ -270,9 +271,9 @@ def test_other_errors_keep_their_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        distributed.run_entry_point(fail)
+        run_entry_point(fail)
 
 
 def test_worker_count_is_bounded_by_the_cores():
-    assert workers.worker_count(0) == 0 and workers.worker_count(1) == 1
-    assert 1 <= workers.worker_count(10**6) <= os.cpu_count()
+    assert datasets.worker_count(0) == 0 and datasets.worker_count(1) == 1
+    assert 1 <= datasets.worker_count(10**6) <= os.cpu_count()

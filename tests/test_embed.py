@@ -13,8 +13,8 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run
 
 import embed
-from evaluation import load_backbone
-from evaluation.embeddings import reduce
+from clever import load_backbone
+from clever.evaluation.embeddings import reduce
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

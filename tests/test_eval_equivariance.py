@@ -12,9 +12,9 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images
 
 import eval_equivariance
-from backbones import build_backbone
-from evaluation.equivariance import TRANSFORMS
-from evaluation.pretrained import Pretrained
+from clever.evaluation.equivariance import TRANSFORMS
+from clever.evaluation.pretrained import Pretrained
+from clever.models.backbones import build_backbone
 
 
 def equivariance(*flags):

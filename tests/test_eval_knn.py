@@ -12,16 +12,21 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images, write_labelled_images
 
 import eval_knn
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
-from backbones import build_backbone
-from datasets import labelled_dataset
-from evaluation.feature_files import TENSORS, FeatureSet, save_features
-from evaluation.features import select_part
-from evaluation.hits import unpack_hits
-from evaluation.knn import MIN_TEMPERATURE, knn_predict
-from evaluation.names import PARTS
-from rendering import choose_renderer
-from telemetry import with_progress
+from clever.data.augmentations import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    eval_transform,
+    normalize,
+)
+from clever.data.datasets import labelled_dataset
+from clever.data.rendering import choose_renderer
+from clever.evaluation.feature_files import TENSORS, FeatureSet, save_features
+from clever.evaluation.features import select_part
+from clever.evaluation.hits import unpack_hits
+from clever.evaluation.knn import MIN_TEMPERATURE, knn_predict
+from clever.evaluation.names import PARTS
+from clever.models.backbones import build_backbone
+from clever.training.telemetry import with_progress
 
 
 def knn(*flags):
@@ -268,7 +273,7 @@ def test_old_features_stay_until_the_new_ones_are_written(tmp_path, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("evaluation.feature_files.save_json", full)
+    monkeypatch.setattr("clever.evaluation.feature_files.save_json", full)
     with pytest.raises(OSError):
         save_features(features, folder)
     assert snapshot(folder) == before

@@ -14,12 +14,12 @@ from support.processes import run
 from test_resume import assert_same
 
 import eval_linear
-import optim
-from checkpoint import load_checkpoint
-from evaluation.features import FeatureExtractor
-from evaluation.hits import unpack_hits
-from evaluation.names import PARTS, linear_probe_name
-from evaluation.probe import LinearClassifier, ProbeGroup
+from clever.checkpoint import load_checkpoint
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.hits import unpack_hits
+from clever.evaluation.names import PARTS, linear_probe_name
+from clever.evaluation.probe import LinearClassifier, ProbeGroup
+from clever.training import optim
 
 
 def write_colours(folder, classes, train, val, mixed=False):
@@ -139,7 +139,7 @@ def test_a_probe_separates_colours(trained):
 def test_the_best_epoch_is_reported_beside_the_last(weights, colours, tmp_path, monkeypatch):
     """With a validation that worsens from epoch to epoch."""
     values = iter([70.0, 90.0, 80.0])
-    monkeypatch.setattr("evaluation.probe.accuracies", lambda *_: {"accuracy": next(values), "num_test_images": 30})
+    monkeypatch.setattr("clever.evaluation.probe.accuracies", lambda *_: {"accuracy": next(values), "num_test_images": 30})
     assert probe(weights, colours, tmp_path, *RECIPE, "--epochs", 3).status == 0
     result = read_result(tmp_path, "linear_5_3_")
     assert result["accuracy"] == 80 and result["best_accuracy"] == 90

@@ -17,12 +17,12 @@ from test_resume import assert_same
 from torchvision.ops import StochasticDepth
 
 import eval_linear_ds as ds
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from backbones import build_backbone
-from checkpoint import load_checkpoint
-from evaluation.features import FeatureExtractor
-from evaluation.pretrained import Pretrained
-from evaluation.probe import LinearClassifier, ProbeGroup
+from clever.checkpoint import load_checkpoint
+from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.pretrained import Pretrained
+from clever.evaluation.probe import LinearClassifier, ProbeGroup
+from clever.models.backbones import build_backbone
 from vmamba import load_config
 
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ def test_both_metrics_last_and_best(world, tmp_path, monkeypatch):
         accuracy, mean = next(values)
         return {"accuracy": accuracy, "mean_class_accuracy": mean, "num_test_images": 13}
 
-    monkeypatch.setattr("evaluation.probe.accuracies", worsening)
+    monkeypatch.setattr("clever.evaluation.probe.accuracies", worsening)
     outcome = downstream(world, world.resnet, tmp_path, "--epochs", 3)
     result = result_of(tmp_path)
     assert (result["accuracy"], result["best_accuracy"]) == (80, 90)
@@ -258,11 +258,12 @@ def test_the_result_file_and_the_lines(world, tmp_path):
 
 # Runs eval_linear_ds.py and saves each process's backbone after it to <first argument>/<rank>.
 AND_SAVE = """
-import os, sys, torch, distributed, eval_linear_ds
+import os, sys, torch, eval_linear_ds
+from clever import distributed
 torch.set_num_threads(1)
 folder, built, build = sys.argv.pop(1), [], eval_linear_ds.build_extractor
 eval_linear_ds.build_extractor = lambda *arguments: built.append(build(*arguments)) or built[0]
-distributed.run_entry_point(eval_linear_ds.main)
+run_entry_point(eval_linear_ds.main)
 torch.save(built[0].backbone.state_dict(), os.path.join(folder, os.environ.get("RANK", "single")))
 """
 FINE_TUNING = ("--ds_mode", "ds_ft", "--backbone_lr", 0.2, "--weight_decay", 1e-3, "--epochs", 3)

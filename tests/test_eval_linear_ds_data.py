@@ -13,7 +13,7 @@ from support.in_process import assert_refused, times
 from torchvision import datasets as torchvision_datasets
 
 import eval_linear_ds as ds
-from datasets import ImageDataset
+from clever.data.datasets import ImageDataset
 
 
 @pytest.fixture(scope="module")

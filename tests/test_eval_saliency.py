@@ -14,8 +14,8 @@ from support.processes import run, write_images
 from support.synthetic_saliency import colour_probe_, write_saliency
 
 import eval_saliency
-import vision_transformer
-from backbones import build_backbone
+from clever.models import vision_transformer
+from clever.models.backbones import build_backbone
 
 NAMES = ["0000", "0001", "0002", "0003"]
 BOTH = ("TokenCut", "TokenCut + bilateral solver")

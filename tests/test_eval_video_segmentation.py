@@ -26,10 +26,10 @@ from support.synthetic_davis import (
     write_video,
 )
 
-import backbones
 import eval_video_segmentation as evaluation
-from evaluation.video.masks import palette, read_labels, write_mask
-from locking import locked
+from clever.evaluation.video.masks import palette, read_labels, write_mask
+from clever.locking import locked
+from clever.models import backbones
 from scripts import score_davis
 
 # --- the whole evaluation ----------------------------------------------------------------------------------------------

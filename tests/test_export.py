@@ -13,10 +13,15 @@ import torch
 from support.in_process import assert_refused, call, snapshot
 
 import export
-from backbones import BACKBONES, build_backbone
-from evaluation.export_formats import FORMATS, Network, TorchExport, timm_model
-from evaluation.pretrained import Pretrained
-from vision_transformer import VisionTransformer
+from clever.evaluation.export_formats import (
+    FORMATS,
+    Network,
+    TorchExport,
+    timm_model,
+)
+from clever.evaluation.pretrained import Pretrained
+from clever.models.backbones import BACKBONES, build_backbone
+from clever.models.vision_transformer import VisionTransformer
 from vmamba import VSSMConfig, build_vssm
 
 SIZE = 16

@@ -27,19 +27,19 @@ from support.in_process import call
 from support.processes import fork, wait
 
 import main_dino
-import shards
-from arguments import read_config
-from checkpoint import load_checkpoint
-from datasets import CheckRecord
-from evaluation import load_backbone
-from evaluation.downstream_data import read_semi_list
-from evaluation.feature_files import FeatureSet, load_features, save_features
-from image_files import IMAGE_SUFFIXES, read_pixels
+from clever import load_backbone
+from clever.arguments import read_config
+from clever.checkpoint import load_checkpoint
+from clever.data import shards
+from clever.data.datasets import CheckRecord
+from clever.data.files import IMAGE_SUFFIXES, read_pixels
+from clever.evaluation.downstream_data import read_semi_list
+from clever.evaluation.feature_files import FeatureSet, load_features, save_features
+from clever.models.vision_transformer import vit_micro
+from clever.training.telemetry import truncate_log
+from clever.utils import InputError
 from scripts import report, results_table
 from scripts.data import make_small_data
-from telemetry import truncate_log
-from utils import InputError
-from vision_transformer import vit_micro
 from vmamba.config import CONFIGS
 from vmamba.config import read_config as read_vmamba_config
 

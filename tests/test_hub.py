@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from support.processes import ROOT, write_images
 
+import clever
 import hubconf
-from augmentations import eval_transform, normalize
-from backbones import build_backbone
-from datasets import ImageDataset
-from evaluation import load_backbone
-from image_files import list_images
-from rendering import choose_renderer
-from utils import InputError
+from clever import load_backbone
+from clever.data.augmentations import eval_transform, normalize
+from clever.data.datasets import ImageDataset
+from clever.data.files import list_images
+from clever.data.rendering import choose_renderer
+from clever.models.backbones import build_backbone
+from clever.utils import InputError
 
 STATS = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
 
@@ -95,9 +96,7 @@ def test_errors_are_input_errors(world):
     with pytest.raises(InputError, match="--hp1"):
         load_backbone(world.root / "clever.pth", hp1=0.5)
     with pytest.raises(AttributeError, match="load_backbon"):
-        import evaluation
-
-        evaluation.load_backbon  # noqa: B018
+        clever.load_backbon  # noqa: B018
     (world.root / "damaged.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="damaged.safetensors: damaged"):
         load_backbone(world.root / "damaged.safetensors")
@@ -127,5 +126,5 @@ def test_torch_hub_loads_it_in_one_line_from_any_folder(world):
 
 
 def test_importing_a_light_module_of_the_package_does_not_import_torch():
-    code = "import sys, evaluation, evaluation.names; assert 'torch' not in sys.modules"
+    code = "import sys, clever, clever.evaluation.names; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -9,9 +9,9 @@ import pytest
 from support.in_process import assert_refused, pretrain, snapshot
 from support.processes import end, fork, write_images
 
-import locking
-from locking import locked
-from utils import InputError
+from clever import locking
+from clever.locking import locked
+from clever.utils import InputError
 
 
 def hold(path, no_locks):

@@ -13,12 +13,17 @@ from support.in_process import assert_refused, call, probe
 import embed
 import eval_knn
 import visualize_attention
-from evaluation.saliency.data import read_truth
-from evaluation.video import davis
-from evaluation.video.masks import read_labels, write_mask
-from image_files import labelled_samples, list_images, read_image
+from clever.data.files import labelled_samples, list_images, read_image
+from clever.evaluation.saliency.data import read_truth
+from clever.evaluation.video import davis
+from clever.evaluation.video.masks import read_labels, write_mask
+from clever.utils import (
+    InputError,
+    printable,
+    read_lines,
+    write_text_atomically,
+)
 from scripts import score_davis
-from utils import InputError, printable, read_lines, write_text_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CAFE = os.fsdecode(b"caf\xe9.png")  # a name in Latin-1

@@ -14,8 +14,8 @@ from support import in_process
 from support.in_process import assert_refused, snapshot
 from support.processes import TINY_NETWORK, end, fork, launch, run, write_images, write_labelled_images
 
-import utils
-from checkpoint import load_checkpoint, save_atomically
+from clever import utils
+from clever.checkpoint import load_checkpoint, save_atomically
 
 
 def assert_same(actual, expected, where="state"):

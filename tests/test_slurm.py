@@ -8,9 +8,9 @@ import pytest
 from support.processes import TINY_NETWORK, fork, free_port, run, run_script, wait, write_images
 from test_resume import assert_same
 
-import slurm
-from checkpoint import load_checkpoint
-from utils import InputError
+from clever import distributed
+from clever.checkpoint import load_checkpoint
+from clever.utils import InputError
 
 FLAGS = (*TINY_NETWORK, "--net", "CLeVER", "--epochs", 1, "--num_workers", 0)
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,7 +27,7 @@ def task(monkeypatch):
 
     def adopt(**variables):
         monkeypatch.setattr(os, "environ", {f"SLURM_{name}": str(value) for name, value in variables.items()})
-        slurm.adopt_slurm_variables()
+        distributed.adopt_slurm_variables()
         return [os.environ.get(name) for name in GROUP]
 
     return adopt
@@ -39,11 +39,11 @@ def task(monkeypatch):
      ("node-1.site", "node-1.site")],
 )  # fmt: skip
 def test_first_host(hosts, first):
-    assert slurm.first_host(hosts) == first
+    assert distributed.first_host(hosts) == first
 
 
 def test_tasks_of_every_node():
-    assert slurm.task_counts("4(x2),3") == [4, 4, 3] and slurm.task_counts("2") == [2]
+    assert distributed.task_counts("4(x2),3") == [4, 4, 3] and distributed.task_counts("2") == [2]
 
 
 def test_variables_of_a_task(task):
@@ -60,7 +60,7 @@ def test_a_task_of_its_own_runs_alone(task):
 def test_a_launchers_variables_win(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("SLURM_PROCID", "3")
-    slurm.adopt_slurm_variables()
+    distributed.adopt_slurm_variables()
     assert os.environ["RANK"] == "0"
 
 

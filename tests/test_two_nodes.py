@@ -12,7 +12,7 @@ import pytest
 from support.interrupted import plain
 from support.processes import ROOT, SETTINGS, TINY_NETWORK, write_images
 
-from checkpoint import load_checkpoint
+from clever.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 PREFIX = "10.77.0"

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import arguments
-import utils
-from utils import InputError
+from clever import arguments, utils
+from clever.utils import InputError
 
 # --- seeds -------------------------------------------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images
 
 import visualize_attention
-from augmentations import ToNormalizedTensor
-from backbones import build_backbone
-from evaluation.attention import cls_attention, colored, threshold_mask
-from evaluation.video.files import extract_frames, write_video
+from clever.data.augmentations import ToNormalizedTensor
+from clever.evaluation.attention import cls_attention, colored, threshold_mask
+from clever.evaluation.video.files import extract_frames, write_video
+from clever.models.backbones import build_backbone
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 HEADS = [f"attn-head{j}.png" for j in range(4)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from utils import InputError, error_prefix, short_repr
+from clever.utils import InputError, error_prefix, short_repr
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from compiled import CompiledPackage, Unavailable, build_info
+from clever.compiled import CompiledPackage, Unavailable, build_info
 
 __all__ = ["Unavailable", "build_info"]
 

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recompute import checkpointed
-from stochastic_depth import StochasticDepth
-from utils import InputError
+from clever.models.layers import StochasticDepth, checkpointed
+from clever.utils import InputError
 from vmamba.config import VSSMConfig, load_config
 from vmamba.ss2d import ACTIVATIONS, SS2D, Conv2d, at_least_float32
 

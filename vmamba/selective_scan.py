@@ -18,8 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from distributed import is_main_process
-from utils import InputError
+from clever.distributed import is_main_process
+from clever.utils import InputError
 from vmamba import scan_cpp, scan_cuda, scan_torch, scan_triton
 from vmamba.scan_reference import compute_dtype
 

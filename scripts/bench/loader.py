@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 import main_dino
-from arguments import ArgumentParser, check_positive
-from augmentations import RECIPES
-from datasets import CheckRecord
-from distributed import run_entry_point
+from clever.arguments import ArgumentParser, check_positive
+from clever.data.augmentations import RECIPES
+from clever.data.datasets import CheckRecord
+from clever.entry import run_entry_point
+from clever.utils import InputError, save_json
 from scripts.bench.pretrain import Repeat, train_again
 from scripts.bench.products import synchronize
 from scripts.bench.views import write_images
-from utils import InputError, save_json
 
 
 def build(options: argparse.Namespace, folder: Path) -> tuple:

@@ -18,13 +18,14 @@ from unittest import mock
 
 import torch
 
-import losses
-from arguments import ArgumentParser, check_positive
-from distributed import run_entry_point
-from losses import CLeVERLoss, DINOLoss
+from clever.arguments import ArgumentParser, check_positive
+from clever.entry import run_entry_point
+from clever.methods import pairs
+from clever.methods.clever import CLeVERLoss
+from clever.methods.dino import DINOLoss
+from clever.utils import save_json
 from scripts.bench.pretrain import StraightforwardLoss
 from scripts.bench.scan import DTYPES, copy_rate, fastest
-from utils import save_json
 
 TEMPERATURES = (0.04, 0.04, 0, 1)  # of the teacher: at the start, at the end, epochs of warm-up, epochs
 
@@ -51,18 +52,18 @@ def loss_functions(sizes: list[int], args: argparse.Namespace) -> tuple[dict[str
     students = [(0.2 * torch.randn(args.views * args.batch_size, k, **like)).requires_grad_() for k in sizes]
     teachers = [0.2 * torch.randn(2 * args.batch_size, k, **like) for k in sizes]
     ours = DINOLoss(*sizes, args.views, *TEMPERATURES) if len(sizes) == 1 else CLeVERLoss(*sizes, args.views, *TEMPERATURES)
-    ours, pairs = ours.to(args.device), StraightforwardLoss(args.views, sizes, TEMPERATURES[0])
+    ours, plain = ours.to(args.device), StraightforwardLoss(args.views, sizes, TEMPERATURES[0])
 
     def run_ours() -> object:
         inputs = (students[0], teachers[0]) if len(sizes) == 1 else (students, teachers)
         return torch.autograd.grad(ours(*inputs, epoch=0)["loss"], students)
 
     def run_plain() -> object:
-        with mock.patch.object(losses, "_has_triton", lambda: False):
+        with mock.patch.object(pairs, "_has_triton", lambda: False):
             return run_ours()
 
     def run_pairs() -> object:
-        return torch.autograd.grad(pairs(students, teachers), students)
+        return torch.autograd.grad(plain(students, teachers), students)
 
     moved = 2 * sum(each.nbytes for each in students) + sum(each.nbytes for each in teachers)
     return {"ours": run_ours, "plain PyTorch": run_plain, "pair by pair": run_pairs}, moved

@@ -30,14 +30,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import main_dino
-import optim
-import utils
-import vision_transformer
-from arguments import ArgumentParser, check_positive
-from distributed import run_entry_point
-from pretraining import Pretraining
+from clever import utils
+from clever.arguments import ArgumentParser, check_positive
+from clever.entry import run_entry_point
+from clever.models import vision_transformer
+from clever.training import optim
+from clever.training.pretraining import Pretraining
+from clever.training.telemetry import peak_memory_gib
 from scripts.bench.products import ProductRecorder, gigaflops, synchronize, time_products
-from telemetry import peak_memory_gib
 
 IMPLEMENTATIONS = ("ours", "straightforward")
 

@@ -25,9 +25,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-import arguments
-import distributed
-import utils
+from clever import arguments, utils
+from clever.entry import run_entry_point
 from vmamba import build_vssm, scan_cpp, scan_reference
 from vmamba.selective_scan import BACKENDS, choose_backend, selective_scan, selective_scan_2d
 
@@ -230,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run_entry_point(main)
+    run_entry_point(main)

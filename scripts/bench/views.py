@@ -25,14 +25,19 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from arguments import ArgumentParser, check_positive
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, RECIPES, MultiCropAugmentation
-from datasets import ImageDataset
-from distributed import run_entry_point
-from image_files import list_images
-from rendering import RENDERERS
-from utils import InputError, save_json
-from views_cpp import unavailable_reason
+from clever.arguments import ArgumentParser, check_positive
+from clever.data.augmentations import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RECIPES,
+    MultiCropAugmentation,
+)
+from clever.data.datasets import ImageDataset
+from clever.data.files import list_images
+from clever.data.rendering import RENDERERS
+from clever.data.rendering_cpp import unavailable_reason
+from clever.entry import run_entry_point
+from clever.utils import InputError, save_json
 
 SETS = {"photos": (224, 96, 8), "small": (24, 0, 0)}  # sides of global and local views, number of local views
 Pipeline = Callable[[str], object]  # path of an image -> its views

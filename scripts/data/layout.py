@@ -7,7 +7,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from utils import InputError
+from clever.utils import InputError
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # exFAT, some network file systems
 NOT_ALLOWED_ON_WINDOWS = 1314

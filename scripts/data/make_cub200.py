@@ -10,10 +10,10 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from arguments import ArgumentParser
-from distributed import run_entry_point
+from clever.arguments import ArgumentParser
+from clever.entry import run_entry_point
+from clever.utils import InputError, read_lines
 from scripts.data.layout import check_output, link_or_copy
-from utils import InputError, read_lines
 
 SPLITS = {"1": "train", "0": "val"}  # values in train_test_split.txt
 

@@ -9,11 +9,11 @@ The 100 classes are those of scripts/data/imagenet100.txt; --classes reads anoth
 import argparse
 from pathlib import Path
 
-from arguments import ArgumentParser
-from distributed import run_entry_point
-from image_files import list_images
+from clever.arguments import ArgumentParser
+from clever.data.files import list_images
+from clever.entry import run_entry_point
+from clever.utils import InputError, read_lines
 from scripts.data.layout import check_output, link_or_copy
-from utils import InputError, read_lines
 
 SPLITS = ("train", "val")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import ArgumentParser
-from distributed import run_entry_point
-from evaluation.downstream_data import read_semi_list
-from image_files import labelled_samples
-from utils import InputError, atomic_file
+from clever.arguments import ArgumentParser
+from clever.data.files import labelled_samples
+from clever.entry import run_entry_point
+from clever.evaluation.downstream_data import read_semi_list
+from clever.utils import InputError, atomic_file
 
 
 def get_args_parser() -> argparse.ArgumentParser:

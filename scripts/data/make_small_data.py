@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from arguments import ArgumentParser
-from distributed import run_entry_point
-from utils import InputError, describe_error, whole_folder
+from clever.arguments import ArgumentParser
+from clever.entry import run_entry_point
+from clever.utils import InputError, describe_error, whole_folder
 
 # One split: images [N, H, W] uint8 and class numbers [N].
 Split = tuple[np.ndarray, np.ndarray]

@@ -9,11 +9,18 @@ import torch
 from PIL import Image
 from support.golden import GOLDEN, fill_, rel_error, tensor
 
-from augmentations import ToNormalizedTensor
-from backbones import build_backbone
-from evaluation.attention import ResizeAndCrop, cls_attention, draw_pictures, masked, overlay, threshold_mask
-from utils import InputError
-from vision_transformer import VisionTransformer, vit_tiny
+from clever.data.augmentations import ToNormalizedTensor
+from clever.evaluation.attention import (
+    ResizeAndCrop,
+    cls_attention,
+    draw_pictures,
+    masked,
+    overlay,
+    threshold_mask,
+)
+from clever.models.backbones import build_backbone
+from clever.models.vision_transformer import VisionTransformer, vit_tiny
+from clever.utils import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from evaluation.downstream_data import listed_samples, torchvision_samples
-from utils import InputError
+from clever.evaluation.downstream_data import listed_samples, torchvision_samples
+from clever.utils import InputError
 
 # --- lists of images ---------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 from support.equivariant_network import STATS, PixelReader, write_ramps
 
-from augmentations import VIEW, eval_transform
-from evaluation.equivariance import (
+from clever.data.augmentations import VIEW, eval_transform
+from clever.data.files import read_pixels
+from clever.data.rendering import render_batch
+from clever.evaluation.equivariance import (
     GRAM_IMAGES,
     TRANSFORMS,
     TransformDataset,
@@ -27,11 +29,9 @@ from evaluation.equivariance import (
     subspaces,
     with_half_angles,
 )
-from evaluation.features import FeatureExtractor
-from evaluation.regression import LinearRegressor
-from image_files import read_pixels
-from rendering import render_batch
-from utils import InputError
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.regression import LinearRegressor
+from clever.utils import InputError
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation import equivariance_report
+from clever.evaluation import equivariance_report
 
 
 def make_record(draws):

@@ -6,13 +6,18 @@ import torch
 from torch import nn
 
 import eval_linear
-from backbones import build_backbone
-from evaluation import knn
-from evaluation.features import FeatureExtractor, extract_features, extract_parts, select_part
-from evaluation.knn import knn_predict
-from evaluation.pretrained import Pretrained, check_part, load_pretrained
-from evaluation.probe import LinearClassifier
-from utils import InputError
+from clever.evaluation import knn
+from clever.evaluation.features import (
+    FeatureExtractor,
+    extract_features,
+    extract_parts,
+    select_part,
+)
+from clever.evaluation.knn import knn_predict
+from clever.evaluation.pretrained import Pretrained, check_part, load_pretrained
+from clever.evaluation.probe import LinearClassifier
+from clever.models.backbones import build_backbone
+from clever.utils import InputError
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.hits import pack_hits, unpack_hits
+from clever.evaluation.hits import pack_hits, unpack_hits
 
 
 def test_one_bit_per_image_by_hand():

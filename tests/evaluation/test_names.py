@@ -6,13 +6,13 @@ import sys
 import pytest
 from support.processes import ROOT
 
-from arguments import TypedFloat
-from evaluation.names import downstream_name, linear_probe_name
+from clever.arguments import TypedFloat
+from clever.evaluation.names import downstream_name, linear_probe_name
 
 LINEAR = {
     "ALL": "linear_1e-3_100_T", "main_part": "linear_hp0.80_1e-3_100_T", "else_part": "linear_hp0.80_else_1e-3_100_T",
 }  # fmt: skip
-SCRIPT = ROOT / "evaluation" / "names.py"
+SCRIPT = ROOT / "clever" / "evaluation" / "names.py"
 
 
 def print_name(*words):

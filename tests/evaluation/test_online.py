@@ -9,10 +9,10 @@ from support.processes import TINY_NETWORK, write_labelled_images
 
 import eval_equivariance
 import eval_knn
-from augmentations import eval_transform
-from checkpoint import load_checkpoint
-from datasets import labelled_dataset
-from evaluation.online import ROTATED_VIEWS, subset
+from clever.checkpoint import load_checkpoint
+from clever.data.augmentations import eval_transform
+from clever.data.datasets import labelled_dataset
+from clever.evaluation.online import ROTATED_VIEWS, subset
 
 FLAGS = (*TINY_NETWORK, "--batch_size_per_gpu", 4, "--epochs", 3, "--views", "torchvision")
 

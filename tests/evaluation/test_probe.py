@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluation.probe import LinearClassifier, accuracies, top1_hits
+from clever.evaluation.probe import LinearClassifier, accuracies, top1_hits
 
 
 def test_classifier_starts_small():

@@ -7,7 +7,7 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.metrics import r2_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from evaluation.regression import (
+from clever.evaluation.regression import (
     STRENGTHS,
     LinearRegressor,
     MLPRegressor,
@@ -38,7 +38,7 @@ def linear_data(rows, noise, seed=0):
 @pytest.mark.parametrize("strength", [1e-6, 1e-2, 1.0, 1e3])
 def test_ridge_equals_scikit_learns(strength, columns, monkeypatch):
     """On standardised features, with alpha = rows * strength; the rows are taken in several chunks."""
-    monkeypatch.setattr("evaluation.regression.ROWS", 16)
+    monkeypatch.setattr("clever.evaluation.regression.ROWS", 16)
     x, y = linear_data(50, noise=1)
     test_x, _ = linear_data(9, noise=1, seed=1)
     found = Ridge(x, y).predict(test_x, torch.tensor(columns), torch.full((1, 2), strength))

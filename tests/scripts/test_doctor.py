@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.processes import ROOT
 
-import views_cpp
+from clever.data import rendering_cpp
 from scripts import doctor
 from vmamba import extension
 
@@ -48,8 +48,8 @@ def test_advice_for_the_renderer_comes_after_that_for_the_scan():
 
 @pytest.mark.parametrize("reason", [None, "no such library"])
 def test_a_missing_renderer_is_named_with_its_command(reason, monkeypatch, capsys):
-    monkeypatch.setattr(views_cpp, "unavailable_reason", lambda: reason)
-    if reason is None and not views_cpp.VIEWS.build_folders():
+    monkeypatch.setattr(rendering_cpp, "unavailable_reason", lambda: reason)
+    if reason is None and not rendering_cpp.VIEWS.build_folders():
         pytest.skip("the renderer is not compiled here")
     command = doctor.show_renderer()
     expected = r"^views .*no such library" if reason else r"^views +cpp selected \(\w+ instructions"

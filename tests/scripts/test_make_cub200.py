@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.in_process import assert_refused, call, snapshot
 
-from image_files import labelled_samples
+from clever.data.files import labelled_samples
 from scripts.data import make_cub200
 
 IMAGES = {

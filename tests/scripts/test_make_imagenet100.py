@@ -11,7 +11,7 @@ from PIL import Image
 from support.in_process import assert_refused, call, snapshot
 from support.processes import ROOT
 
-from image_files import labelled_samples
+from clever.data.files import labelled_samples
 from scripts.data import make_imagenet100
 
 

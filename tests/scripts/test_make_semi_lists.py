@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.in_process import assert_refused, call
 
-from evaluation.downstream_data import listed_samples
+from clever.evaluation.downstream_data import listed_samples
 from scripts.data import make_semi_lists
 
 

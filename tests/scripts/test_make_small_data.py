@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from support.in_process import assert_refused, call, snapshot
 
-from image_files import labelled_samples, list_images
+from clever.data.files import labelled_samples, list_images
+from clever.utils import InputError
 from scripts.data import make_small_data
 from scripts.data.make_small_data import write_digits, write_fashion_mnist
-from utils import InputError
 
 
 def test_digits_are_complete_balanced_and_reproducible(tmp_path, capsys):

@@ -6,8 +6,8 @@ import sys
 import pytest
 from support.processes import ROOT
 
+from clever.utils import InputError
 from scripts import model_table
-from utils import InputError
 
 
 @pytest.mark.parametrize(

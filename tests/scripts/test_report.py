@@ -17,9 +17,9 @@ import pytest
 import torch
 from support.in_process import assert_refused, call, snapshot
 
+from clever.utils import save_json, save_png
 from scripts import report
 from scripts.report_records import short_names
-from utils import save_json, save_png
 
 NETWORK = {
     "net": "CLeVER", "arch": "resnet8", "pretrained_epochs": 20, "aug": "aug1_2", "pretraining_seed": 0, "backbone": "0123abcd",

@@ -1,6 +1,6 @@
 """Reference numbers of the original implementations, and how to compare with them.
 
-`tensor(name, shape)` draws the input of that name, `fill_(module)` the weights (both from tests/data/fill.py).
+`tensor(name, shape)` draws the input of that name, `fill_(module)` the weights (both from tests/golden/fill.py).
 `GOLDEN[name]` is a tensor of core.safetensors, `CORE[name]` an entry of core.json; both are read at their first import.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "golden"
 
 _spec = importlib.util.spec_from_file_location("golden_fill", DATA / "fill.py")
 _fill = importlib.util.module_from_spec(_spec)

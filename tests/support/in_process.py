@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 from support.processes import TINY_NETWORK
 
-import distributed
 import eval_linear
 import main_dino
+from clever.entry import run_entry_point
 
 
 class Outcome(NamedTuple):
@@ -35,7 +35,7 @@ def call(main: Callable[[], None], *flags: object) -> Outcome:
         for category in (UserWarning, RuntimeWarning, FutureWarning):
             warnings.simplefilter("default", category)
         try:
-            distributed.run_entry_point(main)
+            run_entry_point(main)
         except SystemExit as end:
             status = end.code
     return Outcome(status, stdout.getvalue(), stderr.getvalue() + "".join(f"{warning.message}\n" for warning in shown))

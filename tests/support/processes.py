@@ -170,7 +170,7 @@ class _KillingStream:
 def run_script(words, variables, output, kill_at):
     import torch
 
-    import distributed
+    from clever.entry import run_entry_point
 
     multiprocessing.set_start_method("fork", force=True)  # data loading processes need not import torch anew either
     os.environ.update(variables)
@@ -179,4 +179,4 @@ def run_script(words, variables, output, kill_at):
     with open(output, "a", buffering=1) as stream:
         stdout = _KillingStream(stream, kill_at) if kill_at else stream
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stream):
-            distributed.run_entry_point(importlib.import_module(words[0].removesuffix(".py")).main)
+            run_entry_point(importlib.import_module(words[0].removesuffix(".py")).main)

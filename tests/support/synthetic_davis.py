@@ -11,8 +11,8 @@ import torch
 from einops import repeat
 from PIL import Image
 
-import vision_transformer
-from evaluation.video.masks import write_mask
+from clever.evaluation.video.masks import write_mask
+from clever.models import vision_transformer
 
 COLOURS = np.array([(30, 60, 30), (220, 40, 40), (40, 60, 230)])  # background, two objects
 

@@ -12,8 +12,8 @@ from support.processes import write_images
 
 import main_dino
 import vmamba.config
-from backbones import backbone_names, build_backbone, is_ours
-from utils import InputError
+from clever.models.backbones import backbone_names, build_backbone, is_ours
+from clever.utils import InputError
 from vmamba import build_vssm, config_names, load_config, parse_config, read_config
 
 TINY = "vssm2-vmambav2_tiny_224"

@@ -14,14 +14,14 @@ from support.golden import DATA, fill_, rel_error, tensor
 from torch import nn
 
 import vmamba.ss2d
-from backbones import build_backbone, synchronize_batch_norm
-from utils import InputError
+from clever.models.backbones import build_backbone, synchronize_batch_norm
+from clever.models.weights import backbone_state, load_backbone_file, load_backbone_weights
+from clever.utils import InputError
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging, VSSBlock
 from vmamba.scan_reference import selective_scan_reference
 from vmamba.selective_scan import BACKENDS
 from vmamba.ss2d import SS2D
-from weights import backbone_state, load_backbone_file, load_backbone_weights
 
 VMAMBA = json.loads((DATA / "vmamba.json").read_text())
 TINY = "vssm2-vmambav2_tiny_224"
@@ -338,7 +338,7 @@ def test_a_network_in_half_precision(changes, dtype, tolerance):
 def test_synchronised_batch_norm(monkeypatch):
     network = fill_(small(norm_layer="bn")).eval()
     expected = network(IMAGES)
-    monkeypatch.setattr("backbones.is_distributed", lambda: True)
+    monkeypatch.setattr("clever.models.backbones.is_distributed", lambda: True)
     (network,) = synchronize_batch_norm([network], TINY, torch.device("cuda"))
     network.eval()
     assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())

@@ -7,7 +7,7 @@ import torch
 from support.in_process import pretrain, probe
 from support.processes import run, write_images, write_labelled_images
 
-from checkpoint import load_checkpoint
+from clever.checkpoint import load_checkpoint
 
 ARCH = "vssm2-vmambav2_micro"
 FLAGS = (

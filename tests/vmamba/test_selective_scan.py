@@ -23,7 +23,7 @@ from support.scans import (
 )
 from torch import Tensor
 
-from utils import InputError
+from clever.utils import InputError
 from vmamba import selective_scan as module
 from vmamba.scan_reference import cross_merge, cross_scan, selective_scan_2d_reference, selective_scan_reference
 from vmamba.selective_scan import BACKENDS, choose_backend, scan_flops, selective_scan, selective_scan_2d

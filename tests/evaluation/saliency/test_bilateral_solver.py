@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from support.saliency_reference import grid_matrices, solved
 
-from evaluation.saliency.bilateral_solver import bilateral_solver, bistochastize, build_grid, largest_object, smoothness_matrix
+from clever.evaluation.saliency.bilateral_solver import (
+    bilateral_solver,
+    bistochastize,
+    build_grid,
+    largest_object,
+    smoothness_matrix,
+)
 
 SIGMAS = (16, 16, 8)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from einops import rearrange
 
-import vision_transformer
-from evaluation.saliency.detection import patch_features
+from clever.evaluation.saliency.detection import patch_features
+from clever.models import vision_transformer
 
 
 @pytest.mark.parametrize("kind, expected", [("k", [1]), ("q", [0]), ("v", [2]), ("kqv", [1, 0, 2])])

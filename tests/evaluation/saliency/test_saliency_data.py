@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from augmentations import ToNormalizedTensor
-from evaluation.saliency.data import (
+from clever.data.augmentations import ToNormalizedTensor
+from clever.evaluation.saliency.data import (
     LAYOUTS,
     Pair,
     ResizeToPatches,
@@ -16,7 +16,7 @@ from evaluation.saliency.data import (
     find_pairs,
     patch_grid,
 )
-from utils import InputError
+from clever.utils import InputError
 
 
 @pytest.mark.parametrize("side, patches", [(24, 2), (40, 2), (41, 3), (16, 1), (9, 1), (152, 10), (200, 12), (193, 12)])

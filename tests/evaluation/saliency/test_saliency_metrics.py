@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from support.saliency_reference import looped_f_curve
 
-from evaluation.saliency.metrics import SaliencyMeter, accuracy, f_curve, iou
+from clever.evaluation.saliency.metrics import (
+    SaliencyMeter,
+    accuracy,
+    f_curve,
+    iou,
+)
 
 G = np.zeros((4, 4), int)
 G[1:3, 1:3] = 255

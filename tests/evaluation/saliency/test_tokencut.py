@@ -7,8 +7,15 @@ import pytest
 import torch
 from support.saliency_reference import dense_cut, dense_graph, looped_mask
 
-from evaluation.saliency.tokencut import DENSE, EPS, connect, partition, second_eigenvector, tokencut
-from utils import InputError
+from clever.evaluation.saliency.tokencut import (
+    DENSE,
+    EPS,
+    connect,
+    partition,
+    second_eigenvector,
+    tokencut,
+)
+from clever.utils import InputError
 
 BACKGROUND, OBJECT = (1.0, 0.0), (-0.5, 3.0)
 
@@ -98,7 +105,7 @@ def test_both_solvers_and_lobpcg_agree(monkeypatch):
     features = clusters(DENSE, 5, 1.0)
     B = connect(features)
     dense, dense_gap = second_eigenvector(B)
-    monkeypatch.setattr("evaluation.saliency.tokencut.DENSE", 0)
+    monkeypatch.setattr("clever.evaluation.saliency.tokencut.DENSE", 0)
     sparse, sparse_gap = second_eigenvector(B)
     assert cosine(dense, sparse) > 1 - 1e-9 and dense_gap == pytest.approx(sparse_gap, rel=1e-6)
     W = torch.from_numpy(B.toarray()) * (1 - EPS) + EPS

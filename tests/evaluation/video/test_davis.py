@@ -9,9 +9,15 @@ from PIL import Image
 from support import video_reference as reference
 from support.synthetic_davis import write_labels, write_list, write_video
 
-from evaluation.video import davis
-from evaluation.video.masks import one_hot_labels, palette, read_labels, soft_labels_to_mask, write_mask
-from utils import InputError
+from clever.evaluation.video import davis
+from clever.evaluation.video.masks import (
+    one_hot_labels,
+    palette,
+    read_labels,
+    soft_labels_to_mask,
+    write_mask,
+)
+from clever.utils import InputError
 
 # --- frames, labels, masks ---------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support import video_reference as reference
 
-import utils
-from evaluation.video.propagation import Propagation, make_tiles, window_mask
+from clever import utils
+from clever.evaluation.video.propagation import Propagation, make_tiles, window_mask
 
 CPU = torch.device("cpu")
 

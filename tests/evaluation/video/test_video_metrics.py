@@ -8,9 +8,17 @@ import pytest
 from support.synthetic_davis import write_labels
 from support.video_reference import vos_benchmark
 
-from evaluation.video import metrics
-from evaluation.video.metrics import VideoScores, boundary, boundary_f, global_scores, save_tables, score_frame, statistics
-from utils import InputError
+from clever.evaluation.video import metrics
+from clever.evaluation.video.metrics import (
+    VideoScores,
+    boundary,
+    boundary_f,
+    global_scores,
+    save_tables,
+    score_frame,
+    statistics,
+)
+from clever.utils import InputError
 
 EMPTY, FULL = np.zeros((100, 100), bool), np.ones((100, 100), bool)
 

@@ -1,0 +1,1 @@
+"""Images: files, tar files, views and data sets."""

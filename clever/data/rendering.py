@@ -1,0 +1,174 @@
+"""Rendering of views: an image and the parameters of augmentations.py -> uint8 pixels.
+
+`render_view` is the readable definition, by torchvision and Pillow. The compiled renderer (csrc/views, called by
+rendering_cpp.py) computes the same much faster. `render_batch` takes either.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby, permutations
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from clever.data import rendering_cpp
+from clever.utils import InputError
+
+JITTER_ORDERS = list(permutations(range(4)))  # of brightness, contrast, saturation and hue
+ELASTIC_SIGMA = 5.0  # pixels
+
+
+def render_view(image: np.ndarray, view: np.void) -> np.ndarray:
+    """One view, uint8 [3, S, S], of an image, uint8 [H, W, 3]; `view` is a record of augmentations.VIEW."""
+    pixels = _crop(torch.from_numpy(image).permute(2, 0, 1), view)  # 3, S, S
+    if view["flip"]:
+        pixels = pixels.flip(-1)
+    if view["angle"]:
+        pixels = F.pil_to_tensor(F.to_pil_image(pixels).rotate(float(view["angle"]), Image.Resampling.NEAREST))
+    steps = {0: (_elastic,), 1: (_elastic, _jitter), 2: (_jitter, _elastic)}[int(view["jitter"])]
+    for step in steps:
+        pixels = step(pixels, view)
+    picture = F.to_pil_image(pixels)
+    if view["grey"]:
+        picture = F.to_grayscale(picture, num_output_channels=3)
+    if view["blur"]:
+        picture = picture.filter(ImageFilter.GaussianBlur(float(view["blur"])))
+    if view["solarize"]:
+        picture = F.solarize(picture, threshold=128)
+    return F.pil_to_tensor(picture).numpy()
+
+
+def _crop(pixels: Tensor, view: np.void) -> Tensor:
+    """The box, resized, and its window: [3, H, W] -> [3, S, S]."""
+    mode = v2.InterpolationMode.BICUBIC if view["bicubic"] else v2.InterpolationMode.BILINEAR
+    box = [int(view[name]) for name in ("top", "left", "height", "width")]
+    resized = [int(view["resized_height"]), int(view["resized_width"])]
+    pixels = F.resized_crop(pixels, *box, resized, interpolation=mode, antialias=True)
+    return F.crop(pixels, int(view["y"]), int(view["x"]), int(view["size"]), int(view["size"]))
+
+
+def _jitter(pixels: Tensor, view: np.void) -> Tensor:
+    """Brightness, contrast, saturation and hue, in the drawn order."""
+    picture = F.to_pil_image(pixels)
+    adjust = [
+        lambda p: F.adjust_brightness(p, float(view["brightness"])),
+        lambda p: F.adjust_contrast(p, float(view["contrast"])),
+        lambda p: F.adjust_saturation(p, float(view["saturation"])),
+        lambda p: F.adjust_hue(p, float(view["hue"])),
+    ]
+    for operation in JITTER_ORDERS[view["order"]]:
+        picture = adjust[operation](picture)
+    return F.pil_to_tensor(picture)
+
+
+# --- elastic distortion ------------------------------------------------------------------------------------------------
+
+
+def _elastic(pixels: Tensor, view: np.void) -> Tensor:
+    """A smooth random distortion, distributed as in torchvision's ElasticTransform; black outside. uint8 [3, S, S].
+
+    Noise in -1..1 per pixel and direction is smoothed by a Gaussian of ELASTIC_SIGMA pixels and scaled so that a value of 1
+    is a displacement of elastic_alpha / 2 pixels.
+    """
+    if not view["elastic_alpha"]:
+        return pixels
+    size = pixels.shape[-1]
+    noise = torch.from_numpy(elastic_noise(int(view["elastic_seed"]), size))  # 2, S, S
+    smoothing = smoothing_matrix(size, ELASTIC_SIGMA)
+    field = smoothing @ noise @ smoothing.T * (float(view["elastic_alpha"]) / size)  # 2, S, S
+    return F.elastic(pixels, field.permute(1, 2, 0)[None], fill=0)
+
+
+def elastic_noise(seed: int, size: int) -> np.ndarray:
+    """Uniform noise in -1..1, float32 [2, size, size], a function of the seed: the same in every renderer, forever."""
+    key = mix(np.uint32(seed) ^ np.uint32(0x9E3779B9))
+    mixed = mix(mix(np.arange(2 * size * size, dtype=np.uint32)) ^ key)
+    return ((mixed ^ np.uint32(0x80000000)).view(np.int32).astype(np.float32) * np.float32(2**-31)).reshape(2, size, size)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 32-bit numbers in which every output bit depends on every input bit (Wellons' lowbias32)."""
+    x = np.atleast_1d(x)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+@lru_cache(maxsize=16)
+def smoothing_matrix(size: int, sigma: float) -> Tensor:
+    """The matrix [size, size] that convolves `size` numbers with a Gaussian of int(8 * sigma + 1) taps, rounded up to odd.
+
+    The numbers are padded by reflection, repeatedly if the padding is longer than the numbers.
+    """
+    radius = int(8 * sigma + 1) // 2
+    offsets = torch.arange(-radius, radius + 1)  # [2R+1]
+    taps = torch.softmax(-0.5 * (offsets.double() / sigma) ** 2, dim=0)
+    period = max(2 * (size - 1), 1)
+    source = (torch.arange(size)[:, None] + offsets) % period  # [size, 2R+1]
+    source = torch.minimum(source, period - source)
+    return torch.zeros(size, size, dtype=torch.double).scatter_add_(1, source, taps.expand(size, -1)).float()
+
+
+# --- batches and the choice of a renderer --------------------------------------------------------------------------------
+
+RENDERERS = ("torchvision", "cpp")
+
+
+def add_renderer_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--views, the same in every script that renders views."""
+    parser.add_argument(
+        "--views", default="auto", help="renderer of the views: cpp (compiled), torchvision (slower, runs everywhere), or auto"
+    )
+
+
+def choose_renderer(name: str) -> str:
+    """The renderer for `--views auto`, torchvision or cpp; auto is cpp where its compiled library can be used.
+
+    Raises InputError for another name, and for cpp where the library cannot be used.
+    """
+    if name not in ("auto", *RENDERERS):
+        raise InputError(f"--views {name!r}: must be one of auto, {', '.join(RENDERERS)}")
+    reason = rendering_cpp.unavailable_reason()
+    if name == "cpp" and reason:
+        raise InputError(f"--views cpp: {reason}")
+    if name == "auto":
+        return "torchvision" if reason else "cpp"
+    return name
+
+
+def resolve_renderer(args: argparse.Namespace) -> argparse.Namespace:
+    """Arguments with `--views auto` replaced by the renderer that is chosen."""
+    return argparse.Namespace(**vars(args) | {"views": choose_renderer(args.views)})
+
+
+def renderer_line(name: str) -> str:
+    """Which renderer runs, and why if it is not the fastest."""
+    if name == "cpp":
+        return "views: compiled renderer (cpp)"
+    return f"views: torchvision and Pillow ({rendering_cpp.unavailable_reason() or '--views cpp is faster, and available'})"
+
+
+def render_batch(images: Sequence[np.ndarray], views: np.ndarray, renderer: str) -> list[Tensor]:
+    """Views VIEW [B, V] of B images, uint8 [H, W, 3] each, contiguous -> one tensor uint8 [V', B, 3, S, S] per resolution.
+
+    V' views of equal size are adjacent, as the crops of `MultiCropWrapper` are.
+    """
+    sizes = [int(size) for size in views["size"][0]]  # V
+    tensors = [torch.empty(len(list(group)), len(images), 3, size, size, dtype=torch.uint8) for size, group in groupby(sizes)]
+    if renderer == "cpp":
+        by_view = [tensor[v].data_ptr() for tensor in tensors for v in range(len(tensor))]  # V addresses of [B, 3, S, S]
+        steps = np.arange(len(images))[:, None] * (3 * np.square(sizes))  # B, V: bytes before each image
+        addresses = np.array(by_view, np.uint64) + steps.astype(np.uint64)  # B, V
+        for image, parameters, address in zip(images, np.ascontiguousarray(views), addresses, strict=True):
+            rendering_cpp.render(image, parameters, address)
+        return tensors
+    outputs = [tensor[v].numpy() for tensor in tensors for v in range(len(tensor))]  # V times B, 3, S, S
+    for b, image in enumerate(images):
+        for view, output in zip(views[b], outputs, strict=True):
+            output[b] = render_view(image, view)
+    return tensors

@@ -1,0 +1,235 @@
+"""Processes and devices: launching, collectives, and how a script ends."""
+
+import argparse
+import datetime
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from clever import signals
+from clever.arguments import check_positive
+from clever.utils import InputError, describe_error
+
+JOIN_MINUTES = 10.0  # in which all processes of a group must have started
+FIRST_PORT, PORTS = 20000, 10000  # ports that jobs choose from, by their number
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """--dist_url, --local_rank (or --local-rank) and --num_workers, the same in every script."""
+    parser.add_argument("--dist_url", default="env://", help="how processes find each other; see torch.distributed")
+    parser.add_argument("--dist_timeout", type=float, default=240.0, metavar="MINUTES", help="how long a process waits for the "
+        "others, for example while the first one evaluates")  # fmt: skip
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help="set by older launchers; ignored if LOCAL_RANK is set"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=10, help="data loading workers per process, at most one per core; 0: none"
+    )
+
+
+def init_distributed(args: argparse.Namespace) -> torch.device:
+    """Join the process group, if torchrun or srun has started several processes, and return this process's device.
+
+    nccl on GPUs, gloo on CPUs; plain `python` has no process group.
+
+    Raises:
+        InputError: there is not one GPU per process, or the processes do not find each other.
+    """
+    by_srun = adopt_slurm_variables()
+    local_rank = _variable("LOCAL_RANK", args.local_rank)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        # Counts the processes of the whole machine: every process raises the error if one of them has no GPU.
+        processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        gpus = torch.cuda.device_count()
+        if gpus == 1 and by_srun:  # which may show each task only a GPU of its own
+            local_rank = 0
+        elif processes > gpus:
+            raise InputError(
+                f"{processes} processes on this machine: only {gpus} GPU{'s' * (gpus > 1)} visible "
+                "(DEVICES of the launch scripts, or CUDA_VISIBLE_DEVICES)"
+            )
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _join_process_group("nccl" if cuda else "gloo", args)
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only the first process prints
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _join_process_group(backend: str, args: argparse.Namespace) -> None:
+    """Find the other processes within JOIN_MINUTES; later on, wait for them for --dist_timeout minutes."""
+    rank, world_size = _variable("RANK"), _variable("WORLD_SIZE")
+    if rank >= world_size:
+        raise InputError(f"RANK={rank} with WORLD_SIZE={world_size}: the ranks are 0..{world_size - 1}")
+    check_positive(args, "dist_timeout")
+    _check_address(args.dist_url)
+    try:
+        join, wait = (datetime.timedelta(minutes=minutes) for minutes in (JOIN_MINUTES, args.dist_timeout))
+        with signals.at_once():  # torch's waiting does not return to Python
+            store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=join))
+            store.set_timeout(wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+    except (OSError, RuntimeError, ValueError) as error:  # torch's own errors are RuntimeErrors
+        reason = describe_error(error)
+        advice = "do all processes run, and do they have the same address and port?"
+        if "EADDRINUSE" in reason:
+            advice = "choose another port: PORT_NUM of the launch scripts, --master_port of torchrun, or MASTER_PORT"
+        raise InputError(f"process {rank} of {world_size} cannot join the others: {advice} ({reason[:200]})") from error
+
+
+def _variable(name: str, default: int | None = None) -> int:
+    """A number that the launcher has put into the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise InputError(f"{name}={text}: must be a whole number, which launchers set")
+    return int(text)
+
+
+def _check_address(dist_url: str) -> None:
+    """Raise InputError if a host has no address, or if the file of a file:// URL is left over from a former run."""
+    if dist_url.startswith("file://"):
+        path = Path(dist_url.removeprefix("file://"))
+        if path.exists() and time.time() - path.stat().st_mtime > 60 * JOIN_MINUTES:
+            raise InputError(f"--dist_url {dist_url}: the file is left over from another run; remove it, or name a new one")
+    host = os.environ.get("MASTER_ADDR") if dist_url == "env://" else urlparse(dist_url).hostname
+    if host:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise InputError(f"host {host} (MASTER_ADDR, --master_addr or --dist_url) has no address: {error}") from error
+
+
+def is_distributed() -> bool:
+    """True if a launcher has started this process in a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Number of this process; 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    """True in the process that prints and writes files: the first one."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all processes have come here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; without a process group the tensor is returned unchanged."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate rows [m, ...] of all processes, in the order of ranks; m may differ between processes."""
+    if not is_distributed():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = int(max(counts))
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    shares = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shares, padded)
+    return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
+
+
+def all_gather_objects(item: Any) -> list[Any]:
+    """The items of all processes, in the order of ranks. They are pickled: for small objects only."""
+    if not is_distributed():
+        return [item]
+    items = [None] * get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy the first process's buffers, such as the running statistics of batch norms, to all other processes."""
+    if is_distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that autocast computes in. `auto` is bf16 where the hardware has it, otherwise fp16 on a GPU, fp32 on a CPU."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name != "auto":
+        return named[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+# --- srun without a launcher ---
+
+
+def adopt_slurm_variables() -> bool:
+    """Set RANK, WORLD_SIZE, ... as torchrun would, if srun has started this process as one of several tasks; True if so.
+
+    A launcher's variables win, and so do MASTER_ADDR and MASTER_PORT. A task of its own, as in the script of sbatch or in
+    `srun --pty bash`, runs alone.
+
+    Raises:
+        InputError: this is one of several tasks, but srun's variables are missing.
+    """
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return False
+    rank = int(os.environ["SLURM_PROCID"])
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if rank >= tasks:
+        raise InputError(
+            f"SLURM_PROCID={rank}, SLURM_STEP_NUM_TASKS={tasks}: not as srun sets them; start with srun or torchrun, or unset "
+            "SLURM_PROCID to run alone"
+        )
+    if tasks == 1:
+        return False
+    hosts, per_host = os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
+    port = FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % PORTS
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(task_counts(per_host)[int(os.environ["SLURM_NODEID"])]),
+    }
+    os.environ.setdefault("MASTER_ADDR", first_host(hosts))
+    os.environ.setdefault("MASTER_PORT", str(port))
+    return True
+
+
+def first_host(hosts: str) -> str:
+    """The first of Slurm's list of hosts: "gpu[07-09,12],login" -> "gpu07"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else ""
+
+
+def task_counts(text: str) -> list[int]:
+    """Tasks of every node from Slurm's short form: "4(x2),3" -> [4, 4, 3]."""
+    counts = []
+    for part in text.split(","):
+        count, _, repeats = part.partition("(x")
+        counts += [int(count)] * int(repeats.rstrip(")") or 1)
+    return counts

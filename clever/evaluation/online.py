@@ -1,0 +1,130 @@
+"""What pretraining measures of its teacher while it runs: k-NN accuracy of the parts, and what they know about rotation.
+
+Shapes: M training images, N test images.
+"""
+
+import argparse
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from clever import arguments
+from clever.data.augmentations import eval_transform
+from clever.data.datasets import ImageDataset, check_same_classes, labelled_dataset
+from clever.evaluation.equivariance import (
+    HELD_OUT,
+    TRANSFORMS,
+    TransformDataset,
+    linear_r2,
+)
+from clever.evaluation.knn import knn_accuracy
+from clever.utils import InputError
+
+ROTATED_IMAGES, ROTATED_VIEWS = 1000, 4  # training images for the rotation regressor, and views of each
+
+
+def add_online_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--knn_data", help="labelled folder (train/ and val/), for the accuracy of a 20-NN classifier during training")
+    add("--knn_freq", type=int, default=10, help="epochs between k-NN evaluations")
+    add("--probe_data", help="labelled folder (train/ and val/): measures, on some of its images, the 20-NN accuracy of ALL, "
+        "IR and EF and how well a linear regressor predicts a rotation from them (R2: 0 not at all, 1 exactly)")  # fmt: skip
+    add("--probe_freq", type=int, default=10, help="epochs between these measurements. Raise it if they take more than a "
+        "minute per hour; the line that they print says how long they took")  # fmt: skip
+    add("--probe_images", type=int, default=2000, help="training images of --probe_data to use, and half as many test images")
+
+
+def check_online_args(args: argparse.Namespace) -> None:
+    """Raise InputError for invalid values of these flags."""
+    arguments.check_positive(args, "knn_freq", "probe_freq")
+    if args.probe_images < 2 * HELD_OUT:
+        raise InputError(f"--probe_images {args.probe_images}: must be {2 * HELD_OUT} or more")
+
+
+class OnlineEvaluation:
+    """The measurements of --knn_data and --probe_data, at the ends of epochs.
+
+    Raises InputError if the folders do not hold the same classes in train/ and val/, or too few images.
+
+    Args:
+        args: of the pretraining, with the flags above.
+        options: how images are rendered and checked, for datasets.labelled_dataset.
+        device: of the backbone.
+    """
+
+    def __init__(self, args: argparse.Namespace, options: dict[str, Any], device: torch.device) -> None:
+        self.args, self.options, self.device = args, options, device
+        self.parts = ("ALL",) if args.net == "dino" else ("ALL", "IR", "EF")
+        self.knn_data = self._labelled(args.knn_data) if args.knn_data else None
+        self.probe_data = self.rotated = None
+        if args.probe_data:
+            train, val = self._labelled(args.probe_data)
+            self.probe_data = subset(train, args.probe_images), subset(val, args.probe_images // 2)
+            self.rotated = [self._rotated(images, stream) for stream, images in enumerate(self.probe_data)]
+            for split, images in zip(("train", "val"), self.probe_data, strict=True):
+                if len(images) < HELD_OUT:
+                    raise InputError(f"--probe_data {args.probe_data}/{split}: has only {len(images)} images, needs {HELD_OUT}")
+
+    def _labelled(self, folder: str) -> tuple[ImageDataset, ImageDataset]:
+        """Clean images of train/ and val/."""
+        view = eval_transform("ori", self.args.global_crops_size)
+        train, val = (
+            labelled_dataset(os.path.join(folder, split), view, self.args.seed, **self.options) for split in ("train", "val")
+        )
+        check_same_classes(train, val)
+        return train, val
+
+    def _rotated(self, images: ImageDataset, stream: int) -> TransformDataset:
+        images = subset(images, ROTATED_IMAGES // (1 + stream))
+        paths, size = [path for path, _ in images.samples], self.args.global_crops_size
+        return TransformDataset(paths, TRANSFORMS["rotation"], size, ROTATED_VIEWS, self.args.seed, stream, self.args.views)
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether anything is measured after this epoch."""
+        return bool(
+            self.knn_data and self._is_due(epoch, self.args.knn_freq)
+            or self.probe_data and self._is_due(epoch, self.args.probe_freq)
+        )
+
+    def measure(self, backbone: nn.Module, epoch: int) -> dict[str, float]:
+        """What is due after this epoch: values for log.txt. Those of --probe_data are also printed as one line.
+
+        All processes must call it. knn_top1: of --knn_data; knn_<part>, rotation_r2_<part>: of --probe_data.
+        """
+        record: dict[str, float] = {}
+        options = {
+            "device": self.device, "batch_size": self.args.batch_size_per_gpu, "stats": (self.args.mean, self.args.std),
+            "num_workers": self.args.num_workers,
+        }  # fmt: skip
+        if self.knn_data and self._is_due(epoch, self.args.knn_freq):
+            record["knn_top1"] = knn_accuracy(backbone, *self.knn_data, **options)["ALL"]
+        if self.probe_data and self._is_due(epoch, self.args.probe_freq):
+            start = time.perf_counter()
+            knn = knn_accuracy(backbone, *self.probe_data, **options, parts=self.parts, hp1=self.args.hp1)
+            r2 = linear_r2(backbone, *self.rotated, **options, parts=self.parts, hp1=self.args.hp1)
+            record |= {f"knn_{part}": value for part, value in knn.items()}
+            record |= {f"rotation_r2_{part}": value for part, value in r2.items()}
+            record["seconds_probe"] = time.perf_counter() - start
+            print(self._line(epoch, knn, r2, record["seconds_probe"]))
+        return record
+
+    def _is_due(self, epoch: int, frequency: int) -> bool:
+        return (epoch + 1) % frequency == 0 or epoch + 1 == self.args.epochs
+
+    def _line(self, epoch: int, knn: dict[str, float], r2: dict[str, float], seconds: float) -> str:
+        accuracies = ", ".join(f"{part} {value:.1f}" for part, value in knn.items())
+        rotation = ", ".join(f"{part} {value:.2f}" for part, value in r2.items())
+        return f"probe {epoch}/{self.args.epochs}: 20-NN {accuracies} %; R2 of rotation {rotation}; took {seconds:.1f} s"
+
+
+def subset(dataset: ImageDataset, number: int) -> ImageDataset:
+    """At most `number` of the images, drawn at random, the same ones in every run."""
+    if number >= len(dataset):
+        return dataset
+    chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:number])
+    samples = [dataset.samples[int(i)] for i in chosen]
+    return ImageDataset(samples, dataset.views, dataset.seed, dataset.classes, dataset.renderer)

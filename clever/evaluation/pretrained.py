@@ -1,0 +1,229 @@
+"""The pretrained network that is evaluated: its flags, its checkpoint, its parts."""
+
+import argparse
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from clever.arguments import TypedFloat, plain_args
+from clever.checkpoint import load_checkpoint, stored_arguments
+from clever.evaluation.names import part_flag
+from clever.models.backbones import (
+    build_backbone,
+    default_image_size,
+    default_stats,
+    is_known,
+    is_ours,
+    is_same_network,
+    vit_names,
+)
+from clever.models.heads import check_hp1, has_both_parts, split_sizes
+from clever.models.weights import backbone_state, load_backbone_weights, trained_image_size
+from clever.utils import InputError, error_prefix, seed_everything
+
+
+@dataclass
+class Pretrained:
+    """A backbone in eval mode, and what its checkpoint says about it.
+
+    Args:
+        backbone: frozen, on the device, with the pretrained weights.
+        arch, net, hp1: of the pretraining; net is dino or CLeVER.
+        img_size: side of the images to evaluate on, pixels.
+        mean, std: of the channels, for pixels in 0..1.
+        epochs: number of pretraining epochs so far, or None if the checkpoint does not say.
+        aug: recipe of the pretraining's views, or None.
+        fingerprint: hash of the weights.
+        options: patch_size and img_size, with which the backbone was built.
+        pretraining_seed: seed of the pretraining, or None if the checkpoint does not say.
+        training_args: arguments of the pretraining, as far as the checkpoint has them.
+    """
+
+    backbone: nn.Module
+    arch: str
+    net: str
+    hp1: float
+    img_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    epochs: int | None
+    aug: str | None
+    fingerprint: str
+    options: dict[str, int] = field(default_factory=dict)
+    pretraining_seed: int | None = None
+    training_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels."""
+        return self.mean, self.std
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the representation has an IR and an EF: dino's has not, and an hp1 near 0 or 1 leaves one of them empty."""
+        return self.net != "dino" and has_both_parts(self.backbone.embed_dim, self.hp1)
+
+    def record(self) -> dict[str, Any]:
+        """What a result file says about the network."""
+        return {
+            "net": self.net, "arch": self.arch, "pretrained_epochs": self.epochs, "aug": self.aug,
+            "pretraining_seed": self.pretraining_seed, "backbone": self.fingerprint,
+        }  # fmt: skip
+
+    def check_patches(self, reason: str) -> None:
+        """Raise InputError, which gives the `reason`, unless the backbone is one of our ViTs: others pool their features."""
+        if self.arch not in vit_names():
+            vits = ", ".join(vit_names())
+            raise InputError(f"--arch {self.arch}: its features are pooled, and {reason}; choose one of {vits}")
+
+    def check_part(self, part: str, flag: str = "--else_part") -> None:
+        """Raise InputError, which names the flag, unless the representation has this part; `part` is ALL, IR or EF."""
+        check_part(part, self.net, self.hp1, self.backbone.embed_dim, flag)
+
+    def untrained(self, seed: int) -> nn.Module:
+        """The same architecture at random initialisation: frozen, in eval mode, on the same device."""
+        seed_everything(seed)
+        device = next(self.backbone.parameters()).device
+        return build_backbone(self.arch, **self.options).eval().requires_grad_(False).to(device)
+
+
+def result_record(kind: str, network: dict[str, Any], args: argparse.Namespace, **values: Any) -> dict[str, Any]:
+    """What every evaluation writes as JSON: its kind, the network (`Pretrained.record()`), results, and the arguments."""
+    return {"kind": kind, **network, **values, "args": plain_args(args)}
+
+
+def single_run(args: argparse.Namespace, part: str, perturbation: str) -> argparse.Namespace:
+    """The arguments of a run with only this part and this perturbation, of those that were given as lists."""
+    return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation})
+
+
+MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
+
+
+def check_trial_name(name: str, reserved: Sequence[str] = ()) -> None:
+    """Raise InputError unless --trial_name can be the last part of a file name.
+
+    It must not begin with one of the `reserved` parts, regular expressions, which would make it the name of another result.
+    """
+    length = len(os.fsencode(name))
+    if length > MAX_TRIAL_NAME:
+        raise InputError(f"--trial_name of {length} bytes: must have at most {MAX_TRIAL_NAME}, it is part of a file name")
+    if os.sep in name:
+        raise InputError(f"--trial_name {name!r}: must not contain {os.sep}, it is part of a file name")
+    other = re.match(f"({'|'.join(reserved)})(_|$)", name) if reserved else None
+    if other:
+        raise InputError(f"--trial_name {name!r}: must not begin with {other[1]}, with which the names of other results begin")
+
+
+def resolve_option(name: str, given: Any, stored: Any, default: Any, source: str = "checkpoint was") -> Any:
+    """The value of a flag: as given, else as stored in the checkpoint, else the default; all may be None.
+
+    Raises InputError if the flag contradicts the checkpoint.
+    """
+    if given is not None and stored is not None and given != stored:
+        raise InputError(f"--{name} {given}: the {source} made with {name} {stored}")
+    return next((value for value in (given, stored, default) if value is not None), None)
+
+
+def resolve_arch(given: str | None, stored: str | None) -> str:
+    """--arch, or what the checkpoint says if it is a name that we know. Raises InputError if it is another of our backbones."""
+    if given is None:
+        return stored if stored and is_known(stored) else "vit_small"
+    if stored and is_ours(stored) and not is_same_network(given, stored):
+        raise InputError(f"--arch {given}: the checkpoint was made with arch {stored}")
+    return given
+
+
+def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any], source: str = "checkpoint was") -> tuple[str, float]:
+    """--net and --hp1, or what the checkpoint (or another file) says. Raises InputError if neither says where the split is."""
+    net = resolve_option("net", args.net, stored.get("net"), "dino", source)
+    stored_hp1, default = (None, 1.0) if net == "dino" else (stored.get("hp1"), None)
+    hp1 = resolve_option("hp1", args.hp1, stored_hp1, default, source)
+    if hp1 is None:
+        noun = source.split()[0]
+        verb = "do" if noun.endswith("s") else "does"
+        raise InputError(f"--hp1: the {noun} {verb} not say where IR and EF are cut; give the pretraining's hp1")
+    check_hp1(hp1, "--hp1")
+    return net, hp1
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = True, parts: bool = True) -> None:
+    """Flags that name the network to evaluate; what is not given is taken from the checkpoint.
+
+    Args:
+        required: whether --pretrained_weights is required.
+        parts: also add the flags for IR and EF and for the size of the images.
+    """
+    add = parser.add_argument
+    add("--pretrained_weights", required=required, help="checkpoint of a pretraining, ours, an original's or another program's")
+    add("--checkpoint_key", default="teacher", help="which network of the checkpoint, if there are several; a file without "
+        "`teacher`: `model` or `state_dict`")  # fmt: skip
+    add("--arch", help="backbone; default: the checkpoint's, else vit_small")
+    add("--patch_size", type=int, help="side of a ViT's patches, pixels; default: the checkpoint's, else 16")
+    if not parts:
+        parser.set_defaults(net=None, hp1=None, img_size=None)
+        return
+    add("--net", choices=["dino", "CLeVER"], help="how it was pretrained; default: the checkpoint's, else dino")
+    add("--hp1", type=TypedFloat, help="share of the representation that is IR; default: the checkpoint's")
+    add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224 or timm's")
+
+
+def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
+    """The backbone of --pretrained_weights. Raises InputError if flags contradict the checkpoint or weights do not fit."""
+    checkpoint = load_checkpoint(args.pretrained_weights)
+    stored = stored_arguments(checkpoint)
+    arch = resolve_arch(args.arch, stored.get("arch"))
+    patch_size = resolve_option("patch_size", args.patch_size, stored.get("patch_size"), 16)
+    net, hp1 = resolve_net_and_hp1(args, stored)
+    if args.img_size is not None and args.img_size < 1:
+        raise InputError(f"--img_size {args.img_size}: must be 1 or more")
+    with error_prefix(f"--pretrained_weights {args.pretrained_weights}"):
+        own = () if is_ours(arch) else build_backbone(arch).state_dict()
+        state = backbone_state(checkpoint, args.checkpoint_key, own)
+        trained_size = trained_image_size(arch, state, patch_size) or stored.get("global_crops_size")
+        trained_size = trained_size or default_image_size(arch)
+        options = {"patch_size": patch_size, "img_size": trained_size}
+        backbone = build_backbone(arch, **options)
+        load_backbone_weights(backbone, state)
+    mean, std = default_stats(arch)
+    return Pretrained(
+        backbone=backbone.eval().requires_grad_(False).to(device),
+        arch=arch,
+        net=net,
+        hp1=hp1,
+        img_size=args.img_size or trained_size,
+        mean=tuple(stored.get("mean", mean)),
+        std=tuple(stored.get("std", std)),
+        epochs=checkpoint["epoch"] if isinstance(checkpoint.get("epoch"), int) else None,
+        aug=stored.get("aug"),
+        fingerprint=fingerprint(state),
+        options=options,
+        pretraining_seed=stored.get("seed"),
+        training_args=stored,
+    )
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_part(part: str, net: str, hp1: float, dim: int, flag: str = "--else_part") -> None:
+    """Raise InputError unless a representation of width `dim` has this part.
+
+    DINO's representation has no IR and EF, and an hp1 near 0 or 1 leaves one of them empty.
+    """
+    if part == "ALL":
+        return
+    if net == "dino":
+        raise InputError(f"{flag} {part_flag(part)}: a dino checkpoint has no parts, only ALL")
+    split_sizes(dim, hp1)

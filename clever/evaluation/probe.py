@@ -1,0 +1,381 @@
+"""Linear classifiers on a backbone's features: their training, their files, their accuracies.
+
+A Probe is one classifier with its optimizer and its checkpoint. A ProbeGroup trains and evaluates the probes of several parts
+of the representation with one pass of the backbone. They serve the linear probe (eval_linear.py) and downstream classification
+(eval_linear_ds.py, a group of one), which supply data and optimizers.
+
+Shapes: D width of the features, C classes, M images.
+"""
+
+import argparse
+import datetime
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from clever import arguments, signals, utils
+from clever.checkpoint import (
+    load_checkpoint,
+    save_atomically,
+    strip_prefix,
+    valid_state,
+)
+from clever.data.datasets import ImageDataset, make_loader, shard
+from clever.distributed import (
+    all_reduce_sum,
+    broadcast_buffers,
+    get_rank,
+    get_world_size,
+    is_distributed,
+    is_main_process,
+)
+from clever.evaluation.features import FeatureExtractor, extract_parts, gather_in_order
+from clever.evaluation.hits import pack_hits
+from clever.models.backbones import has_batch_norm
+from clever.models.weights import backbone_state, load_backbone_weights
+from clever.training.telemetry import TrainingProgress
+from clever.utils import InputError
+
+# Metrics whose best value over the epochs is kept, and their names in a checkpoint.
+BEST = {"accuracy": "best_acc", "mean_class_accuracy": "best_mean_class_acc"}
+
+
+class LinearClassifier(nn.Module):
+    """One linear layer, features [B, D] -> logits [B, C]; weights drawn from a normal distribution (0.01), biases 0."""
+
+    def __init__(self, dim: int, num_labels: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, num_labels)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)  # B, C
+
+
+@dataclass(eq=False)
+class Probe:
+    """A linear classifier on the features of `extractor`, its optimizer, and the checkpoint file that its training writes.
+
+    The backbone is trained as well if the extractor says so.
+
+    Args:
+        extractor: images -> features [B, D].
+        classifier: features -> logits [B, C], on the device.
+        path: the checkpoint, rewritten after every epoch.
+        identity: what the probe was trained on; a checkpoint with other values is refused, and values that it
+            lacks are not compared. num_labels and dim are those of its weights.
+        arguments: of the command line, recorded in the checkpoint.
+        fixed_arguments: names of those that must be the same when training is resumed.
+        optimizer: of the classifier, and of the backbone if that is trained; only training needs it.
+
+    Attributes:
+        epoch: the next one to run.
+        best: best value of each metric so far.
+        result: accuracies of the last evaluation.
+    """
+
+    extractor: FeatureExtractor
+    classifier: LinearClassifier
+    path: Path
+    identity: dict[str, Any]
+    arguments: dict[str, Any]
+    fixed_arguments: tuple[str, ...]
+    optimizer: torch.optim.Optimizer | None = None
+    epoch: int = field(default=0, init=False)
+    best: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.0}, init=False)
+    result: dict[str, float] = field(default_factory=dict, init=False)
+
+    # --- training ---
+
+    def start(self, epochs: int) -> None:
+        """Prepare for training with a cosine schedule to 0 over `epochs`, from the checkpoint if there is one."""
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs, eta_min=0)
+        if self.path.exists():
+            self._resume()
+        # What is trained: features -> logits, or images -> logits with the backbone; in a process group distributed.
+        trained = self.extractor.train_backbone
+        model = nn.Sequential(self.extractor, self.classifier) if trained else self.classifier
+        self.model = DistributedDataParallel(model) if is_distributed() else model
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def record(self, result: dict[str, float]) -> None:
+        """Keep the accuracies of an evaluation during training."""
+        self.result = result
+        self.best |= {name: max(self.best.get(name, 0.0), result[name]) for name in BEST if name in result}
+
+    def end_epoch(self, epoch: int) -> None:
+        """Advance the schedule and write the checkpoint, in the first process."""
+        self.scheduler.step()
+        self.epoch = epoch + 1
+        if is_main_process():
+            self._save()
+
+    # --- files ---
+
+    def _save(self) -> None:
+        state = {
+            "epoch": self.epoch, "state_dict": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(), "args": self.arguments, **self.identity,
+        }  # fmt: skip
+        state |= {BEST[name]: value for name, value in self.best.items()}
+        if self.extractor.train_backbone:
+            state["state_dict_model"] = self.extractor.backbone.state_dict()
+        save_atomically(state, self.path)
+
+    def _resume(self) -> None:
+        """Load the checkpoint to continue its training. Raises InputError if it was made differently."""
+        state = self.load(self.path)
+        missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
+        if missing:
+            raise InputError(f"probe checkpoint {self.path}: cannot be resumed, lacks {', '.join(sorted(missing))}")
+        stored = arguments.plain_args(state["args"]) if isinstance(state.get("args"), (dict, argparse.Namespace)) else {}
+        for name in self.fixed_arguments:
+            if name in stored and stored[name] != self.arguments[name]:
+                raise InputError(
+                    f"--{name} {self.arguments[name]}: the probe {self.path} was trained with {stored[name]}; continue it with "
+                    "that, or give another --output_dir or --trial_name"
+                )
+        with valid_state(self.path):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.best = int(state["epoch"]), {name: float(state[key]) for name, key in BEST.items() if key in state}
+        print(f"continuing {self.path} from epoch {self.epoch}")
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Load a trained probe, ours or an original's, and its backbone if that is trained; returns the checkpoint.
+
+        Raises InputError if it is not one, or if its identity is another one.
+        """
+        checkpoint = load_checkpoint(path)
+        state = strip_prefix(checkpoint["state_dict"]) if isinstance(checkpoint.get("state_dict"), dict) else {}
+        sizes = [value.ndim if isinstance(value, torch.Tensor) else None for value in state.values()]
+        if set(state) != {"linear.weight", "linear.bias"} or sorted(sizes, key=str) != [1, 2]:
+            raise InputError(f"probe checkpoint {path}: contains no linear classifier")
+        found = checkpoint | dict(zip(("num_labels", "dim"), state["linear.weight"].shape, strict=True))
+        for name, value in self.identity.items():
+            if name in found and found[name] != value:
+                why = f"its {name} is {found[name]}, here it is {value}"
+                if name == "backbone":
+                    why = "was trained on other backbone weights; delete it, or move it away"
+                elif name == "classes":
+                    why = "was trained on other classes; to train one for these, give another --output_dir or --trial_name"
+                elif name == "images_per_step":  # only the identity of a probe to be trained has it
+                    batch = self.arguments["batch_size_per_gpu"]
+                    why = (f"was trained with {found[name]} images per step, not {value} (--batch_size_per_gpu {batch} times "
+                           "processes); continue it with that, or give another --output_dir or --trial_name")  # fmt: skip
+                raise InputError(f"probe checkpoint {path}: {why}")
+        with valid_state(path):
+            self.classifier.load_state_dict(state)
+        if self.extractor.train_backbone:
+            load_trained_backbone(path, checkpoint, self.extractor.backbone)
+        elif "state_dict_model" in checkpoint:
+            raise InputError(f"checkpoint {path}: contains a fine-tuned backbone; evaluate it in the mode it was trained in")
+        return checkpoint
+
+
+@dataclass
+class ProbeGroup:
+    """Probes of different parts of one backbone's representation, trained and evaluated together.
+
+    Every image is read, and passes through the backbone, once for all probes. The result is that of training each of them in
+    a group of its own: the order of the images and their views depend on the seed and the epoch alone, and each probe has its
+    own optimizer and files. A probe that was interrupted, or is already finished, takes part only from its next epoch on.
+
+    Args:
+        probes: their extractors differ only in the part; a trained backbone belongs to a single one.
+        device: of the backbone and the classifiers.
+        epochs, batch_size, val_freq, seed: of the training; batch_size counts images per process.
+        num_workers: data loading workers.
+        per_class: also measure the mean accuracy over classes.
+    """
+
+    probes: list[Probe]
+    device: torch.device
+    epochs: int = 100
+    batch_size: int = 128
+    val_freq: int = 1
+    seed: int = 0
+    num_workers: int = 0
+    per_class: bool = False
+
+    def __post_init__(self):
+        self.extractors = [probe.extractor for probe in self.probes]
+        self.backbone, self.train_backbone = self.extractors[0].backbone, self.extractors[0].train_backbone
+        self._kept: tuple[ImageDataset, tuple[list[torch.Tensor], torch.Tensor]] | None = None
+
+    # --- accuracy ---
+
+    def evaluate(self, test: ImageDataset, per_image: bool = False) -> dict[Probe, dict[str, Any]]:
+        """Accuracies of every probe on the test images, see `accuracies`.
+
+        With `per_image` also `correct`: which images, in the order of the data set, were classified correctly, as text
+        (evaluation/hits.py).
+        """
+        features, labels = self._test_features(test)
+        results = {}
+        for probe, x in zip(self.probes, features, strict=True):
+            results[probe] = accuracies(probe.classifier, x, labels, self.per_class)
+            if per_image:
+                hits = gather_in_order(top1_hits(probe.classifier, x, labels), len(test))
+                results[probe]["correct"] = pack_hits(hits.cpu().numpy())
+        return results
+
+    def _test_features(self, test: ImageDataset) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Features of each part, and labels. Those of a frozen backbone are kept until another data set is given."""
+        if self._kept is not None and self._kept[0] is test:
+            return self._kept[1]
+        own = shard(test, get_rank(), get_world_size())
+        loader = make_loader(own, self.batch_size, num_workers=self.num_workers)
+        found = extract_parts(self.extractors, loader, self.device, "test images")
+        self._kept = None if self.train_backbone else (test, found)
+        return found
+
+    # --- training ---
+
+    def fit(self, train: ImageDataset, test: ImageDataset) -> dict[Probe, dict[str, float]]:
+        """Train all probes with a cosine schedule to 0, or resume their checkpoints.
+
+        Returns the metrics of each, of the last epoch and, `best_*`, of the best. The checkpoints are rewritten after every
+        epoch. A finished training is only evaluated.
+        """
+        for probe in self.probes:
+            probe.start(self.epochs)
+        if any(probe.epoch > 0 for probe in self.probes):
+            for probe, result in self.evaluate(test).items():
+                probe.result = result
+        loader = self._training_loader(train)
+        with signals.allowed("the same command goes on from the end of the last epoch", 0):
+            for epoch in range(min(probe.epoch for probe in self.probes), self.epochs):
+                self._run_epoch([probe for probe in self.probes if probe.epoch <= epoch], loader, test, epoch)
+        return {probe: probe.result | {f"best_{name}": value for name, value in probe.best.items()} for probe in self.probes}
+
+    def _training_loader(self, train: ImageDataset) -> DataLoader:
+        """This process's share of the training images, shuffled.
+
+        If the backbone's batch norms are trained and the last batch would be a single image, which has no statistics of its
+        own, this batch is left out; it is another image in every epoch. Raises InputError if all batches are single images.
+        """
+        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
+        trains_batch_norms = self.train_backbone and has_batch_norm(self.backbone)
+        if trains_batch_norms and min(len(sampler), self.batch_size) == 1:
+            raise InputError(
+                f"--batch_size_per_gpu {self.batch_size}, {len(sampler)} training images per process: the backbone's batch "
+                "norms need batches of 2 images or more"
+            )
+        drop_last = trains_batch_norms and len(sampler) % self.batch_size == 1
+        return make_loader(train, self.batch_size, sampler, self.num_workers, drop_last)
+
+    def _run_epoch(self, active: list[Probe], loader: DataLoader, test: ImageDataset, epoch: int) -> None:
+        """Train the active probes for one epoch, validate them if it is time, and write their checkpoints."""
+        start = time.perf_counter()
+        self._start_epoch(loader, epoch)
+        losses = self.train_one_epoch(active, loader, epoch)
+        validated = (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs
+        results = self.evaluate(test) if validated else {}
+        left = round((time.perf_counter() - start) * (self.epochs - epoch - 1))
+        with signals.deferred():
+            for probe, loss in zip(active, losses, strict=True):
+                if validated:
+                    probe.record(results[probe])
+                    self._print_epoch(probe, epoch, loss, left)
+                probe.end_epoch(epoch)
+
+    def _start_epoch(self, loader: DataLoader, epoch: int) -> None:
+        """Random numbers, the order of the images and their views depend on the seed and the epoch alone."""
+        utils.seed_everything(self.seed, epoch, get_rank())
+        loader.sampler.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
+        self.backbone.train(self.train_backbone)
+
+    def train_one_epoch(self, active: list[Probe], loader: DataLoader, epoch: int) -> list[float]:
+        """One pass over the training images for the active probes; the mean loss of each."""
+        images_per_step = self.batch_size * get_world_size()
+        progress = TrainingProgress(f"epoch {epoch}/{self.epochs}", len(loader), images_per_step, self.device, print_freq=50)
+        names = [f"{self.prefix(probe)}loss" for probe in active]
+        for images, labels in loader:
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)  # B, 3, S, S and B
+            losses = [F.cross_entropy(logits, labels) for logits in self._logits(active, images)]
+            progress.update(**dict(zip(names, losses, strict=True)))
+            for probe, loss in zip(active, losses, strict=True):
+                probe.step(loss)
+        self.backbone.eval()
+        if self.train_backbone:
+            broadcast_buffers(self.backbone)
+        means = progress.finish()
+        return [means[name] for name in names]
+
+    def _logits(self, active: list[Probe], images: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [B, C] of each active probe, with gradients of what it trains."""
+        if self.train_backbone:
+            return [probe.model(images) for probe in active]
+        tokens = self.extractors[0].tokens(images)
+        return [probe.model(probe.extractor.select(tokens)) for probe in active]
+
+    def prefix(self, probe: Probe) -> str:
+        """Names the probe's part in printed lines, if there are several probes."""
+        return f"{probe.identity['part']}: " if len(self.probes) > 1 else ""
+
+    def _print_epoch(self, probe: Probe, epoch: int, train_loss: float, seconds_left: int) -> None:
+        prefix, left = self.prefix(probe), datetime.timedelta(seconds=seconds_left)
+        accuracy, count, best = probe.result["accuracy"], probe.result["num_test_images"], probe.best["accuracy"]
+        print(f"{prefix}Accuracy at epoch {epoch} of the network on the {count} test images: {accuracy:.2f}%")
+        print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {train_loss:.4f}, left {left}", flush=True)
+
+
+def load_trained_backbone(path: str | Path, checkpoint: dict[str, Any], backbone: nn.Module) -> None:
+    """Load the fine-tuned backbone of a classifier's checkpoint. Raises InputError if there is none, or another one."""
+    if "state_dict_model" not in checkpoint:
+        raise InputError(f"checkpoint {path}: contains no fine-tuned backbone, only a classifier")
+    with utils.error_prefix(f"checkpoint {path}"):
+        load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model", backbone.state_dict()))
+
+
+@torch.no_grad()
+def top1_hits(classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """1 for each of the features [M, D] that is classified as its label [M], else 0: uint8 [M]."""
+    return (classifier(features).argmax(1) == labels).to(torch.uint8)
+
+
+@torch.no_grad()
+def accuracies(
+    classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor, per_class: bool = False
+) -> dict[str, float]:
+    """Accuracies on features [M, D] with labels [M], summed over all processes.
+
+    Returns the mean loss `test_loss`, the top-1 `accuracy` and, from 5 classes on, `top5`, in percent; with `per_class` also
+    `mean_class_accuracy`, the mean over the classes of the accuracy on the images of the class.
+
+    Raises FloatingPointError if the classifier has diverged.
+    """
+    logits = classifier(features)  # M, C
+    if not logits.isfinite().all():
+        raise FloatingPointError("outputs of the classifier for test images")
+    num_labels = logits.shape[1]
+    hits = logits.topk(min(5, num_labels)).indices == labels[:, None]  # M, 5
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    sums = torch.stack([loss, hits[:, :1].sum(), hits.sum(), torch.tensor(len(labels), device=loss.device)]).double()
+    loss, top1, top5, count = all_reduce_sum(sums).tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError("loss on test images")
+    result = {"accuracy": 100 * top1 / count, "test_loss": loss / count, "num_test_images": int(count)}
+    if num_labels >= 5:
+        result["top5"] = 100 * top5 / count
+    if per_class:
+        counts = torch.stack([x.bincount(minlength=num_labels) for x in (labels[hits[:, 0]], labels)])  # 2, C
+        right, images = all_reduce_sum(counts).double()
+        result["mean_class_accuracy"] = 100 * (right / images)[images > 0].mean().item()
+    return result

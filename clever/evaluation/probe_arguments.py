@@ -1,0 +1,139 @@
+"""The flags of the scripts that train classifiers, eval_linear.py and eval_linear_ds.py, and what both build from them."""
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clever import arguments, utils
+from clever.arguments import TypedFloat, bool_flag
+from clever.data.augmentations import PERTURBATIONS, check_crop_scale
+from clever.data.rendering import add_renderer_argument
+from clever.distributed import get_world_size, is_main_process
+from clever.evaluation.features import FeatureExtractor
+from clever.evaluation.names import PARTS, part_flag
+from clever.evaluation.pretrained import Pretrained, check_trial_name, result_record
+from clever.evaluation.probe import LinearClassifier, Probe, ProbeGroup
+from clever.utils import InputError
+
+IMAGENET_CLASSES = {"Imagenet": 1000, "IN100": 100}  # number of classes by --dataset_type
+# Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
+FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size", "crop_scale")
+
+
+def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Flags of every training of a classifier. With `several`, --else_part and --test_aug_type are lists."""
+    add = parser.add_argument
+    part = "part of the representation: ALL, main_part (IR), else_part (EF)"
+    perturbation = "perturbation of the test images, any but ori only with --evaluate"
+    count = {"nargs": "+"} if several else {}
+    if several:
+        part += "; several parts share the passes of the backbone, each has its own files"
+    add("--else_part", type=part_flag, default=["ALL"] if several else "ALL", help=part, **count)
+    add("--n_last_blocks", type=int, default=4, help="ViT: concatenates the [CLS] tokens of the last n blocks. 4 suits small "
+        "ViTs, 1 with --avgpool_patchtokens true ViT-B")  # fmt: skip
+    add("--avgpool_patchtokens", type=bool_flag, default=False, help="ViT: also use the mean patch token")
+    add("--num_labels", type=int, help="number of classes, to check the data; default: as many as there are")
+    add("--epochs", type=int, default=100, help="epochs of training")
+    add("--lr", type=TypedFloat, default=TypedFloat("0.001"), help="learning rate for 256 images per step; scaled linearly "
+        "with their number. Try several: the best one depends on the scale of the features")  # fmt: skip
+    add("--batch_size_per_gpu", type=int, default=128, help="images per process and step")
+    add("--crop_scale", type=float, nargs="+", default=[0.08, 1.0], help="minimum and maximum share of the image's area in a "
+        "training crop. Raise the minimum for small images, e.g. 0.5 1: crops must show what is to be recognised")  # fmt: skip
+    add("--val_freq", type=int, default=1, help="epochs between validations")
+    add("--evaluate", action="store_true", help="only evaluate a trained classifier")
+    add("--test_aug_type", default=["ori"] if several else "ori", help=f"{perturbation}: {', '.join(PERTURBATIONS)}", **count)
+    add("--final_eval_weights", help="checkpoint of the classifier for --evaluate; the results are named after this file. "
+        "Default: the one in --output_dir")  # fmt: skip
+    add("--trial_name", default="", help="last part of the file names")
+    add("--check_images", type=bool_flag, default=True, help="decode every image once before training")
+    add("--skip_bad_images", type=bool_flag, default=False, help="leave unreadable images out instead of stopping")
+    add("--seed", type=int, default=0, help="seed of the weights, the order of the images, and their augmentation")
+    add_renderer_argument(parser)
+
+
+def check_probe_args(args: argparse.Namespace) -> None:
+    """Raise InputError for invalid values of these flags."""
+    parts, perturbations = (value if isinstance(value, list) else [value] for value in (args.else_part, args.test_aug_type))
+    arguments.check_choices("else_part", parts, PARTS)
+    arguments.check_choices("test_aug_type", perturbations, PERTURBATIONS)
+    if perturbations != ["ori"] and not args.evaluate:
+        raise InputError(f"--test_aug_type {' '.join(perturbations)}: only with --evaluate; otherwise it must be ori")
+    check_trial_name(args.trial_name)
+    check_crop_scale("crop_scale", args.crop_scale)
+    arguments.check_positive(args, "batch_size_per_gpu", "epochs", "val_freq", "lr", "n_last_blocks")
+    arguments.check_not_negative(args, "num_workers", "seed")
+
+
+def check_class_count(args: argparse.Namespace, where: str, found: int, known: dict[str, int]) -> None:
+    """Raise InputError unless --dataset_type, a key of `known`, and --num_labels agree with the number of classes `found`."""
+    for flag, expected in (("dataset_type", known.get(args.dataset_type)), ("num_labels", args.num_labels)):
+        if expected is not None and found != expected:
+            raise InputError(f"--{flag} {getattr(args, flag)}: means {expected} classes, but {where} holds {found}")
+
+
+def build_probe(
+    args: argparse.Namespace,
+    pretrained: Pretrained,
+    extractor: FeatureExtractor,
+    classes: Sequence[str],
+    path: Path,
+    device: torch.device,
+    fixed_arguments: tuple[str, ...],
+    **identity: Any,
+) -> Probe:
+    """The probe of --else_part, a single one, whose weights depend on --seed alone.
+
+    Args:
+        classes: their names, in the order of the labels.
+        fixed_arguments: names of further arguments that must be the same when training is resumed.
+        identity: further values that a checkpoint must have.
+    """
+    utils.seed_everything(args.seed)
+    if not args.evaluate:  # training, which must be continued with learning rates for the same number of images
+        identity["images_per_step"] = images_per_step(args)
+    return Probe(
+        extractor=extractor,
+        classifier=LinearClassifier(extractor.dim, len(classes)).to(device),
+        path=path,
+        identity={
+            "part": args.else_part, "net": pretrained.net, "num_labels": len(classes), "dim": extractor.dim,
+            "classes": short_hash(classes), "backbone": pretrained.fingerprint, **identity,
+        },
+        arguments=arguments.plain_args(args),
+        fixed_arguments=(*FIXED_ARGUMENTS, *fixed_arguments),
+    )  # fmt: skip
+
+
+def short_hash(lines: Iterable[str]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of some lines of text."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> ProbeGroup:
+    """The probes as one group, with the settings of the command line."""
+    return ProbeGroup(
+        probes, device, args.epochs, args.batch_size_per_gpu, args.val_freq, args.seed, args.num_workers, per_class
+    )
+
+
+def images_per_step(args: argparse.Namespace) -> int:
+    """Images per step of the optimizer, over all processes."""
+    return args.batch_size_per_gpu * get_world_size()
+
+
+def lr_scale(args: argparse.Namespace) -> float:
+    """Factor of the learning rates, which are given for 256 images per step."""
+    return images_per_step(args) / 256
+
+
+def write_result(path: Path, kind: str, args: argparse.Namespace, pretrained: Pretrained, result: dict[str, Any]) -> None:
+    """One JSON file beside the checkpoint: the accuracy, and everything that it depends on."""
+    if not is_main_process():
+        return
+    values = {"part": args.else_part, "hp1": float(pretrained.hp1), "test_aug_type": args.test_aug_type, **result}
+    utils.save_json(result_record(kind, pretrained.record(), args, **values, seed=args.seed), path)
+    print(f"wrote {path}")

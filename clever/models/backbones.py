@@ -1,0 +1,203 @@
+"""The registry of backbones."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from clever.distributed import is_distributed
+from clever.models import resnet
+from clever.models import vision_transformer as vit
+from clever.utils import InputError
+from vmamba import build_vssm, config_names, is_config_name, load_config
+
+# Builders of our backbones, by the name that --arch takes; every file vmamba/configs/<folder>/<config>.yaml is one more,
+# called <folder>-<config>. A builder takes those of `build_backbone`'s options (patch_size, img_size, drop_path_rate,
+# checkpointing) that its network has, as keyword arguments, and returns a module with `.embed_dim` = D that maps images
+# [B, 3, H, W] to features [B, D].
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "vit_micro": vit.vit_micro,
+    "vit_tiny": vit.vit_tiny,
+    "vit_small": vit.vit_small,
+    "vit_base": vit.vit_base,
+    "deit_tiny": vit.vit_tiny,
+    "deit_small": vit.vit_small,
+    "resnet8": resnet.resnet8,
+    "resnet18_small": resnet.resnet18_small,
+    "resnet50_small": resnet.resnet50_small,
+    "resnet18": resnet.resnet18,
+    "resnet50": resnet.resnet50,
+}
+
+
+def build_backbone(
+    arch: str,
+    patch_size: int = 16,
+    img_size: int = 224,
+    drop_path_rate: float | None = 0.0,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """A randomly initialised backbone with `.embed_dim` = D: forward maps [B, 3, H, W] to [B, D].
+
+    Args:
+        arch: one of `backbone_names`, or a timm model. Weights are never downloaded.
+        patch_size: patch size of our ViTs in pixels (timm's names imply theirs).
+        img_size: side in pixels of the images that position embeddings are stored for, if there are any.
+        drop_path_rate: stochastic depth rate, if the backbone has it. None: `default_drop_path_rate(arch)`.
+        checkpointing: recompute activations in the backward pass, which takes less memory and more time.
+
+    Raises:
+        InputError: `arch` is unknown, the rate is outside [0, 1), the image size is not a multiple of the patch size, or the
+            backbone has no activation checkpointing.
+    """
+    if drop_path_rate is None:
+        drop_path_rate = default_drop_path_rate(arch)
+    if not 0 <= drop_path_rate < 1:
+        raise InputError(f"drop path rate {drop_path_rate}: choose a value in [0, 1)")
+    builder = _find_builder(arch)
+    if builder is None:
+        return _build_timm(arch, img_size, drop_path_rate, checkpointing)
+    options = dict(patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, checkpointing=checkpointing)
+    known = inspect.signature(builder).parameters
+    if checkpointing and "checkpointing" not in known:
+        raise InputError(f"{arch} has no activation checkpointing")
+    return builder(**{name: value for name, value in options.items() if name in known})
+
+
+def _find_builder(arch: str) -> Callable[..., nn.Module] | None:
+    """The builder of one of our backbones; None for other names."""
+    return partial(build_vssm, arch) if is_config_name(arch) else BACKBONES.get(arch)
+
+
+def is_ours(arch: str) -> bool:
+    """True if `arch` is a backbone of this repository, False if it can only be a timm model."""
+    return _find_builder(arch) is not None
+
+
+def is_known(arch: str) -> bool:
+    """True if `build_backbone` can build `arch`: it is ours or timm's."""
+    if is_ours(arch):
+        return True
+    try:
+        import timm
+    except ImportError:
+        return False
+    return timm.is_model(arch)
+
+
+def _timm_config(arch: str) -> Any:
+    """What timm says of the images that its model is made for; None for other backbones."""
+    if is_ours(arch) or not is_known(arch):
+        return None
+    from timm.models import get_pretrained_cfg
+
+    return get_pretrained_cfg(arch)
+
+
+def default_image_size(arch: str) -> int:
+    """Side in pixels of the images that a backbone is made for: 224, or what timm says of its model."""
+    config = _timm_config(arch)
+    return config.input_size[-1] if config else 224
+
+
+def default_stats(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels that a backbone is made for: ImageNet's, or what timm says of its model."""
+    config = _timm_config(arch)
+    return (tuple(config.mean), tuple(config.std)) if config else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def is_same_network(arch: str, other: str) -> bool:
+    """True for two names of one backbone, such as vit_tiny and deit_tiny."""
+    return arch == other or (arch in BACKBONES and BACKBONES[arch] is BACKBONES.get(other))
+
+
+def backbone_names() -> list[str]:
+    """Names of all backbones of this repository."""
+    return [*BACKBONES, *config_names()]
+
+
+def vit_names() -> list[str]:
+    """Names of our ViTs, the backbones whose patch tokens and attention can be evaluated."""
+    return [name for name, builder in BACKBONES.items() if getattr(builder, "func", None) is vit.VisionTransformer]
+
+
+def default_drop_path_rate(arch: str) -> float:
+    """Stochastic depth rate in training if the user gives none: that of its configuration for a VMamba, otherwise 0.1."""
+    return load_config(arch).drop_path_rate if is_config_name(arch) else 0.1
+
+
+def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: bool) -> nn.Module:
+    """A timm model without its classifier: pooled features. timm's activation checkpointing updates batch norms twice."""
+    unknown = f"unknown arch {arch!r}: choose one of {', '.join(backbone_names())}, or a timm model"
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"{unknown} (timm is not installed)") from None
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, timm.list_models(), n=5)
+        raise InputError(f"{unknown} (close names: {', '.join(close)})" if close else unknown)
+
+    create = partial(timm.create_model, arch, pretrained=False, num_classes=0)
+    try:
+        model = _call_with_known_options(create, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path_rate)
+    except RuntimeError as error:  # for example an unknown tag after the dot
+        raise InputError(f"timm cannot build {arch}: {error}") from None
+    model.embed_dim = getattr(model, "head_hidden_size", model.num_features)
+    if checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):  # timm's errors for models without it
+            raise InputError(f"timm's {arch} has no activation checkpointing") from None
+    return model
+
+
+def _call_with_known_options(function: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """Calls `function` without the options that it rejects: which ones a timm model accepts shows only when it is called."""
+    try:
+        return function(**options)
+    except TypeError as error:
+        known = {key: value for key, value in options.items() if f"keyword argument '{key}'" not in str(error)}
+        if len(known) == len(options):
+            raise
+    return _call_with_known_options(function, **known)
+
+
+@torch.no_grad()
+def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
+    """Raises InputError unless a timm model returns one feature vector per image of this size: some accept one size only."""
+    try:
+        features = backbone.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--arch {arch}: does not accept crops of {size} pixels ({reason})") from error
+    if features.shape != (1, backbone.embed_dim):
+        raise InputError(f"--arch {arch}: returns features of shape {list(features.shape)}, not [1, {backbone.embed_dim}]")
+    backbone.train()
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.device) -> list[nn.Module]:
+    """Networks whose batch norms use the statistics of all processes; timm converts its own models.
+
+    Without a process group, or without batch norms, nothing changes. torch synchronises batch norms on GPUs only: on a CPU
+    a line says that their statistics are computed per process.
+    """
+    if not is_distributed() or not any(map(has_batch_norm, networks)):
+        return networks
+    if device.type != "cuda":
+        print("batch norm: statistics are computed per process (torch synchronises them on GPUs only)")
+        return networks
+    if is_ours(arch):
+        return [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
+    from timm.layers import convert_sync_batchnorm
+
+    return [convert_sync_batchnorm(network) for network in networks]

@@ -1,0 +1,94 @@
+"""Layers that all backbones share: stochastic depth, and activation checkpointing.
+
+Stochastic depth (Huang et al., arXiv 1603.09382) of residual branches: a dropped sample costs nothing.
+
+Activation checkpointing (Chen et al., arXiv 1604.06174) of ResNet stages, ViT blocks and VMamba blocks: the activations inside
+a module are not kept for the backward pass but recomputed there: less memory, one more forward pass. Random numbers are drawn
+again as they were, and batch norms count a batch once, so the results are the same.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class StochasticDepth(torchvision.ops.StochasticDepth):
+    """x + branch(x), where training drops the branch of each sample independently, with probability p.
+
+    Kept branches are scaled by 1 / (1 - p). The branch runs on the kept samples only, as in DINOv2 (arXiv 2304.07193, section
+    5), but their number is not fixed. They are drawn by torch's generator of the CPU, whatever the device: the number of kept
+    samples is then known without waiting for a GPU. Where the branch runs on all samples, the device draws them.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p, mode="row")
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], all_samples: bool = False) -> Tensor:
+        """x [B, ...] -> [B, ...].
+
+        Args:
+            branch: maps [B', ...] to [B', ...] for any B' of at least 1.
+            all_samples: run the branch on all samples, and drop its results. Needed if it mixes samples, as batch norm does.
+        """
+        if not self.training or self.p == 0:
+            return x + branch(x)
+        keep_prob = 1 - self.p
+        scale = 1 / keep_prob if keep_prob else 0.0
+        # A graph has fixed shapes: while a compiler or fvcore records one, the branch runs on all samples.
+        if all_samples or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            weights = torch.empty(len(x), device=x.device).bernoulli_(keep_prob) * scale  # [B], 0 where the branch is dropped
+            return x + branch(x) * weights.view(-1, *[1] * (x.ndim - 1))
+        kept = torch.empty(len(x)).bernoulli_(keep_prob)  # [B], 1 where the branch is kept
+        indices = kept.nonzero().squeeze(1)  # [B']
+        if not len(indices):  # one sample with weight 0: distributed training needs a gradient of every parameter
+            indices, scale = torch.zeros(1, dtype=torch.long), 0.0
+        indices = indices.to(x.device, non_blocking=True)
+        return x.index_add(0, indices, branch(x.index_select(0, indices)).to(x.dtype), alpha=scale)
+
+
+def checkpointed(module: nn.Module, x: Tensor, enabled: bool = True) -> Tensor:
+    """module(x), recomputed in the backward pass if `enabled`, in training mode and with gradients; otherwise a plain call."""
+    if not (enabled and module.training and torch.is_grad_enabled()):
+        return module(x)
+    return _checkpoint(module, module, x)
+
+
+class CheckpointedSequential(nn.Sequential):
+    """nn.Sequential that is recomputed in the backward pass, with the same state-dict names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        return _checkpoint(super().forward, self, x)
+
+
+def _checkpoint(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    if not list(module.buffers()):
+        return checkpoint(function, x, use_reentrant=False)  # torch.compile does not support contexts of our own
+    contexts = nullcontext(), PreservedBuffers(module)  # of the forward pass, of the recomputation
+    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class PreservedBuffers(AbstractContextManager):
+    """Within this context a module works on copies of its buffers: batch norms do not update their running statistics.
+
+    `track_running_stats = False` would not do: checkpointing requires the recomputation to save as many tensors as the
+    forward pass did, and batch norm saves its running statistics.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        owners = list(self.module.modules())
+        self.buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner.named_buffers(recurse=False)]
+        for owner, name, buffer in self.buffers:
+            setattr(owner, name, buffer.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for owner, name, buffer in self.buffers:
+            setattr(owner, name, buffer)

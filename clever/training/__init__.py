@@ -1,0 +1,1 @@
+"""Pretraining: step, optimizer, log."""

@@ -1,0 +1,276 @@
+"""--log_to: sends the values of a run to TensorBoard, Weights & Biases and MLflow.
+
+log.txt stays the record that counts. After each epoch, once the checkpoint is written, every service gets that epoch's line; at
+the start of a run it gets the lines that it lacks. So a run that was killed and resumed shows every epoch once.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clever.arguments import check_choices, check_installed, check_writable
+from clever.data.datasets import ImageDataset
+from clever.distributed import is_main_process
+from clever.training.telemetry import read_log
+from clever.utils import InputError, describe_error, save_json
+
+FOLDERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlruns"}  # the services' files, in the output folder
+PICTURED = 4  # images whose views are shown
+STATE = "loggers.json"  # in the output folder: which run of each service this is, and the last epoch that it has
+MLFLOW_SETTINGS = {  # unless the user has set them
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down must not hold up the training for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # newer versions want a database
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # of MLflow's own makers
+}
+
+
+def add_logger_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--log_to", nargs="+", default=[], metavar="LOGGER", help=f"also send the values of every epoch to "
+        f"these: {', '.join(FOLDERS)}. Their files are written below --output_dir; environment variables, such as "
+        "MLFLOW_TRACKING_URI or WANDB_MODE, name a server instead (default: none)")  # fmt: skip
+
+
+def check_log_to(args: argparse.Namespace) -> None:
+    """Raise InputError for a logger that is unknown or not installed, or whose folder cannot be written."""
+    check_choices("log_to", args.log_to, FOLDERS)
+    for name in args.log_to:
+        check_installed(f"--log_to {name}", [name])
+        if name != "mlflow" or not os.environ.get("MLFLOW_TRACKING_URI"):
+            check_writable(Path(args.output_dir) / FOLDERS[name], f"--log_to {name}:")
+
+
+def tagged(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record of log.txt by tag: train/loss, probe/knn_IR, run/seconds, ..."""
+    tags = {}
+    for name, value in record.items():
+        if name == "epoch" or not isinstance(value, int | float):
+            continue
+        if name.startswith("train_"):
+            group, name = "train", name.removeprefix("train_")
+        else:
+            group = "probe" if name.startswith(("knn", "rotation")) else "run"
+        tags[f"{group}/{name}"] = float(value)
+    return tags
+
+
+def picture_of_views(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """Views uint8 [V', B, 3, S, S] of each resolution as one picture [H, W, 3]: a row per image, its views side by side."""
+    largest = max(tensor.shape[-1] for tensor in tensors)
+    columns = []
+    for tensor in tensors:
+        margin = (0, largest - tensor.shape[-1] + 2)
+        for view in tensor.numpy():  # B, 3, S, S
+            framed = np.pad(view, ((0, 0), (0, 0), margin, margin), constant_values=255)  # B, 3, S+2, S+2
+            columns.append(np.concatenate(framed.transpose(0, 2, 3, 1)))  # B*(S+2), S+2, 3
+    return np.concatenate(columns, axis=1)  # B*(S+2), V*(S+2), 3
+
+
+# --- services ------------------------------------------------------------------------------------------------------------
+#
+# Each is made from the folder of the run and from what STATE holds about it, {} for a new run, and has
+#     run: the service's name of the run, for STATE,
+#     last: the last epoch that it has; -1: none,
+#     begin(arguments, picture): called first, if it has none,
+#     send(epoch, values): called for the epochs after `last`, in their order,
+#     close().
+
+
+class TensorBoard:
+    """Event files in <folder>/tensorboard."""
+
+    run = None
+
+    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        events = folder / FOLDERS["tensorboard"]
+        self.last = known.get("epoch", -1) if events.is_dir() else -1
+        # Readers drop what former event files hold from this step on: an epoch that was sent just before a kill.
+        self.writer = SummaryWriter(str(events), purge_step=self.last + 1)
+
+    def begin(self, arguments: dict[str, Any], picture: np.ndarray) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in arguments.items()}
+        for summary in hparams(plain, {"train/loss": None}):  # the loss becomes a column of the table of hyperparameters
+            self.writer.file_writer.add_summary(summary)
+        self.writer.add_image("views", picture, 0, dataformats="HWC")
+
+    def send(self, epoch: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, epoch)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, whose files lie in <folder>/wandb; WANDB_PROJECT, WANDB_MODE etc. are obeyed.
+
+    Offline, every start writes a whole run to files of its own: wandb writes late, and a kill cuts the former ones short.
+    """
+
+    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+        import wandb
+
+        self.wandb = wandb
+        self.session = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "CLeVER"), name=os.environ.get("WANDB_NAME", folder.name), dir=folder,
+            id=known.get("run"), resume="allow" if known else None, settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+        self.run = self.session.id
+        self.last = int(self.session.summary.get("epoch", -1))  # on the server; offline there is none
+
+    def begin(self, arguments: dict[str, Any], picture: np.ndarray) -> None:
+        self.session.config.update(arguments, allow_val_change=True)
+        self.session.log({"views": self.wandb.Image(picture)}, step=0)
+
+    def send(self, epoch: int, values: dict[str, float]) -> None:
+        self.session.log(values | {"epoch": epoch}, step=epoch, commit=True)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+class MLflow:
+    """A run of MLflow, at MLFLOW_TRACKING_URI or in <folder>/mlruns; MLFLOW_EXPERIMENT_NAME is obeyed."""
+
+    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+        for name, value in MLFLOW_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (folder / FOLDERS["mlflow"]).as_uri())
+        if known:
+            self.run = known["run"]
+            self.client.update_run(self.run, "RUNNING")
+        else:
+            self.run = self.client.create_run(self._experiment(), run_name=folder.name).info.run_id
+        tags = self.client.get_run(self.run).data.metrics
+        self.has = {tag: max(m.step for m in self.client.get_metric_history(self.run, tag)) for tag in tags}
+        self.last = int(self.has.get("epoch", -1))
+
+    def _experiment(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "CLeVER")
+        found = self.client.get_experiment_by_name(name)
+        return self.client.create_experiment(name) if found is None else found.experiment_id
+
+    def begin(self, arguments: dict[str, Any], picture: np.ndarray) -> None:
+        from mlflow.entities import Param
+
+        self.client.log_batch(self.run, params=[Param(name, str(value)[:500]) for name, value in arguments.items()])
+        self.client.log_image(self.run, picture, "views.png")
+
+    def send(self, epoch: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        values = values | {"epoch": epoch}  # comes last: a kill before it leaves an epoch of which the rest is sent again
+        metrics = [Metric(tag, value, now, epoch) for tag, value in values.items() if self.has.get(tag, -1) < epoch]
+        self.client.log_batch(self.run, metrics)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+SERVICES = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+# --- the run's loggers ---------------------------------------------------------------------------------------------------
+
+
+class Loggers:
+    """The services of --log_to, in the first process; none in the others.
+
+    A service that fails is left out from then on, with a warning: training goes on.
+
+    Args:
+        names: of --log_to.
+        folder: of the run, with log.txt.
+        arguments: of the run, sent as its hyperparameters.
+        epoch: the epoch that the run starts with; log.txt ends before it.
+        dataset: of the training images; the views of the first ones are sent as a picture.
+
+    Raises:
+        InputError: a service cannot be started at the beginning of a run. In a run that continues this is a warning.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: str | Path,
+        arguments: dict[str, Any],
+        epoch: int,
+        dataset: ImageDataset,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self.services: dict[str, Any] = {}
+        if not names or not is_main_process():
+            return
+        self.state = self._read_state()
+        for name in names:
+            try:
+                self._start(name, arguments, epoch, dataset)
+            except Exception as error:  # whatever these packages raise
+                if epoch == 0:
+                    raise InputError(f"--log_to {name}: cannot be started ({describe_error(error)})") from error
+                self._leave_out(name, error)
+
+    def send(self, record: dict[str, Any]) -> None:
+        """The record of an epoch, to all services."""
+        for name in list(self.services):
+            try:
+                self._send(name, record)
+            except Exception as error:
+                self._leave_out(name, error)
+
+    def close(self) -> None:
+        """End all services, once they have sent everything."""
+        for name, service in list(self.services.items()):
+            try:
+                service.close()
+            except Exception as error:
+                self._leave_out(name, error)
+
+    def _start(self, name, arguments, epoch, dataset):
+        """Start a service, or continue its run, and send what it lacks of log.txt."""
+        service = SERVICES[name](self.folder, self.state.get(name, {}))
+        if service.last >= epoch:  # training begins again at an earlier epoch, and services cannot forget: a new run
+            service.close()
+            service = SERVICES[name](self.folder, {})
+        if service.last < 0:
+            views, _ = dataset.__getitems__(list(range(min(len(dataset), PICTURED))))
+            service.begin(arguments, picture_of_views(views))
+        self.services[name] = service
+        for record in read_log(self.folder / "log.txt"):
+            if record["epoch"] > service.last:
+                self._send(name, record)
+
+    def _send(self, name, record):
+        self.services[name].send(record["epoch"], tagged(record))
+        self.state[name] = {"run": self.services[name].run, "epoch": record["epoch"]}
+        save_json(self.state, self.folder / STATE)
+
+    def _leave_out(self, name, error):
+        self.services.pop(name, None)
+        print(
+            f"warning: --log_to {name} has failed and is left out from now on ({describe_error(error)}). The same command, "
+            "started again, sends what is missing",
+            flush=True,
+        )
+
+    def _read_state(self):
+        try:
+            state = json.loads((self.folder / STATE).read_text())
+        except (OSError, ValueError):  # none yet, or damaged: the services get runs of their own
+            return {}
+        return state if isinstance(state, dict) else {}

@@ -1,0 +1,289 @@
+"""Progress lines, log.txt, and warnings of collapse."""
+
+import datetime
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from clever import signals
+from clever.distributed import all_reduce_sum, get_world_size, is_main_process
+from clever.utils import write_text_atomically
+
+LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
+
+
+def open_bar(total: int) -> Any | None:
+    """A tqdm bar, which redraws itself and vanishes when it is closed, or None where plain lines are printed instead.
+
+    Plain lines go to files, pipes, terminals that cannot redraw a line, and wherever tqdm is missing.
+    """
+    if not (sys.stdout.isatty() and is_main_process()) or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, file=sys.stdout, dynamic_ncols=True, leave=False, bar_format="{bar:10} {desc}")
+
+
+class Progress:
+    """Says what is done, the rate, and the time left: in a bar on a terminal, elsewhere in a line every few seconds.
+
+    At the end a line remains. With several processes, each counts its own work without waiting for the others, and the first
+    one prints.
+
+    Args:
+        header: start of the line; may be changed later.
+        total: number of images (or whatever `unit` says) to process in this process.
+        unit: what is counted, as printed in the rate.
+        seconds: least time between two lines.
+        silent_if_quick: print nothing if all is done before the first line is due.
+    """
+
+    def __init__(
+        self, header: str, total: int, unit: str = "img", seconds: float = 5.0, silent_if_quick: bool = False
+    ) -> None:
+        self.header, self.total, self.unit, self.seconds = header, total, unit, seconds
+        self.silent_if_quick = silent_if_quick
+        self.done = self._printed = 0
+        self.start = self._last = time.monotonic()
+        self.bar = open_bar(total)
+
+    def advance(self, count: int = 1) -> None:
+        """Add to the count, and show it if a line is due."""
+        self.done += count
+        at_end = self.done >= self.total and not (self.silent_if_quick and self._printed == 0)
+        if self.bar is not None:
+            self.bar.set_description_str(self._line(), refresh=False)
+            self.bar.update(count)
+            if self.done >= self.total:
+                self.bar.close()
+        if self.done and (at_end or (self.bar is None and time.monotonic() - self._last >= self.seconds)):
+            self.print_line()
+
+    def print_line(self) -> None:
+        """Print a line now, unless nothing has been added since the last one."""
+        if self.done == self._printed:
+            return
+        self._printed, self._last = self.done, time.monotonic()
+        print(self._line(), flush=True)
+
+    def _line(self) -> str:
+        world = get_world_size()
+        share = f" of each of {world} processes" if world > 1 else ""
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)  # of this process
+        digits = 1 if rate < 10 else 0
+        left = time_left(self.total - self.done, rate)
+        return f"{self.header} {self.done}/{self.total}{share}  {rate * world:.{digits}f} {self.unit}/s  left {left}"
+
+
+def with_progress(batches: Iterable[tuple], header: str, total: int, seconds: float = 5.0) -> Iterator[tuple]:
+    """Yield the batches and print the progress in images, `total` of them; the first item of a batch holds its images."""
+    meter = Progress(header, total, seconds=seconds)
+    for batch in batches:
+        yield batch
+        meter.advance(len(batch[0]))
+
+
+def time_left(todo: float, rate: float) -> datetime.timedelta:
+    """Time that `todo` items will take at `rate` items per second, in whole seconds."""
+    return datetime.timedelta(seconds=round(todo / max(rate, 1e-9)))
+
+
+class TrainingProgress:
+    """Averages over the steps of an epoch, and its progress with the losses of the last step.
+
+    The progress is a bar on a terminal, elsewhere a line every `print_freq` steps and at the end. Values are averaged over
+    processes. On a GPU they are read one step late, so that the GPU never waits for the log. A value that is not finite reaches
+    all processes in the same step: all raise FloatingPointError, which names it.
+
+    Args:
+        header: start of the line.
+        steps: of the epoch.
+        images_per_step: over all processes.
+        device: of the values.
+        steps_after: steps of the epochs after this one, or None if the time left of the run is not shown.
+    """
+
+    def __init__(
+        self,
+        header: str,
+        steps: int,
+        images_per_step: int,
+        device: torch.device,
+        print_freq: int = 20,
+        steps_after: int | None = None,
+    ) -> None:
+        self.header, self.steps, self.images_per_step, self.print_freq = header, steps, images_per_step, print_freq
+        self.steps_after = steps_after
+        self.bar = open_bar(steps)
+        self.delay = 1 if device.type == "cuda" else 0
+        self.totals: dict[str, float] = {}
+        self.done = 0
+        self.start = time.perf_counter()
+        self.stop_requested = False  # by SIGTERM in any process; all processes see it after the same step
+        self._unread: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs to continue the averages."""
+        return {"done": self.done, "totals": dict(self.totals), "seconds": time.perf_counter() - self.start}
+
+    def resume(self, state: dict[str, Any], done: int) -> None:
+        """Continue an epoch of which `done` steps have been made; their number differs from the state's if the batch does."""
+        scale = done / state["done"]
+        self.done, self.totals = done, {name: total * scale for name, total in state["totals"].items()}
+        self.start -= state["seconds"]
+        if self.bar is not None:
+            self.bar.update(done)
+
+    def update(self, **values: torch.Tensor) -> None:
+        """Record the values of one step, 0-dim tensors."""
+        numbers = [v.detach().float() for v in values.values()]
+        stop = torch.full_like(numbers[0], signals.is_requested())
+        stacked = torch.stack([*numbers, stop])
+        mean = all_reduce_sum(stacked) / get_world_size()
+        copied = None
+        if mean.is_cuda:  # start the copy now and wait for it one step later: the kernels queued behind it keep running
+            mean, copied = mean.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._unread.append((list(values), mean, copied))
+        while len(self._unread) > self.delay:
+            self._read()
+
+    def finish(self) -> dict[str, float]:
+        """Averages over all steps."""
+        while self._unread:
+            self._read()
+        if self.bar is not None:
+            self.bar.close()
+        return {name: total / max(self.done, 1) for name, total in self.totals.items()}
+
+    @property
+    def rate(self) -> float:
+        """Images per second, over all processes."""
+        return self.done * self.images_per_step / (time.perf_counter() - self.start)
+
+    def _read(self) -> None:
+        names, mean, copied = self._unread.pop(0)
+        if copied is not None:
+            copied.synchronize()
+        *numbers, stop = mean.tolist()
+        self.stop_requested = stop > 0
+        values = dict(zip(names, numbers, strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            what = ", ".join(f"{name} is {values[name]}" for name in bad)
+            raise FloatingPointError(f"{self.header}, step {self.done + 1} of {self.steps}: {what}")
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_description_str(self._line(values), refresh=False)
+            self.bar.update()
+        elif self.done % self.print_freq == 0 or self.done == self.steps:
+            print(self._line(values), flush=True)
+
+    def _line(self, values: dict[str, float]) -> str:
+        numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
+        todo = self.steps - self.done
+        left = f"left {time_left(todo * self.images_per_step, self.rate)}"
+        if self.steps_after is not None:
+            left += f" epoch, {time_left((todo + self.steps_after) * self.images_per_step, self.rate)} run"
+        return f"{self.header} {self.done}/{self.steps}  {numbers}  {self.rate:.0f} img/s  {left}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU. On Windows, which does not say, 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
+    """The main values in the log record of an epoch as one line, with the time left of the run."""
+    left = time_left(epochs - epoch - 1, 1 / max(record["seconds"], 1e-9))
+    shown = {name: record[f"train_{name}"] for name in (*LOSSES, "lr") if f"train_{name}" in record}
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    return f"epoch {epoch}/{epochs} done in {record['seconds']:.0f} s: {numbers}  {record['memory_gib']:.1f} GiB  left {left}"
+
+
+def append_log(path: str | Path, record: dict[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of log.txt, one per epoch; none if there is no such file."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def truncate_log(path: str | Path, epoch: int) -> None:
+    """Remove the lines of `epoch` and later, and those without a record, before an interrupted run continues from `epoch`."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("epoch")) is int and record["epoch"] < epoch:
+            kept.append(line)
+    write_text_atomically("".join(line + "\n" for line in kept), path)
+
+
+def is_first_epoch(path: Path) -> bool:
+    """Whether a log holds at most the record of epoch 0, of a run that ended before its first checkpoint."""
+    try:
+        records = read_log(path)
+    except (ValueError, RecursionError):
+        return False
+    return not records or (len(records) == 1 and isinstance(records[0], dict) and records[0].get("epoch") == 0)
+
+
+def feature_std(z: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of L2-normalised features z [B, D], times sqrt(D): 0 for a constant feature, 1 for uncorrelated ones.
+
+    SimSiam (arXiv 2011.10566), section 4.1.
+    """
+    return F.normalize(z.float(), dim=-1).std(0).mean() * z.shape[-1] ** 0.5
+
+
+class CollapseWatch:
+    """Warns after 2, 4, 8, ... consecutive epochs of collapse, DINO's two kinds: uniform outputs, constant features."""
+
+    def __init__(self):
+        self.count: dict[str, int] = {}
+
+    def update(self, means: dict[str, float]) -> list[str]:
+        """Warnings for an epoch with these means."""
+        found = {}
+        if abs(means["normalized_loss"] - 1) < 0.005:
+            found["uniform"] = (
+                "the loss stays at ln(out_dim): the outputs are uniform. Try a longer --warmup_epochs, a lower --lr, "
+                "a lower --teacher_temp, a smaller --out_dim, or --norm_last_layer true"
+            )
+        for name, value in means.items():
+            if name.startswith("feature_std") and value < 0.01:
+                found[name] = (
+                    f"{name} is {value:.1e}: all images get the same features. Try a lower --lr, a higher "
+                    "--momentum_teacher, or --clip_grad"
+                )
+        self.count = {kind: self.count.get(kind, 0) + 1 for kind in found}
+        return [text for kind, text in found.items() if self.count[kind] > 1 and math.log2(self.count[kind]).is_integer()]

@@ -1,0 +1,254 @@
+"""Images in tar files: found, labelled, read, and trained on as the same images in folders."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.in_process import assert_refused, pretrain, probe
+from support.processes import write_labelled_images
+
+from clever.checkpoint import load_checkpoint
+from clever.data import shards
+from clever.data.augmentations import eval_transform
+from clever.data.datasets import CheckRecord, labelled_dataset, pretraining_dataset
+from clever.data.files import (
+    labelled_samples,
+    list_images,
+    read_image,
+    read_pixels,
+)
+from clever.data.shards import find_shards, list_members
+from clever.training.telemetry import read_log
+from clever.utils import InputError
+
+SUFFIXES = (".png", ".jpg")
+
+
+def png(value, size=8):
+    file = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_tar(path, files, **options):
+    """A tar file with these (name, bytes) in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+# --- finding -----------------------------------------------------------------------------------------------------------
+
+
+def test_ranges_and_lists_are_expanded(tmp_path):
+    for name in ("a-08", "a-09", "a-10", "b-08", "b-09", "b-10"):
+        write_tar(tmp_path / f"{name}.tar", [("x.png", png(1))])
+    found = find_shards(f"{tmp_path}/{{a,b}}-{{08..10}}.tar", SUFFIXES)
+    assert [os.path.basename(path) for path in found] == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")]
+    assert find_shards(f"{tmp_path}/a-09.tar", SUFFIXES) == [f"{tmp_path}/a-09.tar"]
+    assert len(find_shards(str(tmp_path), SUFFIXES)) == 6  # a folder of tar files
+    assert len(list_images(tmp_path)) == 6
+    (tmp_path / "y.png").write_bytes(png(2))  # an archive beside images is no data set
+    assert find_shards(str(tmp_path), SUFFIXES) == [] and list_images(tmp_path) == [str(tmp_path / "y.png")]
+
+
+def test_images_are_found_in_their_order_and_read_by_their_place(tmp_path):
+    names = ["b/2.png", "a/1.JPG", "b/10.png", "long/" + "n" * 150 + ".png", "ü.png"]
+    files = [(name, png(i)) for i, name in enumerate(names)]
+    files[1:1] = [("notes.txt", b"x"), ("._b/2.png", b"no image"), ("__MACOSX/b.png", b"no image"), ("b/2.seg.png", png(99))]
+    path = write_tar(tmp_path / "x.tar", files)
+    found = list_images(path)
+    assert [name.rsplit("+", 1)[1].split("/", 1)[1] for name in found] == names
+    assert all(shards.file_of(name) == str(path) for name in found)
+    for i, name in enumerate(found):
+        assert (read_pixels(name) == i).all() and (np.asarray(read_image(name)) == i).all()
+
+
+def test_tars_made_by_the_tar_program(tmp_path):
+    for i in range(3):
+        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "a" / f"{i}.png").write_bytes(png(i))
+    for kind in ("gnu", "posix", "ustar"):
+        assert os.system(f"tar -C {tmp_path}/images -cf {tmp_path}/{kind}.tar --format={kind} --sort=name .") == 0
+        assert [read_pixels(name)[0, 0, 0] for name in list_images(tmp_path / f"{kind}.tar")] == [0, 1, 2]
+
+
+def test_labels_from_cls_and_json(tmp_path):
+    files = [("a.png", png(1)), ("a.cls", b"10\n"), ("b.json", json.dumps({"label": 2, "x": 1}).encode()), ("b.png", png(2))]
+    write_tar(tmp_path / "train" / "0.tar", files)
+    write_tar(tmp_path / "train" / "1.tar", [("a.json", b'{"cls": "2"}'), ("a.png", png(3))])  # keys are those of one file
+    classes, samples = labelled_samples(tmp_path / "train")
+    assert classes == ["2", "10"] and [label for _, label in samples] == [1, 0, 0]
+    assert [read_pixels(path)[0, 0, 0] for path, _ in samples] == [1, 2, 3]
+    dataset = labelled_dataset(tmp_path / "train", eval_transform("ori", 8))
+    assert [int(dataset[i][0].float().mean()) for i in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ([("a.txt", b"x")], ["has no images"]),
+        ([], ["has no images"]),
+        ([("a.png", png(1)), ("a.png", png(2))], ["two images of the name a"]),
+        ([("a.png", png(1)), ("a.cls", b"1"), ("a.json", b'{"cls": 2}')], ["two labels for a", "1 and 2"]),
+        ([("a.png", png(1)), ("a.cls", b"cat")], ["the label in a.cls"]),
+        ([("a.png", png(1)), ("a.cls", b"-1")], ["the label in a.cls"]),
+        ([("a.png", png(1)), ("a.json", b'{"cls": 1.5}')], ["the label in a.json"]),
+        ([("a.png", png(1)), ("a.json", b"{")], ["the label in a.json"]),
+        ([("a.png", png(1)), ("a.json", b"[" * 100000)], ["the label in a.json"]),
+    ],
+)
+def test_bad_tar_files_are_named(tmp_path, files, words):
+    path = write_tar(tmp_path / "x.tar", files)
+    with pytest.raises(InputError) as caught:
+        labelled_samples(path)
+    assert all(word in str(caught.value) for word in (str(path), *words)) and "\n" not in str(caught.value)
+
+
+def test_images_without_labels_serve_pretraining_only(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("a.json", b'{"caption": "a cat"}')])
+    assert len(pretraining_dataset(path, eval_transform("ori", 8))) == 1
+    with pytest.raises(InputError, match=r"x.tar//.*/a.png: has no label"):
+        labelled_samples(path)
+
+
+@pytest.mark.parametrize("cut", [100, 511, 700, 2000, 3000])
+def test_a_truncated_tar_file_is_named(tmp_path, cut):
+    whole = write_tar(tmp_path / "whole.tar", [(f"{i}.png", os.urandom(1000)) for i in range(3)]).read_bytes()
+    path = tmp_path / "x.tar"
+    path.write_bytes(whole[:cut])
+    with pytest.raises(InputError, match=str(path)):
+        list_images(path)
+
+
+def test_files_that_are_no_tar_files(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", [("a.png", png(1))]).read_bytes()
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(whole))
+    (tmp_path / "text.tar").write_text("no tar file " * 100)
+    (tmp_path / "empty.tar").touch()
+    for name, words in (("packed", "compressed; unpack it"), ("text", "text.tar"), ("empty", "empty.tar")):
+        with pytest.raises(InputError, match=words):
+            list_images(tmp_path / f"{name}.tar")
+    for pattern, words in (
+        ("{3..1}.tar", "the range {3..1} is empty"), ("{whole,gone,lost}.tar", "2 of 3 do not exist, the first is .*gone.tar"),
+        ("none.tar", "1 of 1 do not exist"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            list_images(f"{tmp_path}/{pattern}")
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 3)
+    for i in range(8):
+        write_tar(tmp_path / f"{i}.tar", [("a.png", png(i))])
+    found = list_images(tmp_path)
+    for _ in range(2):
+        assert [read_pixels(path)[0, 0, 0] for path in found] == list(range(8))
+    assert len(shards._open_files) == 3
+
+
+def test_a_file_that_has_become_shorter_is_named(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("b.png", png(2))])
+    first, last = list_images(path)
+    os.truncate(path, 1024)
+    assert (read_pixels(first) == 1).all()
+    with pytest.raises(InputError, match=r"x.tar//.*b.png: cannot be read .*has become shorter"):
+        read_pixels(last)
+
+
+def test_the_check_knows_images_in_tar_files(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("b.png", b"no image"), ("c.png", png(3))])
+    record = CheckRecord(tmp_path / "record.npy")
+    with pytest.raises(InputError, match=r"1 of 3 images cannot be read: .*x.tar//.*/b.png"):
+        pretraining_dataset(path, eval_transform("ori", 8), record=record)
+    dataset = pretraining_dataset(path, eval_transform("ori", 8), record=record, skip_bad_images=True)
+    record.save()
+    assert len(dataset) == 2 and len(np.load(tmp_path / "record.npy")) == 2
+    again = CheckRecord(tmp_path / "record.npy")
+    paths = [sample for sample, _ in dataset.samples]
+    assert again.knows(again.keys(paths)).all()
+    os.utime(path, ns=(1, 1))
+    assert not again.knows(again.keys(paths)).any()
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """The same images as folders and as tar files, in the same order."""
+    root = tmp_path_factory.mktemp("twins")
+    folders = write_labelled_images(root / "folders", train=5, val=2)
+    for split in ("train", "val"):
+        classes, samples = labelled_samples(folders / split)
+        files = [(f"{i:04}", Path(path).read_bytes(), label) for i, (path, label) in enumerate(samples)]
+        for shard, part in enumerate((files[:4], files[4:])):
+            pairs = [[(f"{key}.png", image), (f"{key}.cls", str(label).encode())] for key, image, label in part]
+            write_tar(root / "tars" / split / f"{shard}.tar", sum(pairs, []))
+    return folders, root / "tars"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pretraining_has_the_same_losses_bit_for_bit(twins, tmp_path, workers):
+    folders, tars = twins
+    flags = ("--num_workers", workers, "--epochs", 2)
+    assert pretrain(folders / "train", tmp_path / "folders", *flags).status == 0
+    outcome = pretrain(f"{tars}/train/{{0..1}}.tar", tmp_path / "tars", *flags)
+    assert outcome.status == 0, outcome.stderr
+    losses = [[epoch["train_loss"] for epoch in read_log(tmp_path / name / "log.txt")] for name in ("folders", "tars")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pth")["student"] for name in ("folders", "tars")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_probes_take_tar_files(twins, tmp_path, world_of_bad_input):
+    folders, tars = twins
+    found = {}
+    for name, data in (("folders", folders), ("tars", tars)):
+        outcome = probe(world_of_bad_input.checkpoint, data, tmp_path / name, "--val_freq", 1)
+        assert outcome.status == 0, outcome.stderr
+        (path,) = (tmp_path / name).glob("linear*.json")
+        found[name] = json.loads(path.read_text())["accuracy"]
+    assert found["folders"] == found["tars"]
+
+
+def test_bad_tar_files_are_refused_before_training(twins, tmp_path):
+    shutil.copytree(twins[1], tmp_path / "tars")
+    path = tmp_path / "tars" / "train" / "1.tar"
+    path.write_bytes(path.read_bytes()[:-11000])
+    assert_refused(pretrain(tmp_path / "tars" / "train", tmp_path / "out"), str(path))
+    assert_refused(pretrain(f"{tmp_path}/tars/train/{{0..2}}.tar", tmp_path / "out"), "2.tar", "1 of 3 do not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_several_dots_are_counted(tmp_path, capsys):
+    """In WebDataset's layout `a.seg.png` belongs to the sample `a`."""
+    files = [("a.png", png(1)), ("a.seg.png", png(2)), ("b.2024.png", png(3)), ("c.txt", b"")]
+    members = list_members([str(write_tar(tmp_path / "t.tar", files))], SUFFIXES)
+    assert [member.path.rsplit("/", 1)[1] for member in members] == ["a.png"]
+    assert "left out: 2 images of tar files, with a dot before the suffix" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has no images.*; 1 image with a dot before the suffix"):
+        list_members([str(write_tar(tmp_path / "u.tar", files[1:2]))], SUFFIXES)
+
+
+def test_braces_of_a_file_name_and_ranges_without_end(tmp_path):
+    path = write_tar(tmp_path / "braces{1,2}.tar", [("a.png", png(1))])
+    assert find_shards(str(path), SUFFIXES) == [str(path)]
+    for pattern in ("{0..99999999999}.tar", "{0..9999}{0..9999}.tar"):
+        with pytest.raises(InputError, match="more than 1000000 files"):
+            find_shards(str(tmp_path / pattern), SUFFIXES)

@@ -1,0 +1,383 @@
+"""--log_to: what TensorBoard, Weights & Biases and MLflow show of a run, read by their own readers."""
+
+import itertools
+import json
+import os
+import struct
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from support.in_process import assert_refused, pretrain, snapshot
+from support.processes import TINY_NETWORK, run, write_images
+
+from clever.training import loggers
+from clever.training.loggers import Loggers, picture_of_views, tagged
+from clever.training.telemetry import append_log, read_log
+
+EPOCHS = 4
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Nothing of the user's settings, and no network."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "WANDB_"))}
+    with mock.patch.dict(os.environ, {**own, "WANDB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true"}, clear=True):
+        yield
+
+
+# --- readers -------------------------------------------------------------------------------------------------------------
+
+
+def tensorboard(folder):
+    """TensorBoard's own reader of a run."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={accumulator.SCALARS: 0})
+    return reader.Reload()
+
+
+def tensorboard_scalars(folder):
+    """{tag: [(epoch, value), ...]}"""
+    reader = tensorboard(folder)
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def mlflow_runs(folder):
+    """MLflow's own client of the run's file store, and its runs, the newest first."""
+    with mock.patch.dict(os.environ, {"MLFLOW_ALLOW_FILE_STORE": "true"}):
+        client = pytest.importorskip("mlflow.tracking").MlflowClient((folder / "mlruns").absolute().as_uri())
+        return client, client.search_runs([client.get_experiment_by_name("CLeVER").experiment_id])
+
+
+def mlflow_scalars(folder):
+    client, runs = mlflow_runs(folder)
+    (run,) = runs
+    history = {tag: client.get_metric_history(run.info.run_id, tag) for tag in run.data.metrics}
+    return {tag: [(metric.step, metric.value) for metric in metrics] for tag, metrics in history.items()}
+
+
+def wandb_records(path):
+    """The records of a *.wandb file: LevelDB's format of a log, blocks of 32 KiB with pieces of records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, pieces = path.read_bytes(), 7, []
+    while position + 7 <= len(data):
+        if position % 2**15 > 2**15 - 7:  # a block's end that is too short for another piece
+            position += -position % 2**15
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])  # after a checksum
+        pieces.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # the whole record, or its last piece
+            yield Record.FromString(b"".join(pieces))
+            pieces = []
+
+
+def scalars_of_log(folder):
+    """What all of them should show."""
+    expected = {}
+    for record in read_log(folder / "log.txt"):
+        for tag, value in tagged(record).items():
+            expected.setdefault(tag, []).append((record["epoch"], pytest.approx(value, rel=1e-6)))
+    return expected
+
+
+# --- a real run ----------------------------------------------------------------------------------------------------------
+
+
+def flags(images, folder, *more):
+    return (
+        *TINY_NETWORK, "--data_path", images, "--output_dir", folder, "--epochs", EPOCHS, "--batch_size_per_gpu", 2,
+        "--num_workers", 0, "--saveckp_freq", 0, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "flat", 6)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(images, tmp_path_factory):
+    """A run that got SIGKILL in its third epoch and was started again."""
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("mlflow")
+    folder = tmp_path_factory.mktemp("loggers") / "run"
+    words = flags(images, folder, "--log_to", "tensorboard", "mlflow")
+    output = folder.parent / "output"
+    run("main_dino.py", *words, output=output, kill_at=f"epoch 2/{EPOCHS} 2/3 ")
+    assert len(read_log(folder / "log.txt")) == 2
+    text = run("main_dino.py", *words, output=output)
+    assert "from epoch 2" in text and "warning" not in text
+    return folder
+
+
+def test_tensorboard_shows_every_epoch_of_a_killed_run_once(killed_and_resumed):
+    found = tensorboard_scalars(killed_and_resumed)
+    assert found == scalars_of_log(killed_and_resumed)
+    assert [epoch for epoch, _ in found["train/loss"]] == [0, 1, 2, 3]
+    assert {"train/lr", "train/normalized_loss", "train/feature_std_EF", "run/seconds", "run/memory_gib"} < found.keys()
+
+
+def test_mlflow_shows_every_epoch_of_a_killed_run_once(killed_and_resumed):
+    found = mlflow_scalars(killed_and_resumed)
+    assert found.pop("epoch") == [(epoch, epoch) for epoch in range(EPOCHS)]
+    assert found == scalars_of_log(killed_and_resumed)
+
+
+def test_arguments_are_hyperparameters(killed_and_resumed):
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+
+    _, (mlflow_run,) = mlflow_runs(killed_and_resumed)
+    assert mlflow_run.data.params["out_dim"] == "64" and mlflow_run.data.params["data_path"].endswith("flat")
+    assert mlflow_run.data.tags["mlflow.runName"] == "run" and mlflow_run.info.status == "FINISHED"
+    content = tensorboard(killed_and_resumed).SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    hparams = parse_session_start_info_plugin_data(content).hparams
+    assert hparams["out_dim"].number_value == 64 and hparams["arch"].string_value == "vit_micro"
+    assert hparams.keys() == mlflow_run.data.params.keys()
+
+
+def test_views_of_four_images_are_shown_once(killed_and_resumed):
+    reader = tensorboard(killed_and_resumed)
+    assert reader.Tags()["images"] == ["views"]
+    (shown,) = reader.Images("views")
+    assert (shown.width, shown.height) == (4 * 34, 4 * 34)  # two global views of 32 pixels and two local ones, with margins
+    client, (mlflow_run,) = mlflow_runs(killed_and_resumed)
+    assert [artifact.path for artifact in client.list_artifacts(mlflow_run.info.run_id)] == ["views.png"]
+
+
+@pytest.mark.slow
+def test_wandb_shows_every_epoch_of_a_killed_run_once(images, tmp_path):
+    pytest.importorskip("wandb")
+    folder, output = tmp_path / "run", tmp_path / "output"
+    words = flags(images, folder, "--log_to", "wandb")
+    run("main_dino.py", *words, output=output, kill_at=f"epoch 2/{EPOCHS} 2/3 ", WANDB_MODE="offline")
+    text = run("main_dino.py", *words, output=output, WANDB_MODE="offline")
+    assert "from epoch 2" in text and "warning" not in text
+    killed, resumed = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert killed.name == resumed.name  # `wandb sync` takes both as the same run; the second file has all of it
+    records = list(wandb_records(resumed))
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records if record.HasField("history")
+    ]  # fmt: skip
+    assert [row["epoch"] for row in rows] == [row["_step"] for row in rows] == [0, 1, 2, 3]
+    found = {tag: [(row["epoch"], row[tag]) for row in rows if tag in row] for tag in scalars_of_log(folder)}
+    assert found == scalars_of_log(folder)
+    assert [("views" in row) for row in rows] == [True, False, False, False]
+    config = {item.key: item.value_json for record in records for item in record.config.update}
+    assert config["out_dim"] == "64" and config["arch"] == '"vit_micro"'
+
+
+# --- interruptions at any moment -----------------------------------------------------------------------------------------
+
+
+class Dataset:
+    """Six images with two views each."""
+
+    def __len__(self):
+        return 6
+
+    def __getitems__(self, indices):
+        return [torch.zeros(2, len(indices), 3, 8, 8, dtype=torch.uint8)], torch.zeros(len(indices))
+
+
+def record(epoch):
+    return {"train_loss": 5.0 - epoch, "knn_IR": 50.0 + epoch, "epoch": epoch, "seconds": 2.0, "memory_gib": 0.5}
+
+
+SECONDS = itertools.count(1_800_000_000)  # TensorBoard orders files by the second in their names
+
+
+def train(folder, epochs, *names):
+    """A run that is killed after these epochs: nothing is closed."""
+    with mock.patch("time.time", return_value=next(SECONDS)):
+        log = Loggers(names, folder, {"lr": 0.1, "arch": "vit_micro"}, epochs[0], Dataset())
+    for epoch in epochs:
+        append_log(folder / "log.txt", record(epoch))
+        log.send(record(epoch))
+    return log
+
+
+def steps(scalars):
+    return {tag: [step for step, _ in values] for tag, values in scalars.items()}
+
+
+EVERY_TAG = ("train/loss", "probe/knn_IR", "run/seconds", "run/memory_gib")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_kill_before_an_epoch_is_noted_does_not_repeat_it(name, tmp_path):
+    scalars = {"tensorboard": tensorboard_scalars, "mlflow": mlflow_scalars}[name]
+    pytest.importorskip(name)
+    train(tmp_path, [0], name)
+    noted = (tmp_path / loggers.STATE).read_text()
+    train(tmp_path, [1], name)
+    (tmp_path / loggers.STATE).write_text(noted)
+    train(tmp_path, [2], name)
+    found = steps(scalars(tmp_path))
+    found.pop("epoch", None)
+    assert found == dict.fromkeys(EVERY_TAG, [0, 1, 2])
+
+
+def test_a_kill_in_the_middle_of_an_epochs_values_loses_and_repeats_none_in_mlflow(tmp_path):
+    pytest.importorskip("mlflow")
+    train(tmp_path, [0, 1], "mlflow")
+    for tag in ("epoch", "run/memory_gib", "run/seconds"):  # the last ones of epoch 1 were not written
+        (path,) = tmp_path.glob(f"mlruns/*/*/metrics/{tag}")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    train(tmp_path, [2], "mlflow")
+    assert steps(mlflow_scalars(tmp_path)) == dict.fromkeys((*EVERY_TAG, "epoch"), [0, 1, 2])
+
+
+def test_a_logger_that_is_added_later_gets_all_of_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    for epoch in range(3):
+        append_log(tmp_path / "log.txt", record(epoch))
+    train(tmp_path, [3], "tensorboard")
+    assert steps(tensorboard_scalars(tmp_path)) == dict.fromkeys(EVERY_TAG, [0, 1, 2, 3])
+
+
+def go_back(folder, name):
+    """A run of three epochs that continues from its second: its user has put an older checkpoint in place."""
+    pytest.importorskip(name)
+    train(folder, [0, 1, 2], name)
+    first = (folder / "log.txt").read_text().splitlines(keepends=True)[0]
+    (folder / "log.txt").write_text(first)
+    train(folder, [1], name)
+
+
+def test_a_run_that_goes_back_shows_no_later_epoch_in_tensorboard(tmp_path):
+    go_back(tmp_path, "tensorboard")
+    assert steps(tensorboard_scalars(tmp_path)) == dict.fromkeys(EVERY_TAG, [0, 1])
+    assert len(tensorboard(tmp_path).Images("views")) == 1
+
+
+def test_a_run_that_goes_back_is_another_run_of_mlflow(tmp_path):
+    go_back(tmp_path, "mlflow")
+    client, runs = mlflow_runs(tmp_path)
+    history = [[metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] for run in runs]
+    assert history == [[0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("text", ["", "{", "5", "[]"])
+def test_damaged_notes_start_new_runs(tmp_path, text):
+    pytest.importorskip("tensorboard")
+    train(tmp_path, [0, 1], "tensorboard")
+    (tmp_path / loggers.STATE).write_text(text)
+    train(tmp_path, [2], "tensorboard")
+    assert steps(tensorboard_scalars(tmp_path)) == dict.fromkeys(EVERY_TAG, [0, 1, 2])
+
+
+def test_other_processes_start_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "is_main_process", lambda: False)
+    log = train(tmp_path, [0], "tensorboard")
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+# --- failures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_service_that_fails_is_warned_of_once_and_gets_the_rest_at_the_next_start(name, images, tmp_path):
+    pytest.importorskip(name)
+    service, scalars = loggers.SERVICES[name], {"tensorboard": tensorboard_scalars, "mlflow": mlflow_scalars}[name]
+    send = service.send
+
+    def fail(self, epoch, values):
+        if epoch > 0:
+            raise ConnectionError("the server\nis gone")
+        send(self, epoch, values)
+
+    words = ("--epochs", 3, "--log_to", name)
+    with mock.patch.object(service, "send", fail):
+        outcome = pretrain(images, tmp_path / "run", *words)
+    assert outcome.status == 0 and len(read_log(tmp_path / "run" / "log.txt")) == 3
+    warnings = [line for line in outcome.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: --log_to {name} has failed")
+    assert "(ConnectionError: the server is gone)" in warnings[0]
+    assert steps(scalars(tmp_path / "run"))["train/loss"] == [0]
+
+    outcome = pretrain(images, tmp_path / "run", *words)
+    assert outcome.status == 0 and "warning" not in outcome.stdout
+    assert steps(scalars(tmp_path / "run"))["train/loss"] == [0, 1, 2]
+
+
+def test_a_server_that_does_not_answer_stops_a_new_run_but_not_one_that_continues(images, tmp_path):
+    pytest.importorskip("mlflow")
+    assert pretrain(images, tmp_path / "run").status == 0
+    nowhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    with mock.patch.dict(os.environ, nowhere):
+        outcome = pretrain(images, tmp_path / "new", "--log_to", "mlflow")
+        assert_refused(outcome, "--log_to mlflow", "cannot be started", "127.0.0.1")
+        assert not (tmp_path / "new" / "log.txt").exists()
+        outcome = pretrain(images, tmp_path / "run", "--epochs", 2, "--log_to", "mlflow")
+    assert outcome.status == 0 and outcome.stdout.count("warning: --log_to mlflow has failed") == 1
+    assert len(read_log(tmp_path / "run" / "log.txt")) == 2
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, package", [("tensorboard",) * 2, ("wandb",) * 2, ("mlflow", "mlflow-skinny")])
+def test_a_missing_package_is_named_before_anything_is_written(name, package, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert_refused(pretrain(images, tmp_path / "run", "--log_to", name), f"--log_to {name}", f"pip install {package}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_a_loggers_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(loggers.InputError, match="pip install wandb"):
+        loggers.check_log_to(SimpleNamespace(log_to=["wandb"], output_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words, mentioned",
+    [
+        (("tensorbord",), ("--log_to 'tensorbord'", "tensorboard, wandb, mlflow")),
+        (("mlflow", "mlflow"), ("--log_to 'mlflow'", "given twice")),
+        ((), ("--log_to", "at least one argument")),
+    ],
+)
+def test_unknown_loggers_are_refused(words, mentioned, images, tmp_path):
+    assert_refused(pretrain(images, tmp_path / "run", "--log_to", *words), *mentioned)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, folder", loggers.FOLDERS.items())
+def test_a_folder_that_cannot_be_written_is_refused(name, folder, images, tmp_path):
+    pytest.importorskip(name)
+    (tmp_path / folder).write_text("a file")
+    before = snapshot(tmp_path)
+    assert_refused(pretrain(images, tmp_path, "--log_to", name), f"--log_to {name}", str(tmp_path / folder), "is a file")
+    assert snapshot(tmp_path) == before
+
+
+# --- values --------------------------------------------------------------------------------------------------------------
+
+
+def test_tags_tell_training_probes_and_the_rest():
+    values = {"train_loss": 2, "train_lr": 1e-4, "knn_top1": 40.0, "rotation_r2_EF": 0.5, "seconds_probe": 3.0, "note": "text"}
+    assert tagged(values | {"epoch": 7}) == {
+        "train/loss": 2.0, "train/lr": 1e-4, "probe/knn_top1": 40.0, "probe/rotation_r2_EF": 0.5, "run/seconds_probe": 3.0,
+    }  # fmt: skip
+
+
+def test_a_picture_has_a_row_per_image_and_a_column_per_view():
+    large = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8).view(2, 2, 1, 1, 1).expand(2, 2, 3, 4, 4)  # V', B, 3, S, S
+    small = torch.full((1, 2, 3, 2, 2), 50, dtype=torch.uint8)
+    small[:, :, 2] = 60  # blue
+    picture = picture_of_views([large, small])
+    assert picture.shape == (2 * 6, 3 * 6, 3) and picture.dtype == np.uint8
+    for (row, column), value in {(0, 0): 10, (1, 0): 20, (0, 1): 30, (1, 1): 40}.items():
+        assert (picture[6 * row : 6 * row + 4, 6 * column : 6 * column + 4] == value).all()
+    assert (picture[0:2, 12:14] == [50, 50, 60]).all() and (picture[6:8, 12:14] == [50, 50, 60]).all()
+    assert (picture[2:6, 12:] == 255).all() and (picture[4:6] == 255).all() and (picture[:, 4:6] == 255).all()

@@ -1,0 +1,259 @@
+"""Progress lines, averages, log.txt and warnings of collapse."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+
+from clever.training import telemetry
+from clever.training.telemetry import (
+    CollapseWatch,
+    TrainingProgress,
+    append_log,
+    epoch_line,
+    feature_std,
+    truncate_log,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the device only says how late values are read
+
+
+def scalar(value):
+    return torch.tensor(float(value))
+
+
+# --- progress ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_averages_are_over_all_steps(device):
+    progress = TrainingProgress("epoch 0/1", 3, 8, device)
+    for loss in (1, 2, 6):
+        progress.update(loss=scalar(loss), entropy=scalar(10 * loss))
+    assert progress.finish() == {"loss": 3.0, "entropy": 30.0}
+    assert progress.done == 3
+
+
+def test_values_of_a_gpu_are_read_one_step_late():
+    late, now = TrainingProgress("e", 2, 1, CUDA), TrainingProgress("e", 2, 1, CPU)
+    for progress in (late, now):
+        progress.update(loss=scalar(1))
+    assert (late.done, now.done) == (0, 1)
+    late.update(loss=scalar(2))
+    assert late.done == 1 and late.totals == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("device, step_of_the_error", [(CPU, 2), (CUDA, 3)])
+def test_a_value_that_is_not_finite_is_named(device, step_of_the_error):
+    progress = TrainingProgress("epoch 4/9", 5, 1, device)
+    for step in (1, 2, 3):
+        loss, loss_dir = (math.nan, -math.inf) if step == 2 else (1, 1)
+        losses = {"loss": scalar(loss), "loss_DVR": scalar(1), "loss_DIR": scalar(loss_dir)}
+        if step < step_of_the_error:
+            progress.update(**losses)
+            continue
+        with pytest.raises(FloatingPointError, match=r"^epoch 4/9, step 2 of 5: loss is nan, loss_DIR is -inf$"):
+            progress.update(**losses)
+        break
+
+
+def test_a_value_of_the_last_step_that_is_not_finite_is_named_at_the_end():
+    progress = TrainingProgress("epoch 4/9", 1, 1, CUDA)
+    progress.update(loss=scalar(math.nan))
+    with pytest.raises(FloatingPointError, match="step 1 of 1: loss is nan"):
+        progress.finish()
+
+
+def test_lines_come_every_print_freq_steps_and_at_the_end(capsys):
+    progress = TrainingProgress("epoch 2/5", 7, 4, CPU, print_freq=3)
+    for step in range(7):
+        progress.update(loss=scalar(step), normalized_loss=scalar(0.5).bfloat16(), feature_std=scalar(3))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:3] for line in lines] == [
+        [f"epoch 2/5 {done}/7", f"loss {done - 1}", "normalized_loss 0.5"] for done in (3, 6, 7)
+    ]
+    assert all("img/s" in line and "feature_std" not in line for line in lines) and lines[-1].endswith("left 0:00:00")
+
+
+def test_the_time_left_of_epoch_and_run(capsys, monkeypatch):
+    progress = TrainingProgress("epoch 2/5", 10, 4, CPU, print_freq=4, steps_after=20)
+    monkeypatch.setattr("time.perf_counter", lambda: progress.start + 2.0 * (progress.done or 1))  # two seconds per step
+    for _ in range(4):
+        progress.update(loss=scalar(1))
+    assert capsys.readouterr().out == "epoch 2/5 4/10  loss 1  2 img/s  left 0:00:12 epoch, 0:00:52 run\n"
+
+
+def test_lines_fit_120_columns(capsys):
+    progress = TrainingProgress("epoch 1000/1000", 50000, 4096, CPU, print_freq=1, steps_after=10**6)
+    progress.start -= 1.0
+    names = ("loss", "loss_DIR", "loss_DVR", "normalized_loss", "feature_std_IR", "feature_std_EF", "lr", "wd")
+    progress.update(**{name: scalar(10.123456) for name in names})
+    record = {f"train_{name}": 0.000123456 for name in names} | {"seconds": 12345.0, "memory_gib": 12.3456, "knn_ALL": 55.5}
+    for line in (capsys.readouterr().out.rstrip(), epoch_line(1, 1000, record)):
+        assert 80 < len(line) <= 120 and "normalized_loss" in line, line
+
+
+# A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
+SCRIPT = """
+import time, torch, telemetry
+for epoch in range(2):
+    progress = telemetry.TrainingProgress(f"epoch {epoch}/2", 30, 8, torch.device("cpu"), 10, steps_after=30)
+    for step in range(30):
+        time.sleep(0.02)
+        progress.update(loss=torch.tensor(float(step)), normalized_loss=torch.tensor(0.5))
+    progress.finish()
+    print(f"epoch {epoch} done")
+meter = telemetry.Progress("features", 30)
+for _ in range(30):
+    time.sleep(0.02)
+    meter.advance()
+"""
+
+
+def in_terminal(columns, **environment):
+    """What a script prints to a terminal of this width."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(telemetry.__file__).parent)} | environment
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=child, stderr=child, env=env)
+    os.close(child)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while block := os.read(parent, 65536):
+            text += block
+    os.close(parent)
+    assert process.wait() == 0, text
+    return text.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_on_a_terminal_one_line_redraws_itself(columns):
+    pytest.importorskip("tqdm")
+    text = in_terminal(columns)
+    drawn = [part for part in re.split(r"[\r\n]", text) if part.strip()]
+    bars = [part for part in drawn if " epoch 1/2 " in part]
+    assert len(bars) > 2 and all(len(part) <= columns for part in drawn)
+    assert all(re.match(r".{10} epoch 1/2 \d+/30  loss \d+  normalized_loss 0.5  ", part) for part in bars)
+    if columns == 200:
+        assert re.search(r"  \d+ img/s  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
+    final = [line.split("\r")[-1] for line in text.split("\r\n")]  # what remains: bars are wiped out
+    assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30  \d+ img/s  left 0:00:00", final[2])
+    assert len(final) == 4 and final[3] == ""
+
+
+def test_a_terminal_that_cannot_redraw_gets_plain_lines():
+    lines = in_terminal(120, TERM="dumb").splitlines()
+    assert len([line for line in lines if line.startswith("epoch 0/2 ")]) == 3 and "\r" not in "".join(lines)
+
+
+def test_an_epoch_without_steps_has_no_averages():
+    assert TrainingProgress("e", 0, 1, CPU).finish() == {}
+
+
+def test_values_do_not_keep_the_graph():
+    progress = TrainingProgress("e", 2, 1, CUDA)
+    weight = torch.ones((), requires_grad=True)
+    progress.update(loss=weight * 2)
+    assert not progress._unread[0][1].requires_grad
+
+
+def test_epoch_line_has_losses_and_the_time_left():
+    record = {"train_loss": 1.23456, "train_lr": 1e-4, "epoch": 1, "seconds": 90.0, "memory_gib": 2.5}
+    line = epoch_line(1, 4, record)
+    assert line == "epoch 1/4 done in 90 s: loss 1.235  lr 0.0001  2.5 GiB  left 0:03:00"
+
+
+# --- log.txt -----------------------------------------------------------------------------------------------------------
+
+
+def test_truncate_log_drops_later_and_half_written_lines(tmp_path):
+    path = tmp_path / "log.txt"
+    for epoch in range(4):
+        append_log(path, {"train_loss": 0.1 + epoch, "epoch": epoch})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], lines[3][:-5]]))
+    truncate_log(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    append_log(path, {"train_loss": 7.0, "epoch": 3})
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    truncate_log(path, 1)
+    assert path.read_text() == lines[0]
+    truncate_log(path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["5", "null", '"text"', "[1]", "{}"])
+def test_truncate_log_drops_lines_without_a_record(tmp_path, line):
+    path = tmp_path / "log.txt"
+    path.write_text(f'{line}\n{{"epoch": 0}}\n{line}\n')
+    truncate_log(path, 1)
+    assert path.read_text() == '{"epoch": 0}\n'
+
+
+def test_truncate_log_without_a_log_makes_none(tmp_path):
+    truncate_log(tmp_path / "log.txt", 3)
+    assert not any(tmp_path.iterdir())
+
+
+# --- collapse ----------------------------------------------------------------------------------------------------------
+
+
+def test_feature_std_tells_constant_from_random_features():
+    torch.manual_seed(0)
+    assert feature_std(torch.randn(1, 96).expand(64, 96)).item() == pytest.approx(0, abs=1e-6)
+    assert feature_std(torch.randn(2048, 96)).item() == pytest.approx(1, abs=0.02)
+    z = torch.randn(2048, 96)
+    assert feature_std(100 * z).item() == pytest.approx(feature_std(z).item(), rel=1e-5)
+    assert 0.2 < feature_std(z + 2).item() < 0.6  # a common part takes its share: 1 / sqrt(1 + 2^2) = 0.45
+
+
+HEALTHY = {"normalized_loss": 0.8, "feature_std_IR": 0.6, "feature_std_EF": 0.5}
+
+
+@pytest.mark.parametrize(
+    "means, words",
+    [
+        ({"normalized_loss": 0.9999}, ("the loss stays at ln(out_dim)", "--warmup_epochs")),
+        ({"normalized_loss": 1.0002}, ("the loss stays at ln(out_dim)", "--warmup_epochs")),
+        ({"feature_std_EF": 1e-3}, ("feature_std_EF is 1.0e-03", "all images get the same features", "--lr")),
+    ],
+)
+def test_collapse_is_reported_after_2_4_and_8_epochs(means, words):
+    watch = CollapseWatch()
+    warned = {epoch: found for epoch in range(1, 17) if (found := watch.update(HEALTHY | means))}
+    assert list(warned) == [2, 4, 8, 16]
+    for warnings in warned.values():
+        assert len(warnings) == 1 and all(word in warnings[0] for word in words)
+
+
+def test_a_healthy_epoch_ends_the_count():
+    watch = CollapseWatch()
+    bad = HEALTHY | {"normalized_loss": 1.0, "feature_std_IR": 0.0}
+    assert watch.update(bad) == []
+    assert len(watch.update(bad)) == 2
+    assert watch.update(HEALTHY) == []
+    assert watch.update(bad) == []
+    assert len(watch.update(HEALTHY | {"feature_std_IR": 0.0})) == 1
+
+
+@pytest.mark.parametrize("means", [{}, {"normalized_loss": 0.99}, {"normalized_loss": 1.01}, {"feature_std_IR": 0.02}])
+def test_epochs_that_are_no_collapse(means):
+    watch = CollapseWatch()
+    assert [watch.update(HEALTHY | means) for _ in range(4)] == [[]] * 4
+
+
+def test_windows_which_does_not_tell_the_memory(monkeypatch):
+    assert telemetry.peak_memory_gib(torch.device("cpu")) > 0.1
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails, as there
+    assert telemetry.peak_memory_gib(torch.device("cpu")) == 0
