@@ -259,7 +259,7 @@ def test_the_result_file_and_the_lines(world, tmp_path):
 # Runs eval_linear_ds.py and saves each process's backbone after it to <first argument>/<rank>.
 AND_SAVE = """
 import os, sys, torch, eval_linear_ds
-from clever import distributed
+from clever.entry import run_entry_point
 torch.set_num_threads(1)
 folder, built, build = sys.argv.pop(1), [], eval_linear_ds.build_extractor
 eval_linear_ds.build_extractor = lambda *arguments: built.append(build(*arguments)) or built[0]
