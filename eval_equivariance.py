@@ -49,7 +49,7 @@ from clever.evaluation.pretrained import (
     result_record,
 )
 from clever.evaluation.regression import LinearRegressor, MLPRegressor
-from clever.models.heads import has_both_parts
+from clever.models.heads import Split
 from clever.utils import InputError
 
 INPUTS = ("pair", "single")
@@ -159,8 +159,8 @@ def draw_images(paths: list[str], args: argparse.Namespace, rng: np.random.Gener
 def choose_subspaces(args: argparse.Namespace, pretrained: Pretrained) -> list[Subspace]:
     """The parts and the controls that are measured. Raises InputError for parts that the network does not have."""
     dim = pretrained.backbone.embed_dim
-    splits = has_both_parts(dim, pretrained.hp1)
-    parts = ["ALL", "IR", "EF"] if splits and pretrained.net != "dino" else ["ALL"]
+    splits = Split.leaves_both(dim, pretrained.hp1)
+    parts = ["ALL", "IR", "EF"] if pretrained.has_parts else ["ALL"]
     if args.parts is not None:
         parts = [PARTS[flag] for flag in args.parts]
     for part in parts:

@@ -34,7 +34,7 @@ from clever.evaluation.export_formats import (
 from clever.evaluation.names import PARTS, part_flag
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
 from clever.locking import locked
-from clever.models.heads import split_sizes
+from clever.models.heads import Split
 from clever.utils import InputError, describe_error
 from vmamba import is_config_name
 
@@ -81,7 +81,7 @@ def column_ranges(pretrained: Pretrained) -> dict[str, list[int]]:
     dim = pretrained.backbone.embed_dim
     if not pretrained.has_parts:
         return {"ALL": [0, dim]}
-    ir, _ = split_sizes(dim, pretrained.hp1)
+    ir, _ = Split(dim, pretrained.hp1).widths
     return {"ALL": [0, dim], "IR": [0, ir], "EF": [ir, dim]}
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,8 @@ from clever.data.rendering import add_renderer_argument, renderer_line, resolve_
 from clever.entry import run_entry_point
 from clever.evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from clever.locking import locked
-from clever.methods.clever import CLeVERLoss
-from clever.methods.dino import DINOLoss
-from clever.methods.pairs import TEACHER_VIEWS
+from clever.methods import METHODS
+from clever.methods.clever import parse_reg_lambd
 from clever.models.backbones import (
     build_backbone,
     check_timm_size,
@@ -50,8 +48,7 @@ from clever.models.backbones import (
 from clever.models.heads import (
     DINOHead,
     MultiCropWrapper,
-    check_hp1,
-    split_sizes,
+    Split,
 )
 from clever.models.weights import load_backbone_file
 from clever.training import optim
@@ -67,14 +64,12 @@ from clever.training.telemetry import (
 )
 from clever.utils import InputError, plural, set_aside
 
-NETS = ("dino", "CLeVER")
 RESUME = "the same command goes on from there"
 # Arguments that determine the tensors of a checkpoint: a run cannot resume with other ones.
 TENSOR_ARGUMENTS = (
-    "net", "arch", "patch_size", "out_dim", "use_bn_in_head", "norm_last_layer", "head_hidden_dim", "head_bottleneck_dim",
+    "net", "arch", "patch_size", "use_bn_in_head", "norm_last_layer", "head_hidden_dim", "head_bottleneck_dim",
     "global_crops_size", "optimizer",
 )  # fmt: skip
-CLEVER_TENSOR_ARGUMENTS = (*TENSOR_ARGUMENTS, "hp1", "DVR_out_dim")
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------
@@ -82,7 +77,7 @@ CLEVER_TENSOR_ARGUMENTS = (*TENSOR_ARGUMENTS, "hp1", "DVR_out_dim")
 
 def add_network_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--net", default="CLeVER", help="dino: one head on the whole representation; CLeVER: IR and EF with a head each")
+    add("--net", default="CLeVER", help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()))
     add("--arch", default="vit_small", help="a backbone of backbones.py, or any timm model by its name")
     add("--patch_size", type=int, default=16, help="side of a ViT's patches, pixels. Smaller patches: better features, more "
         "memory and time; if half precision then becomes unstable, use --use_fp16 false. Implied by timm's names")
@@ -172,22 +167,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_reg_lambd(text: str) -> float:
-    """The weight in '_reg0.001' (the original's spelling), '0.001', or '' (none). Raises InputError for anything else."""
-    number = re.sub(r"^_?reg", "", text.strip())
-    try:
-        value = float(number) if text.strip() else 0.0
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise InputError(f"--reg_lambd {text!r}: must be a number >= 0, such as _reg0.001 or 0.001, or empty for none")
-    return value
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
-    if args.net not in NETS:
-        raise InputError(f"--net {args.net!r}: must be one of {', '.join(NETS)}")
+    arguments.check_choices("net", [args.net], METHODS)
     if args.amp_dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise InputError(f"--amp_dtype {args.amp_dtype!r}: must be one of auto, bf16, fp16, fp32")
     arguments.check_positive(
@@ -202,7 +184,8 @@ def check_args(args: argparse.Namespace) -> None:
         "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "sep_lambd", "seed",
     )  # fmt: skip
     optim.check_optimizer(args.optimizer)
-    check_hp1(args.hp1, "--hp1")
+    if not 0 < args.hp1 <= 1:
+        raise InputError(f"--hp1 {args.hp1}: must lie in (0, 1]")
     if not all(map(math.isfinite, args.mean)) or not all(0 < value < math.inf for value in args.std):
         raise InputError(f"--mean {args.mean}, --std {args.std}: must be finite numbers, those of --std greater than 0")
     if not 0 <= args.momentum_teacher <= 1:
@@ -246,11 +229,10 @@ def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> Mul
         "hidden_dim": args.head_hidden_dim,
         "bottleneck_dim": args.head_bottleneck_dim,
     }
-    if args.net == "dino":
-        return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, args.out_dim, **options))
-    ir, ef = split_sizes(backbone.embed_dim, args.hp1)
-    head, head2 = DINOHead(ir, args.out_dim, **options), DINOHead(ef, args.DVR_out_dim, **options)
-    return MultiCropWrapper(backbone, head, head2, args.hp1)
+    method = METHODS[args.net]
+    widths = Split(backbone.embed_dim, args.hp1).widths if method.split else [backbone.embed_dim]
+    heads = [DINOHead(width, getattr(args, flag), **options) for width, flag in zip(widths, method.head_flags, strict=True)]
+    return MultiCropWrapper(backbone, *heads, hp1=args.hp1)
 
 
 def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
@@ -282,21 +264,6 @@ def build_networks(
 
 
 # --- objective and optimizer -------------------------------------------------------------------------------------------
-
-
-def build_criterion(args: argparse.Namespace, student: MultiCropWrapper) -> DINOLoss:
-    """The objective of --net."""
-    options = dict(
-        ncrops=TEACHER_VIEWS + args.local_crops_number,
-        warmup_teacher_temp=args.warmup_teacher_temp,
-        teacher_temp=args.teacher_temp,
-        warmup_teacher_temp_epochs=min(args.warmup_teacher_temp_epochs, args.epochs),
-        nepochs=args.epochs,
-    )
-    if args.net == "dino":
-        return DINOLoss(args.out_dim, **options)
-    weights = {"sep_lambd": args.sep_lambd, "reg_lambd": parse_reg_lambd(args.reg_lambd)}
-    return CLeVERLoss(args.out_dim, args.DVR_out_dim, **weights, heads=(student.head, student.head2), **options)
 
 
 def images_per_step(args: argparse.Namespace) -> int:
@@ -331,7 +298,7 @@ def build_pretraining(
     return Pretraining(
         student=student,
         teacher=teacher,
-        criterion=build_criterion(args, student).to(device),
+        criterion=METHODS[args.net].from_args(args, student.heads).to(device),
         optimizer=optim.build_optimizer(args.optimizer, optim.param_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         schedules=build_schedules(args, steps_per_epoch),
@@ -430,7 +397,8 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
 
 def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.device) -> None:
     """Start the run, or continue it from its checkpoint. `given`: the arguments before their defaults were filled in."""
-    fixed = CLEVER_TENSOR_ARGUMENTS if args.net == "CLeVER" else TENSOR_ARGUMENTS
+    method = METHODS[args.net]
+    fixed = (*TENSOR_ARGUMENTS, *method.head_flags, *(["hp1"] if method.split else []))
     state = load_resumable(Path(args.output_dir) / "checkpoint.pth", args, fixed)
     student, teacher = build_networks(args, device, resuming=state is not None)
     readable = CheckRecord(Path(args.output_dir) / "checked_images.npy")

@@ -249,7 +249,7 @@ BAD = [
     (CLEVER + "--output_dir {root}/clever.pth", "{root}/clever.pth", "is a file"),
     (CLEVER + "--net dino", "--net dino", "net CLeVER"),
     ("--pretrained_weights {root}/dino.pth --data_path {data} --parts else_part", "--parts else_part", "has no parts"),
-    ("--pretrained_weights {root}/whole.pth --data_path {data} --parts main_part", "hp1 1.0 leaves the EF", "empty"),
+    ("--pretrained_weights {root}/whole.pth --data_path {data} --parts main_part", "hp1 1.0: leaves the IR or the EF", "empty"),
     ("--pretrained_weights {root}/absent.pth --data_path {data}", "{root}/absent.pth", "no such file"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/absent", "{root}/absent", "does not exist"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/six", "regressors to 5, to test them on 1"),

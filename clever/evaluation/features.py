@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from clever.distributed import all_gather_rows, broadcast_buffers, get_world_size
 from clever.evaluation.names import PARTS
-from clever.models.heads import split_sizes
+from clever.models.heads import Split
 from clever.training.telemetry import with_progress
 from clever.utils import InputError
 
@@ -25,7 +25,7 @@ def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tenso
     """
     if part == "ALL":
         return x
-    _, ef = split_sizes(dim, hp1)
+    _, ef = Split(dim, hp1).widths
     return x[:, :-ef] if part == "IR" else x[:, -ef:]
 
 

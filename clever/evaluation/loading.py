@@ -15,6 +15,7 @@ from clever.data.augmentations import eval_transform, normalize
 from clever.data.files import to_rgb
 from clever.data.rendering import choose_renderer, render_batch
 from clever.evaluation.pretrained import load_pretrained
+from clever.methods import METHODS
 from clever.models.heads import split_ir_ef
 from clever.utils import InputError
 
@@ -85,6 +86,6 @@ def load_backbone(
 
 
 def _split(z: Tensor, net: str, hp1: float) -> tuple[Tensor, Tensor]:
-    if net == "dino":
-        raise InputError("split: a dino network has no IR and EF")
+    if not METHODS[net].split:
+        raise InputError(f"split: a {net} network has no IR and EF")
     return split_ir_ef(z, hp1)

@@ -22,6 +22,7 @@ from clever.evaluation.equivariance import (
     linear_r2,
 )
 from clever.evaluation.knn import knn_accuracy
+from clever.methods import METHODS
 from clever.utils import InputError
 
 ROTATED_IMAGES, ROTATED_VIEWS = 1000, 4  # training images for the rotation regressor, and views of each
@@ -58,7 +59,7 @@ class OnlineEvaluation:
 
     def __init__(self, args: argparse.Namespace, options: dict[str, Any], device: torch.device) -> None:
         self.args, self.options, self.device = args, options, device
-        self.parts = ("ALL",) if args.net == "dino" else ("ALL", "IR", "EF")
+        self.parts = ("ALL", "IR", "EF") if METHODS[args.net].split else ("ALL",)
         self.knn_data = self._labelled(args.knn_data) if args.knn_data else None
         self.probe_data = self.rotated = None
         if args.probe_data:

@@ -14,6 +14,7 @@ import torch.nn as nn
 from clever.arguments import TypedFloat, plain_args
 from clever.checkpoint import load_checkpoint, stored_arguments
 from clever.evaluation.names import part_flag
+from clever.methods import METHODS
 from clever.models.backbones import (
     build_backbone,
     default_image_size,
@@ -23,7 +24,7 @@ from clever.models.backbones import (
     is_same_network,
     vit_names,
 )
-from clever.models.heads import check_hp1, has_both_parts, split_sizes
+from clever.models.heads import Split
 from clever.models.weights import backbone_state, load_backbone_weights, trained_image_size
 from clever.utils import InputError, error_prefix, seed_everything
 
@@ -67,7 +68,7 @@ class Pretrained:
     @property
     def has_parts(self) -> bool:
         """Whether the representation has an IR and an EF: dino's has not, and an hp1 near 0 or 1 leaves one of them empty."""
-        return self.net != "dino" and has_both_parts(self.backbone.embed_dim, self.hp1)
+        return METHODS[self.net].split and Split.leaves_both(self.backbone.embed_dim, self.hp1)
 
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
@@ -143,13 +144,14 @@ def resolve_arch(given: str | None, stored: str | None) -> str:
 def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any], source: str = "checkpoint was") -> tuple[str, float]:
     """--net and --hp1, or what the checkpoint (or another file) says. Raises InputError if neither says where the split is."""
     net = resolve_option("net", args.net, stored.get("net"), "dino", source)
-    stored_hp1, default = (None, 1.0) if net == "dino" else (stored.get("hp1"), None)
+    stored_hp1, default = (stored.get("hp1"), None) if METHODS[net].split else (None, 1.0)
     hp1 = resolve_option("hp1", args.hp1, stored_hp1, default, source)
     if hp1 is None:
         noun = source.split()[0]
         verb = "do" if noun.endswith("s") else "does"
         raise InputError(f"--hp1: the {noun} {verb} not say where IR and EF are cut; give the pretraining's hp1")
-    check_hp1(hp1, "--hp1")
+    if not 0 < hp1 <= 1:
+        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
     return net, hp1
 
 
@@ -169,7 +171,7 @@ def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = Tru
     if not parts:
         parser.set_defaults(net=None, hp1=None, img_size=None)
         return
-    add("--net", choices=["dino", "CLeVER"], help="how it was pretrained; default: the checkpoint's, else dino")
+    add("--net", choices=METHODS, help="how it was pretrained; default: the checkpoint's, else dino")
     add("--hp1", type=TypedFloat, help="share of the representation that is IR; default: the checkpoint's")
     add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224 or timm's")
 
@@ -224,6 +226,6 @@ def check_part(part: str, net: str, hp1: float, dim: int, flag: str = "--else_pa
     """
     if part == "ALL":
         return
-    if net == "dino":
-        raise InputError(f"{flag} {part_flag(part)}: a dino checkpoint has no parts, only ALL")
-    split_sizes(dim, hp1)
+    if not METHODS[net].split:
+        raise InputError(f"{flag} {part_flag(part)}: a {net} checkpoint has no parts, only ALL")
+    Split(dim, hp1)

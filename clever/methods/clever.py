@@ -1,15 +1,19 @@
-"""CLeVER's objective: DINO's loss on the IR, different views made orthogonal on the EF, and the regulariser of the two heads.
+"""CLeVER's objective: DINO's loss on the IR, different views made orthogonal on the EF, and a regulariser of the two heads.
 
 Shapes: K, K2 outputs of the IR head and of the EF head; V views of the student; Q = 2 global views that the teacher sees.
 """
 
-from typing import Any
+import argparse
+import math
+import re
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 
 from clever.methods.dino import DINOLoss
-from clever.methods.pairs import COSINE
+from clever.methods.pairs import cosine_of_pairs
+from clever.utils import InputError
 
 
 class CLeVERLoss(DINOLoss):
@@ -24,11 +28,6 @@ class CLeVERLoss(DINOLoss):
         reg  = | sum of head's parameters squared - sum of head2's parameters squared |
         loss = DIR + sep_lambd * DVR + reg_lambd * reg
 
-    DVR in closed form, with p_hat[v] = s2[v] / |s2[v]| and R[v] the sum of t2[q] / |t2[q]| over q != v:
-
-        DVR = 1/T * sum_v <R[v], p_hat[v]>
-        d DVR / d student_ef[v] = p_hat[v] * (R[v] - <R[v], p_hat[v]> p_hat[v]) / (T * student_temp)
-
     Args:
         out_dim, DVR_out_dim: K and K2; each head has a centre of its own.
         sep_lambd: weight of DVR.
@@ -36,6 +35,10 @@ class CLeVERLoss(DINOLoss):
         heads: the student's IR head and EF head, for the regulariser; None: there is no such term.
         *args, **kwargs: the other arguments of `DINOLoss`.
     """
+
+    about: ClassVar[str] = "IR and EF with a head each"
+    split: ClassVar[bool] = True
+    head_flags: ClassVar[tuple[str, ...]] = ("out_dim", "DVR_out_dim")
 
     def __init__(
         self,
@@ -52,6 +55,11 @@ class CLeVERLoss(DINOLoss):
         self.heads = heads  # in a tuple, which keeps their parameters out of this module's own
         self.register_buffer("center2", torch.zeros(1, DVR_out_dim))
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, heads: list[nn.Module]) -> "CLeVERLoss":
+        weights = {"sep_lambd": args.sep_lambd, "reg_lambd": parse_reg_lambd(args.reg_lambd)}
+        return cls(args.out_dim, args.DVR_out_dim, **weights, heads=tuple(heads), **cls.options(args))
+
     def forward(
         self,
         student: tuple[torch.Tensor, torch.Tensor],
@@ -64,10 +72,12 @@ class CLeVERLoss(DINOLoss):
         Returns {"loss", "loss_DIR", "loss_DVR"}, and with `heads` also "loss_student_reg", which is already weighted.
         """
         (student_ir, student_ef), (teacher_ir, teacher_ef) = student, teacher
-        loss_dir = self._cross_entropy_of_views(student_ir, teacher_ir, epoch)
-        loss_dvr, _ = self._mean_over_pairs(student_ef, teacher_ef, self.center2, epoch, COSINE)
-        self._update_center("center", teacher_ir, update_center)
-        self._update_center("center2", teacher_ef, update_center)
+        loss_dir = self.cross_entropy(student_ir, teacher_ir, epoch)
+        loss_dvr = cosine_of_pairs(
+            *self.by_view(student_ef, teacher_ef), self.center2, self.student_temp, float(self.teacher_temps[epoch])
+        )
+        self.update_center("center", teacher_ir, update_center)
+        self.update_center("center2", teacher_ef, update_center)
         terms = {"loss": loss_dir + self.sep_lambd * loss_dvr, "loss_DIR": loss_dir, "loss_DVR": loss_dvr}
         if self.heads is not None:
             terms["loss_student_reg"] = self.reg_lambd * head_regularizer(*self.heads)
@@ -76,21 +86,7 @@ class CLeVERLoss(DINOLoss):
 
     def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As DINO's, for the IR head, and the norm of the EF head's centre."""
-        return self._telemetry_of_head(terms["loss_DIR"]) | {"center2_norm": self.center2.norm()}
-
-
-class _SquaredNorm(torch.autograd.Function):
-    """Sum of squares: rows in the tensor's type, their sum in float64, without a temporary tensor of the same size."""
-
-    @staticmethod
-    def forward(ctx, p):
-        ctx.save_for_backward(p)
-        return torch.linalg.vector_norm(p, dim=-1).double().square().sum()
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        (p,) = ctx.saved_tensors
-        return p * (2 * grad_output).to(p.dtype)
+        return super().telemetry(terms) | {"center2_norm": self.center2.norm()}
 
 
 def head_regularizer(head: nn.Module, head2: nn.Module) -> torch.Tensor:
@@ -99,5 +95,19 @@ def head_regularizer(head: nn.Module, head2: nn.Module) -> torch.Tensor:
     CLeVER (arXiv 2406.00262), section 3: the heads keep equal norms, so that neither of them collapses. The difference of two
     large sums is taken in float64; in float32 it can lose all of its digits.
     """
-    squared_norms = [torch.stack([_SquaredNorm.apply(p) for p in h.parameters()]).sum() for h in (head, head2)]
-    return (squared_norms[0] - squared_norms[1]).abs().float()
+    squares, squares2 = (
+        sum(torch.linalg.vector_norm(p, dim=-1).double().square().sum() for p in h.parameters()) for h in (head, head2)
+    )
+    return (squares - squares2).abs().float()
+
+
+def parse_reg_lambd(text: str) -> float:
+    """The weight in '_reg0.001' (the original's spelling), '0.001', or '' (none). Raises InputError for anything else."""
+    number = re.sub(r"^_?reg", "", text.strip())
+    try:
+        value = float(number) if text.strip() else 0.0
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise InputError(f"--reg_lambd {text!r}: must be a number >= 0, such as _reg0.001 or 0.001, or empty for none")
+    return value

@@ -1,16 +1,18 @@
-"""DINO's objective and the centre of its teacher.
+"""DINO's objective, and what every objective has in common: the centre of the teacher, flags, and telemetry.
 
 Shapes: K outputs of the head; V views of the student, the two global ones first; Q = 2 global views that the teacher sees.
 """
 
+import argparse
 import math
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from clever.distributed import all_reduce_sum, get_world_size
-from clever.methods.pairs import CROSS_ENTROPY, TEACHER_VIEWS, mean_over_pairs
+from clever.methods.pairs import TEACHER_VIEWS, cross_entropy_of_pairs
 from clever.utils import InputError
 
 
@@ -23,11 +25,6 @@ class DINOLoss(nn.Module):
         s = log_softmax(student / student_temp)                      # V, B, K
         loss = mean of -sum_k t[q] * s[v]   over q, v != q, and the batch
         center = m * center + (1 - m) * mean(teacher)                # after the loss
-
-    In closed form, with P[v] the sum of t[q] over the n[v] views q != v and x[v] = student[v] / student_temp:
-
-        loss = 1/T * sum_v ( n[v] * logsumexp(x[v]) - <P[v], x[v]> ),    T the number of pairs times the batch size
-        d loss / d student[v] = (n[v] * softmax(x[v]) - P[v]) / (T * student_temp)
 
     Works with and without a process group; the centre is averaged over processes.
 
@@ -42,6 +39,10 @@ class DINOLoss(nn.Module):
     Raises:
         InputError: the temperature's warm-up is longer than the run.
     """
+
+    about: ClassVar[str] = "one head on the whole representation"
+    split: ClassVar[bool] = False  # whether the representation is cut into IR and EF, which have a head each
+    head_flags: ClassVar[tuple[str, ...]] = ("out_dim",)  # the flags that give the outputs of its heads
 
     def __init__(
         self,
@@ -64,6 +65,22 @@ class DINOLoss(nn.Module):
         self._pending: dict[str, list[torch.Tensor]] = {}  # per centre, the teacher's means since its last update
         self.register_buffer("center", torch.zeros(1, out_dim))
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, heads: list[nn.Module]) -> "DINOLoss":
+        """The objective that the flags describe; `heads`: those of the student."""
+        return cls(args.out_dim, **cls.options(args))
+
+    @staticmethod
+    def options(args: argparse.Namespace) -> dict[str, Any]:
+        """Arguments that all objectives have."""
+        return {
+            "ncrops": TEACHER_VIEWS + args.local_crops_number,
+            "warmup_teacher_temp": args.warmup_teacher_temp,
+            "teacher_temp": args.teacher_temp,
+            "warmup_teacher_temp_epochs": min(args.warmup_teacher_temp_epochs, args.epochs),
+            "nepochs": args.epochs,
+        }
+
     def forward(
         self, student: torch.Tensor, teacher: torch.Tensor, epoch: int, update_center: bool = True
     ) -> dict[str, torch.Tensor]:
@@ -72,9 +89,30 @@ class DINOLoss(nn.Module):
         With gradient accumulation, `update_center` is False for all micro-batches but the last: the centre is then
         updated once per optimizer step, with the mean over all micro-batches.
         """
-        loss = self._cross_entropy_of_views(student, teacher, epoch)
-        self._update_center("center", teacher, update_center)
+        loss = self.cross_entropy(student, teacher, epoch)
+        self.update_center("center", teacher, update_center)
         return {"loss": loss}
+
+    def cross_entropy(self, student: torch.Tensor, teacher: torch.Tensor, epoch: int) -> torch.Tensor:
+        """The loss above, without the centre's update; the teacher's entropy is kept for telemetry."""
+        loss, self.teacher_entropy = cross_entropy_of_pairs(
+            *self.by_view(student, teacher), self.center, self.student_temp, float(self.teacher_temps[epoch])
+        )
+        return loss
+
+    def by_view(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[V*B, K] and [Q*B, K] -> [V, B, K] and [Q, B, K]."""
+        return student.unflatten(0, (self.ncrops, -1)), teacher.unflatten(0, (TEACHER_VIEWS, -1))
+
+    @torch.no_grad()
+    def update_center(self, name: str, teacher: torch.Tensor, update: bool) -> None:
+        """Note the mean of the teacher's logits [Q*B, K], and if `update`, move the centre `name` by all that were noted."""
+        pending = self._pending.setdefault(name, [])
+        pending.append(teacher.mean(0, keepdim=True, dtype=torch.float32))  # 1, K
+        if update:
+            mean = all_reduce_sum(torch.stack(pending).mean(0)) / get_world_size()  # 1, K
+            getattr(self, name).lerp_(mean, 1 - self.center_momentum)
+            pending.clear()
 
     def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Figures to log about the last call, which returned `terms`; the first two can be compared between different K.
@@ -83,30 +121,9 @@ class DINOLoss(nn.Module):
         teacher_entropy: the entropy of t divided by ln K; 1 for a uniform output.
         center_norm: the norm of the centre.
         """
-        return self._telemetry_of_head(terms["loss"])
-
-    def _telemetry_of_head(self, cross_entropy: torch.Tensor) -> dict[str, torch.Tensor]:
         log_k = math.log(self.center.shape[1])
         return {
-            "normalized_loss": cross_entropy / log_k,
+            "normalized_loss": terms.get("loss_DIR", terms["loss"]) / log_k,
             "teacher_entropy": self.teacher_entropy / log_k,
             "center_norm": self.center.norm(),
         }
-
-    def _cross_entropy_of_views(self, student, teacher, epoch):
-        loss, self.teacher_entropy = self._mean_over_pairs(student, teacher, self.center, epoch, CROSS_ENTROPY)
-        return loss
-
-    def _mean_over_pairs(self, student, teacher, center, epoch, pair_loss):
-        student = student.unflatten(0, (self.ncrops, -1))  # V, B, K
-        teacher = teacher.unflatten(0, (TEACHER_VIEWS, -1))  # Q, B, K
-        return mean_over_pairs(student, teacher, center, self.student_temp, float(self.teacher_temps[epoch]), pair_loss)
-
-    @torch.no_grad()
-    def _update_center(self, name: str, teacher: torch.Tensor, update: bool) -> None:
-        pending = self._pending.setdefault(name, [])
-        pending.append(teacher.mean(0, keepdim=True, dtype=torch.float32))  # 1, K
-        if update:
-            mean = all_reduce_sum(torch.stack(pending).mean(0)) / get_world_size()  # 1, K
-            getattr(self, name).lerp_(mean, 1 - self.center_momentum)
-            pending.clear()

@@ -1,4 +1,4 @@
-"""Triton kernels of the losses on a GPU; losses.py has the formulas, and imports this file only when it runs there.
+"""Triton kernels of the losses on a GPU; pairs.py defines them, and imports this file only when it runs there.
 
 With x = student / student_temp and y = (teacher - center) / teacher_temp, both losses need a norm of each row of logits,
 

@@ -15,35 +15,35 @@ import torch.nn.functional as F
 from clever.utils import InputError
 
 
-def check_hp1(hp1: float, name: str = "hp1") -> None:
-    """Raise InputError unless hp1, which messages call `name`, lies in (0, 1]."""
-    if not 0 < hp1 <= 1:
-        raise InputError(f"{name} {hp1}: must lie in (0, 1]")
+class Split:
+    """The cut of a representation of width `dim` into the IR, its first int(dim * hp1) columns, and the EF, the rest (CLeVER,
+    section 3): `z[:, split.ir]`, `z[:, split.ef]`.
 
-
-def split_sizes(dim: int, hp1: float) -> tuple[int, int]:
-    """Widths (IR, EF) of a representation of width `dim`: int(dim * hp1) and the rest.
-
-    Raises InputError if hp1 lies outside (0, 1] or leaves one of the parts empty.
+    Raises InputError if hp1 leaves one of the parts empty.
     """
-    check_hp1(hp1)
-    ir = int(dim * hp1)
-    if not has_both_parts(dim, hp1):
-        raise InputError(f"hp1 {hp1} leaves the {'IR' if ir == 0 else 'EF'} of a representation of width {dim} empty")
-    return ir, dim - ir
 
+    def __init__(self, dim: int, hp1: float) -> None:
+        if not self.leaves_both(dim, hp1):
+            raise InputError(f"hp1 {hp1}: leaves the IR or the EF of a representation of width {dim} empty")
+        self.dim, self.hp1 = dim, hp1
+        cut = int(dim * hp1)
+        self.ir, self.ef = slice(0, cut), slice(cut, dim)
 
-def has_both_parts(dim: int, hp1: float) -> bool:
-    """Whether hp1 leaves neither the IR nor the EF of a representation of width `dim` empty."""
-    return 0 < int(dim * hp1) < dim
+    @staticmethod
+    def leaves_both(dim: int, hp1: float) -> bool:
+        """Whether neither part is empty."""
+        return 0 < int(dim * hp1) < dim
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of the IR and of the EF."""
+        return self.ir.stop, self.dim - self.ir.stop
 
 
 def split_ir_ef(z: torch.Tensor, hp1: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split representations z [B, D] into IR [B, int(D * hp1)] and EF (the remaining columns); CLeVER, section 3.
-
-    Raises InputError as `split_sizes` does.
-    """
-    return z.split(split_sizes(z.shape[-1], hp1), dim=-1)
+    """Representations z [..., D] -> IR [..., int(D * hp1)] and EF, the other columns. Raises InputError as `Split` does."""
+    split = Split(z.shape[-1], hp1)
+    return z[..., split.ir], z[..., split.ef]
 
 
 class _NormalizedLinear(torch.autograd.Function):

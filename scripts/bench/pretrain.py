@@ -33,6 +33,7 @@ import main_dino
 from clever import utils
 from clever.arguments import ArgumentParser, check_positive
 from clever.entry import run_entry_point
+from clever.methods import METHODS
 from clever.models import vision_transformer
 from clever.training import optim
 from clever.training.pretraining import Pretraining
@@ -148,7 +149,7 @@ def build(options: argparse.Namespace) -> tuple[Pretraining, Callable[[int], Non
     vision_transformer.Attention._prefers_plain = lambda self, q: True
     for head in (*run.student.heads, *run.teacher.heads):
         head.last_layer = NormalizedWeightLinear(head.last_layer)
-    heads_out = [args.out_dim] + ([args.DVR_out_dim] if args.net == "CLeVER" else [])
+    heads_out = [getattr(args, flag) for flag in METHODS[args.net].head_flags]
     criterion = StraightforwardLoss(2 + args.local_crops_number, heads_out, args.teacher_temp)
     optimizer = torch.optim.AdamW(optim.param_groups(run.student), lr=1e-5, weight_decay=0.04)
 
@@ -224,7 +225,7 @@ def print_table(options: argparse.Namespace, results: dict[str, dict[str, dict]]
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--net", default="CLeVER", choices=main_dino.NETS)
+    parser.add_argument("--net", default="CLeVER", choices=METHODS)
     parser.add_argument("--arch", nargs="+", default=["vit_tiny"], help="one or more backbones; one row of the table each")
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--batch_size", type=int, default=8)

@@ -336,7 +336,7 @@ def test_parts_that_do_not_exist(part, flag):
     check_part(part, "CLeVER", 0.8, 128)
     with pytest.raises(InputError, match=f"{flag}: a dino checkpoint has no parts"):
         check_part(part, "dino", 0.8, 128)
-    with pytest.raises(InputError, match="hp1 1.0 leaves the EF"):
+    with pytest.raises(InputError, match="hp1 1.0: leaves the IR or the EF"):
         check_part(part, "CLeVER", 1.0, 128)
     with pytest.raises(InputError, match="hp1 0.001 leaves the IR"):
         check_part(part, "CLeVER", 0.001, 128)

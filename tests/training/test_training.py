@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support.golden import CORE, GOLDEN, fill_, rel_error, tensor
 
 import main_dino
-from clever.methods.clever import head_regularizer
+from clever.methods.clever import head_regularizer, parse_reg_lambd
 from clever.training import optim
 
 CPU = torch.device("cpu")
@@ -213,7 +213,7 @@ def test_non_finite_loss_names_the_term(accumulation):
 
 @pytest.mark.parametrize("text, value", [("_reg0.001", 0.001), ("reg0.5", 0.5), ("0.01", 0.01), ("1e-4", 1e-4), ("", 0.0)])
 def test_spellings_of_the_regulariser(text, value):
-    assert main_dino.parse_reg_lambd(text) == value
+    assert parse_reg_lambd(text) == value
 
 
 def test_schedules_scale_with_all_images_of_a_step():
