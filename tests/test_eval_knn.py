@@ -349,7 +349,7 @@ BAD = [
     (CLEVER + "--output_dir {root}/clever.pth", "{root}/clever.pth", "is a file"),
     (CLEVER + "--dump_features {root}/clever.pth", "{root}/clever.pth", "is a file"),
     ("--pretrained_weights {root}/dino.pth --data_path {data} --else_part main_part", "dino checkpoint has no parts"),
-    ("--pretrained_weights {root}/whole.pth --data_path {data} --else_part else_part", "hp1 1.0: leaves the IR or the EF", "empty"),
+    ("--pretrained_weights {root}/whole.pth --data_path {data} --else_part else_part", "hp1 1.0: leaves the IR or"),
     ("--pretrained_weights {root}/absent.pth --data_path {data}", "{root}/absent.pth", "no such file"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/absent", "{root}/absent/train", "does not exist"),
     ("--pretrained_weights {root}/clever.pth --data_path {data}/train", "{data}/train/train", "does not exist"),

@@ -129,7 +129,7 @@ def test_extractor_refuses_what_the_backbone_does_not_have():
         FeatureExtractor(Recorded(torch.empty(1, 8)), avgpool=True)
     with pytest.raises(InputError, match="'DIR': must be one of ALL, IR, EF"):
         FeatureExtractor(CountingViT(), "DIR")
-    with pytest.raises(InputError, match="leaves the EF .* empty"):
+    with pytest.raises(InputError, match="leaves the IR or the EF .* empty"):
         FeatureExtractor(CountingViT(), "EF", hp1=1.0)
 
 
@@ -338,5 +338,5 @@ def test_parts_that_do_not_exist(part, flag):
         check_part(part, "dino", 0.8, 128)
     with pytest.raises(InputError, match="hp1 1.0: leaves the IR or the EF"):
         check_part(part, "CLeVER", 1.0, 128)
-    with pytest.raises(InputError, match="hp1 0.001 leaves the IR"):
+    with pytest.raises(InputError, match="hp1 0.001: leaves the IR or the EF"):
         check_part(part, "CLeVER", 0.001, 128)
