@@ -53,7 +53,7 @@ from clever.evaluation.saliency.results import (
     rounded,
     save_table,
 )
-from clever.training.telemetry import Progress
+from clever.progress import Progress
 from clever.utils import InputError
 
 MAX_PATCHES = 10000  # per image; their attention takes 2.4 GB in a ViT-S

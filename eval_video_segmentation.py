@@ -42,7 +42,7 @@ from clever.evaluation.video.masks import write_mask
 from clever.evaluation.video.metrics import VideoScores
 from clever.evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
 from clever.locking import locked
-from clever.training.telemetry import Progress
+from clever.progress import Progress
 from clever.utils import InputError, plural, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it

@@ -53,7 +53,7 @@ from clever.evaluation.video.files import (
     write_video,
 )
 from clever.locking import locked
-from clever.training.telemetry import with_progress
+from clever.progress import with_progress
 from clever.utils import InputError, plural
 
 OUTPUT_NAMES = re.compile(r"(overview|img|overlay|attn-.*|mask_th.*)\.png|video\..*")

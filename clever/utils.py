@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels, for pixels in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_NAME = 255  # bytes of a file name, on most file systems
 
 

@@ -26,7 +26,7 @@ from clever.evaluation.hits import unpack_hits
 from clever.evaluation.knn import MIN_TEMPERATURE, knn_predict
 from clever.evaluation.names import PARTS
 from clever.models.backbones import build_backbone
-from clever.training.telemetry import with_progress
+from clever.progress import with_progress
 
 
 def knn(*flags):

@@ -18,10 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from clever.data.rendering import render_batch
-from clever.utils import InputError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 # The parameters of a view, in the order in which they are applied. The compiled renderer reads the same layout.
 VIEW = np.dtype(
@@ -249,7 +246,7 @@ def probe_train_transform(size: int = 224, scale: Sequence[float] = (0.08, 1.0))
 # --- normalisation -----------------------------------------------------------------------------------------------------
 
 
-def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, normalised with the channels' mean and standard deviation for pixels in 0..1."""
     mean, std = (_per_channel(tuple(values), pixels.device) for values in (mean, std))  # 3, 1, 1
     return pixels.to(torch.float32).sub_(mean).div_(std)
@@ -264,7 +261,7 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 class ToNormalizedTensor:
     """RGB image of any size -> float32 [3, H, W], normalised per channel."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
         self.mean, self.std = mean, std
 
     def __call__(self, image: Image.Image) -> Tensor:

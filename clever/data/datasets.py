@@ -33,8 +33,8 @@ from clever.distributed import (
     get_world_size,
     is_main_process,
 )
+from clever.progress import Progress
 from clever.signals import ignore_signals
-from clever.training.telemetry import Progress
 from clever.utils import InputError, atomic_file
 
 UNLABELLED = -1

@@ -25,7 +25,7 @@ from clever.distributed import (
     get_world_size,
     is_main_process,
 )
-from clever.training.telemetry import Progress
+from clever.progress import Progress
 from clever.utils import InputError, describe_error, plural
 
 MAX_OPEN_FILES = 64  # of a process

@@ -41,7 +41,7 @@ from clever.evaluation.regression import (
     r2_per_target,
     sie_r2,
 )
-from clever.training.telemetry import with_progress
+from clever.progress import with_progress
 from clever.utils import InputError
 
 HELD_OUT = 5  # one of so many training images is held out, to choose the strength of the ridge

@@ -14,7 +14,7 @@ from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from clever.distributed import all_gather_rows, broadcast_buffers, get_world_size
 from clever.evaluation.names import PARTS
 from clever.models.heads import Split
-from clever.training.telemetry import with_progress
+from clever.progress import with_progress
 from clever.utils import InputError
 
 

@@ -25,7 +25,7 @@ from clever.evaluation.features import (
     select_part,
 )
 from clever.evaluation.hits import pack_hits
-from clever.training.telemetry import with_progress
+from clever.progress import with_progress
 
 MIN_TEMPERATURE = 0.002  # exp(1 / 0.002) is 1e217
 MAX_QUERIES, MAX_SIMILARITIES = 1024, 2**28  # of a chunk: at most 1 GiB of similarities

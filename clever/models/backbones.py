@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from clever.distributed import is_distributed
 from clever.models import resnet
 from clever.models import vision_transformer as vit
-from clever.utils import InputError
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 from vmamba import build_vssm, config_names, is_config_name, load_config
 
 # Builders of our backbones, by the name that --arch takes; every file vmamba/configs/<folder>/<config>.yaml is one more,

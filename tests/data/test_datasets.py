@@ -15,6 +15,7 @@ from PIL import Image
 from support.pictures import photo
 from support.processes import write_images
 
+from clever import progress
 from clever.data import datasets
 from clever.data.augmentations import MultiCropAugmentation, eval_transform
 from clever.data.datasets import (
@@ -34,7 +35,6 @@ from clever.data.files import (
     read_image,
     read_pixels,
 )
-from clever.training import telemetry
 from clever.utils import InputError
 
 
@@ -285,7 +285,7 @@ def test_check_images_covers_long_lists_and_reports_progress(tmp_path, monkeypat
     assert set(check_images(absent)) == set(absent)
     assert capsys.readouterr().out == ""
     clock = itertools.count(step=6)
-    monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     check_images(absent)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"checking images {done}/1100" for done in (512, 1024, 1100)]

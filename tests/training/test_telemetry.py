@@ -107,6 +107,7 @@ def test_lines_fit_120_columns(capsys):
 # A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
 SCRIPT = """
 import time, torch, telemetry
+from clever.progress import Progress
 for epoch in range(2):
     progress = telemetry.TrainingProgress(f"epoch {epoch}/2", 30, 8, torch.device("cpu"), 10, steps_after=30)
     for step in range(30):
@@ -114,7 +115,7 @@ for epoch in range(2):
         progress.update(loss=torch.tensor(float(step)), normalized_loss=torch.tensor(0.5))
     progress.finish()
     print(f"epoch {epoch} done")
-meter = telemetry.Progress("features", 30)
+meter = Progress("features", 30)
 for _ in range(30):
     time.sleep(0.02)
     meter.advance()
