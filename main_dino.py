@@ -6,7 +6,7 @@ Four GPUs (torch.distributed.launch works as well as torchrun):
     torchrun --nproc_per_node=4 main_dino.py --net CLeVER --data_path data/IN100/train --output_dir results/clever
 If output_dir contains checkpoint.pth, the run resumes from it; on a CPU with the same number of processes, bit-identical.
 
-Networks: backbones.py, heads.py. Views: augmentations.py, rendering.py. Objective: losses.py. Training step: pretraining.py.
+Objectives: clever/methods/. Training step: clever/training/pretraining.py. Networks: clever/models/. Views: clever/data/.
 """
 
 import argparse
@@ -17,52 +17,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 
-from clever import arguments, distributed, signals, utils
+from clever import arguments, distributed, signals
 from clever.arguments import bool_flag
 from clever.checkpoint import load_resumable, save_atomically, valid_state
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale
-from clever.data.datasets import (
-    CheckRecord,
-    ImageDataset,
-    make_loader,
-    pretraining_dataset,
-)
+from clever.data.datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from clever.data.rendering import add_renderer_argument, renderer_line, resolve_renderer
 from clever.entry import run_entry_point
 from clever.evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from clever.locking import locked
 from clever.methods import METHODS
-from clever.methods.clever import parse_reg_lambd
-from clever.models.backbones import (
-    build_backbone,
-    check_timm_size,
-    default_drop_path_rate,
-    is_ours,
-    synchronize_batch_norm,
-)
-from clever.models.heads import (
-    DINOHead,
-    MultiCropWrapper,
-    Split,
-)
-from clever.models.weights import load_backbone_file
+from clever.models.backbones import default_drop_path_rate
 from clever.training import optim
+from clever.training.build import build_networks, build_pretraining, images_per_step, peak_lr
 from clever.training.loggers import Loggers, add_logger_argument, check_log_to
 from clever.training.pretraining import EpochSampler, Pretraining
-from clever.training.telemetry import (
-    CollapseWatch,
-    append_log,
-    epoch_line,
-    is_first_epoch,
-    peak_memory_gib,
-    truncate_log,
-)
-from clever.utils import InputError, plural, set_aside
+from clever.training.telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
+from clever.utils import InputError, set_aside, write_text_atomically
 
 RESUME = "the same command goes on from there"
 # Arguments that determine the tensors of a checkpoint: a run cannot resume with other ones.
@@ -89,11 +63,6 @@ def add_network_arguments(group: argparse._ArgumentGroup) -> None:
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch norm in the heads")
     add("--head_hidden_dim", type=int, default=2048, help="width of the heads' hidden layers")
     add("--head_bottleneck_dim", type=int, default=256, help="width of the heads' bottlenecks")
-    add("--hp1", type=float, default=0.8, help="CLeVER: share of the representation that is IR, in (0, 1)")
-    add("--DVR_out_dim", type=int, default=16384, help="CLeVER: outputs of the EF head")
-    add("--sep_lambd", type=float, default=1.0, help="CLeVER: weight of the EF loss (DVR)")
-    add("--reg_lambd", default="_reg0.001", help="CLeVER: weight of the regulariser of the two heads: _reg0.001, 0.001, or "
-        "'' for none. Raise it if one of the heads collapses")
     add("--init_from", help="checkpoint whose backbone the student starts from: ours, an original's, or another program's")
     add("--init_key", default="teacher", help="which network of --init_from, if there are several; a file without `teacher`: "
         "`model` or `state_dict`")
@@ -159,6 +128,8 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = arguments.ArgumentParser(description=__doc__)
     add_network_arguments(parser.add_argument_group("network"))
+    for name, method in METHODS.items():
+        method.add_arguments(parser.add_argument_group(f"--net {name}"))
     add_optimization_arguments(parser.add_argument_group("teacher and optimisation"))
     add_data_arguments(parser.add_argument_group("data"))
     add_run_arguments(parser.add_argument_group("run"))
@@ -181,11 +152,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: must be 2 or greater")
     arguments.check_not_negative(
         args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
-        "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "sep_lambd", "seed",
+        "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "seed",
     )  # fmt: skip
     optim.check_optimizer(args.optimizer)
-    if not 0 < args.hp1 <= 1:
-        raise InputError(f"--hp1 {args.hp1}: must lie in (0, 1]")
     if not all(map(math.isfinite, args.mean)) or not all(0 < value < math.inf for value in args.std):
         raise InputError(f"--mean {args.mean}, --std {args.std}: must be finite numbers, those of --std greater than 0")
     if not 0 <= args.momentum_teacher <= 1:
@@ -197,7 +166,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: longer than the run ({args.epochs} epochs)")
     check_crop_scale("global_crops_scale", args.global_crops_scale)
     check_crop_scale("local_crops_scale", args.local_crops_scale)
-    parse_reg_lambd(args.reg_lambd)
+    for method in METHODS.values():
+        method.check_args(args)
     check_online_args(args)
     arguments.check_writable(args.output_dir)
     check_log_to(args)
@@ -208,112 +178,6 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     check_args(args)
     rate = default_drop_path_rate(args.arch) if args.drop_path_rate is None else args.drop_path_rate
     return resolve_renderer(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
-
-
-# --- networks ----------------------------------------------------------------------------------------------------------
-
-
-def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> MultiCropWrapper:
-    """The backbone with the head of --net dino, or with the two heads of --net CLeVER."""
-    backbone = build_backbone(
-        args.arch,
-        patch_size=args.patch_size,
-        img_size=args.global_crops_size,
-        drop_path_rate=drop_path_rate,
-        checkpointing=args.activation_checkpointing,
-    )
-    check_crops(args, backbone)
-    options = {
-        "use_bn": args.use_bn_in_head,
-        "norm_last_layer": args.norm_last_layer,
-        "hidden_dim": args.head_hidden_dim,
-        "bottleneck_dim": args.head_bottleneck_dim,
-    }
-    method = METHODS[args.net]
-    widths = Split(backbone.embed_dim, args.hp1).widths if method.split else [backbone.embed_dim]
-    heads = [DINOHead(width, getattr(args, flag), **options) for width, flag in zip(widths, method.head_flags, strict=True)]
-    return MultiCropWrapper(backbone, *heads, hp1=args.hp1)
-
-
-def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
-    """Raise InputError unless the backbone accepts crops of both sizes."""
-    sizes = {"global_crops_size": args.global_crops_size}
-    if args.local_crops_number:
-        sizes["local_crops_size"] = args.local_crops_size
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
-    patch = patch if isinstance(patch, int) else patch[0]
-    for name, size in sizes.items():
-        if size % patch:
-            raise InputError(f"--patch_size {patch} does not divide --{name} {size}")
-        if not is_ours(args.arch):
-            check_timm_size(args.arch, backbone, size)
-
-
-def build_networks(
-    args: argparse.Namespace, device: torch.device, resuming: bool = False
-) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """Student and teacher on `device`, with equal weights; the teacher has no stochastic depth and no gradients."""
-    utils.seed_everything(args.seed)
-    student, teacher = build_network(args, args.drop_path_rate), build_network(args, drop_path_rate=0.0)
-    if args.init_from and not resuming:
-        load_backbone_file(student.backbone, args.init_from, args.init_key)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    student, teacher = synchronize_batch_norm([student, teacher], args.arch, device)
-    return student.to(device), teacher.to(device)
-
-
-# --- objective and optimizer -------------------------------------------------------------------------------------------
-
-
-def images_per_step(args: argparse.Namespace) -> int:
-    """Images per optimizer step, over all processes and micro-batches."""
-    return args.batch_size_per_gpu * distributed.get_world_size() * args.accumulation
-
-
-def peak_lr(args: argparse.Namespace) -> float:
-    """The learning rate after the warm-up, scaled to the number of images per step."""
-    return args.lr * images_per_step(args) / 256
-
-
-def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> dict[str, np.ndarray]:
-    """Learning rate, weight decay and teacher momentum of every optimizer step."""
-    warmup_epochs = min(args.warmup_epochs, args.epochs)
-    return {
-        "lr": optim.cosine_scheduler(peak_lr(args), args.min_lr, args.epochs, steps_per_epoch, warmup_epochs),
-        "wd": optim.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
-        "momentum": optim.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps_per_epoch),
-    }
-
-
-def build_pretraining(
-    args: argparse.Namespace,
-    student: MultiCropWrapper,
-    teacher: MultiCropWrapper,
-    device: torch.device,
-    steps_per_epoch: int,
-) -> Pretraining:
-    """The run: networks, objective, optimizer and schedules."""
-    amp_dtype = distributed.resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
-    return Pretraining(
-        student=student,
-        teacher=teacher,
-        criterion=METHODS[args.net].from_args(args, student.heads).to(device),
-        optimizer=optim.build_optimizer(args.optimizer, optim.param_groups(student)),
-        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
-        schedules=build_schedules(args, steps_per_epoch),
-        device=device,
-        amp_dtype=amp_dtype,
-        epochs=args.epochs,
-        images_per_step=images_per_step(args),
-        accumulation=args.accumulation,
-        clip_grad=args.clip_grad,
-        freeze_last_layer=args.freeze_last_layer,
-        print_freq=args.print_freq,
-        mean=args.mean,
-        std=args.std,
-        arguments=arguments.plain_args(args),
-    )
 
 
 # --- data --------------------------------------------------------------------------------------------------------------
@@ -361,23 +225,22 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
     """The arguments, and what follows from them."""
     backbone = run.student.backbone
     print(f"arguments: {json.dumps(run.arguments)}")
+    parameters, dtype = sum(p.numel() for p in backbone.parameters()), str(run.amp_dtype).removeprefix("torch.")
     print(
-        f"{args.net} {args.arch}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f}M parameters, "
-        f"width {backbone.embed_dim}; {plural(images, 'image')}, {plural(distributed.get_world_size(), 'process')}, "
-        f"{plural(steps_per_epoch, 'step')} of {plural(run.images_per_step, 'image')} per epoch; "
-        f"peak lr {peak_lr(args):.3g}; {str(run.amp_dtype).removeprefix('torch.')} on {run.device}"
+        f"{args.net} {args.arch}: {parameters / 1e6:.1f}M parameters, width {backbone.embed_dim}; {images} images, "
+        f"{steps_per_epoch} steps per epoch of {run.images_per_step} images, processes: {distributed.get_world_size()}; "
+        f"peak lr {peak_lr(args):.3g}; {dtype} on {run.device}"
     )
     print(renderer_line(args.views))
 
 
 def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
-    """One epoch from its own seed; means of its losses.
+    """One epoch; means of its losses.
 
     If a value is not finite or SIGTERM comes, the state is saved, and FloatingPointError or Interrupted raised.
     """
-    utils.seed_everything(args.seed, epoch, distributed.get_rank())
     loader.sampler.set_epoch(epoch)
-    loader.sampler.start = run.micro_steps_done(epoch) * args.batch_size_per_gpu
+    loader.sampler.start = run.steps_done(epoch) * args.accumulation * args.batch_size_per_gpu
     loader.dataset.set_epoch(epoch)
     try:
         means = run.train_one_epoch(loader, epoch)
@@ -393,6 +256,17 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
         distributed.barrier()
         raise signals.Interrupted(f"{stop}, saved in {args.output_dir}; {RESUME}", 0) from None
     return means
+
+
+def write_files(given: argparse.Namespace, log: Path, start_epoch: int, is_new: bool) -> None:
+    """The flags as config.yaml, and log.txt as far as the run has come. A new run keeps older files under other names."""
+    config, text = log.with_name("config.yaml"), arguments.config_text(given)
+    if is_new:
+        set_aside(log)
+        if not (config.exists() and config.read_bytes() == text.encode()):
+            set_aside(config)
+    truncate_log(log, start_epoch)
+    write_text_atomically(text, config)
 
 
 def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.device) -> None:
@@ -412,27 +286,18 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
         start_epoch = run.load_state_dict(state) if state else 0
     if distributed.is_main_process():
         os.makedirs(args.output_dir, exist_ok=True)
-        log, config = (Path(args.output_dir) / name for name in ("log.txt", "config.yaml"))
-        if state is None:  # a new run: the files are of another one, or the user's
-            for path, is_own in ((log, is_first_epoch(log)), (config, arguments.is_saved_config(given, config))):
-                if not is_own:
-                    set_aside(path)
-        truncate_log(log, start_epoch)
         readable.save()
-        arguments.save_config(given, config)
+        write_files(given, Path(args.output_dir) / "log.txt", start_epoch, is_new=state is None)
     print_summary(args, run, len(dataset), steps_per_epoch)
     if state:
-        step = run.micro_steps_done(start_epoch) // args.accumulation
-        print(f"continuing {args.output_dir} from epoch {start_epoch}" + f", step {step}" * (step > 0))
+        print(f"continuing {args.output_dir} from epoch {start_epoch}, step {run.steps_done(start_epoch)}")
     elif args.epochs == 0:
         run.save(args.output_dir, -1)
     del state
 
-    loggers = Loggers(args.log_to, args.output_dir, run.arguments, start_epoch, dataset)
     run.distribute()
-    with signals.deferred():
+    with Loggers(args.log_to, args.output_dir, run.arguments, start_epoch, dataset) as loggers, signals.deferred():
         train(run, loader, online, loggers, start_epoch, args)
-    loggers.close()
     print(f"done: {args.output_dir}")
 
 

@@ -1,11 +1,10 @@
 """Command lines: the parser of all scripts, --config, and types and checks of flags."""
 
 import argparse
-import difflib
 import importlib.util
 import json
 import math
-import re
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,14 +13,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-from clever.utils import (
-    InputError,
-    describe_error,
-    short_repr,
-    write_text_atomically,
-)
+from clever.utils import InputError, describe_error, short_repr
 
 OF_THE_LAUNCHER = ("local_rank", "dist_url")  # flags that a configuration does not set
+OF_ONE_CALL = ("help", "config", "debug")  # flags that it cannot set
 PIP_NAMES = {"sklearn": "scikit-learn", "umap": "umap-learn", "mlflow": "mlflow-skinny"}  # where they are not the module's
 
 # --- parser ------------------------------------------------------------------------------------------------------------
@@ -45,10 +40,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None = None, **options: Any) -> None:
-        super().__init__(description=description, **{"formatter_class": HelpFormatter, **options})
+        super().__init__(description=description, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
         self.config_path: str | None = None
         self.add_argument("--config", metavar="FILE", help="YAML file with values of flags (flag: value), or the JSON file of "
             "a result, whose flags are used again; flags of the command line win")  # fmt: skip
+        self.add_argument("--debug", action="store_true", help="show the traceback of any error, as CLEVER_TRACEBACK=1 does")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else list(args)
@@ -56,9 +52,9 @@ class ArgumentParser(argparse.ArgumentParser):
         finder.add_argument("--config", nargs="?")
         path = self.config_path = finder.parse_known_args(words)[0].config
         parsed = super().parse_args(words if path is None else [*config_words(self, path), *words], namespace)
-        if parsed.config != path:
-            self.error(f"--config {parsed.config}: write the name of this flag in full")
-        del parsed.config  # its values are those of the flags now
+        if parsed.debug:
+            os.environ["CLEVER_TRACEBACK"] = "1"
+        del parsed.config, parsed.debug  # its values are those of the flags now
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -76,24 +72,17 @@ def config_words(parser: argparse.ArgumentParser, path: str) -> list[str]:
     flag at its default. In a result file (JSON), the flags are those of its `args`. Raises InputError for a file that cannot be
     read, that is not a mapping, or that names a flag that the parser does not have.
     """
-    own = ("help", "config")
-    flags = {action.dest: action for action in parser._actions if action.option_strings and action.dest not in own}
+    flags = {action.dest: action for action in parser._actions if action.option_strings and action.dest not in OF_ONE_CALL}
     words = []
     for name, value in read_config(path).items():
         if name not in flags:
-            near = difflib.get_close_matches(str(name), flags, n=1, cutoff=0)[0]
-            raise InputError(f"--config {path}: {str(name)!r} is not a flag of {parser.prog}; the nearest one is {near!r}")
+            raise InputError(f"--config {path}: {str(name)!r} is not a flag of {parser.prog}; --help lists them")
         if value is None or value == [] or name in OF_THE_LAUNCHER:
             continue
         if flags[name].nargs == 0:  # a switch, such as --evaluate
-            if not isinstance(value, bool):
-                raise InputError(f"--config {path}: {name!r} must be true or false, not {short_repr(value)}")
             words += [f"--{name}"] if value else []
-        elif isinstance(value, list) and flags[name].nargs is not None and not any(isinstance(v, list | dict) for v in value):
+        elif isinstance(value, list) and flags[name].nargs is not None:
             words += [f"--{name}", *map(str, value)]
-        elif isinstance(value, list | dict):
-            wanted = "a value" if flags[name].nargs is None else "a value or a list of values"
-            raise InputError(f"--config {path}: {name!r} must have {wanted}, not {short_repr(value)}")
         else:
             words.append(f"--{name}={value}")
     return [*words, f"--config={path}"]  # ends a list of values before the words of the command line
@@ -103,65 +92,18 @@ def read_config(path: str) -> dict[str, Any]:
     """The flags and values in a YAML file or in the JSON file of a result. Raises InputError unless it holds a mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        is_json = path.endswith(".json")
-        values = json.loads(text, object_pairs_hook=_without_repetition) if is_json else yaml.load(text, _Loader)
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--config {path}: cannot be read ({describe_error(error)})") from error
     if isinstance(values, dict) and "kind" in values and isinstance(values.get("args"), dict):
         values = values["args"]
     if not isinstance(values, dict):
-        kind = "nothing" if values is None else f"a {type(values).__name__}"
-        raise InputError(f"--config {path}: must be a mapping, lines such as `epochs: 100`, but holds {kind}")
+        raise InputError(f"--config {path}: must be a mapping, lines such as `epochs: 100`, not {short_repr(values)}")
     return values
 
 
-def _without_repetition(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """A mapping. Raises ValueError if it has a key twice: one of the values would be lost."""
-    pairs = list(pairs)
-    keys = [key for key, _ in pairs]
-    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-    if twice:
-        raise ValueError(f"{twice[0]!r} is given twice")
-    try:
-        return dict(pairs)
-    except TypeError as error:  # a key that is a list, for example
-        raise ValueError(f"a key must be a text ({error})") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Without YAML 1.1's numbers that are not what they look like: 0123 is 83 there, and 1:30 is 90."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    given = [(loader.construct_object(key, deep=True), None) for key, _ in node.value if not key.tag.endswith(":merge")]
-    _without_repetition(given)
-    loader.flatten_mapping(node)  # `<<`: what it brings is overridden by what is given
-    return {loader.construct_object(key, True): loader.construct_object(value, True) for key, value in node.value}
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
-        raise ValueError(f"{node.value}: write a number without leading zeros and colons, or a text in quotes")
-    kind = "float" if node.tag.endswith("float") else "int"
-    return getattr(loader, f"construct_yaml_{kind}")(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
-
-
-def save_config(args: argparse.Namespace, path: str | Path) -> None:
-    """Write all flags with their values as a YAML file for --config, atomically. A flag without a value is left out."""
-    write_text_atomically(_config_text(args), path)
-
-
-def is_saved_config(args: argparse.Namespace, path: Path) -> bool:
-    """Whether a file is what save_config writes for these arguments."""
-    return path.exists() and path.read_bytes() == _config_text(args).encode()
-
-
-def _config_text(args: argparse.Namespace) -> str:
+def config_text(args: argparse.Namespace) -> str:
+    """All flags with their values as YAML, for --config. A flag without a value is left out."""
     values = {name: value for name, value in plain_args(args).items() if value is not None and name not in OF_THE_LAUNCHER}
     return yaml.safe_dump(values, sort_keys=False)
 

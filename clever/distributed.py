@@ -1,13 +1,12 @@
-"""Processes and devices: launching, collectives, and how a script ends."""
+"""Processes and devices: the process group, its collectives, and srun without a launcher."""
 
 import argparse
 import datetime
+import functools
 import os
 import re
 import socket
 import sys
-import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -54,10 +53,7 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         if gpus == 1 and by_srun:  # which may show each task only a GPU of its own
             local_rank = 0
         elif processes > gpus:
-            raise InputError(
-                f"{processes} processes on this machine: only {gpus} GPU{'s' * (gpus > 1)} visible "
-                "(DEVICES of the launch scripts, or CUDA_VISIBLE_DEVICES)"
-            )
+            raise InputError(f"{processes} processes on this machine, but {gpus} visible GPUs (CUDA_VISIBLE_DEVICES)")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -79,13 +75,13 @@ def _join_process_group(backend: str, args: argparse.Namespace) -> None:
         with signals.at_once():  # torch's waiting does not return to Python
             store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=join))
             store.set_timeout(wait)
+            _store.append(store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     except (OSError, RuntimeError, ValueError) as error:  # torch's own errors are RuntimeErrors
-        reason = describe_error(error)
-        advice = "do all processes run, and do they have the same address and port?"
-        if "EADDRINUSE" in reason:
-            advice = "choose another port: PORT_NUM of the launch scripts, --master_port of torchrun, or MASTER_PORT"
-        raise InputError(f"process {rank} of {world_size} cannot join the others: {advice} ({reason[:200]})") from error
+        raise InputError(
+            f"process {rank} of {world_size} cannot join the others: do all run, with the same address and a free port "
+            f"(PORT_NUM of the launch scripts, --master_port of torchrun, MASTER_PORT)? ({describe_error(error)[:200]})"
+        ) from error
 
 
 def _variable(name: str, default: int | None = None) -> int:
@@ -99,17 +95,32 @@ def _variable(name: str, default: int | None = None) -> int:
 
 
 def _check_address(dist_url: str) -> None:
-    """Raise InputError if a host has no address, or if the file of a file:// URL is left over from a former run."""
-    if dist_url.startswith("file://"):
-        path = Path(dist_url.removeprefix("file://"))
-        if path.exists() and time.time() - path.stat().st_mtime > 60 * JOIN_MINUTES:
-            raise InputError(f"--dist_url {dist_url}: the file is left over from another run; remove it, or name a new one")
+    """Raise InputError if the host has no address, for which torch would wait."""
     host = os.environ.get("MASTER_ADDR") if dist_url == "env://" else urlparse(dist_url).hostname
     if host:
         try:
             socket.getaddrinfo(host, None)
         except OSError as error:
             raise InputError(f"host {host} (MASTER_ADDR, --master_addr or --dist_url) has no address: {error}") from error
+
+
+_store: list[dist.Store] = []  # of the group
+
+
+def first_says(message: str, seconds: float) -> bool:
+    """Whether the first process says the same to all others, which wait for it; the first one leaves its message for them."""
+    if not _store:
+        return False
+    if is_main_process():
+        _store[0].set("last_words", message)
+        return False
+    try:
+        _store[0].wait(["last_words"], datetime.timedelta(seconds=seconds))
+        return _store[0].get("last_words") == message.encode()
+    except dist.DistStoreError:  # it has nothing to say
+        return False
+    except dist.DistNetworkError:  # it has ended, and the store with it
+        return True
 
 
 def is_distributed() -> bool:
@@ -143,6 +154,20 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in one of the processes. On the CPU: a GPU does not wait for it."""
+    if not is_distributed():
+        return flag
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_cpu_group())
+    return bool(found)
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -192,31 +217,19 @@ def adopt_slurm_variables() -> bool:
 
     A launcher's variables win, and so do MASTER_ADDR and MASTER_PORT. A task of its own, as in the script of sbatch or in
     `srun --pty bash`, runs alone.
-
-    Raises:
-        InputError: this is one of several tasks, but srun's variables are missing.
     """
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
-        return False
-    rank = int(os.environ["SLURM_PROCID"])
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if rank >= tasks:
-        raise InputError(
-            f"SLURM_PROCID={rank}, SLURM_STEP_NUM_TASKS={tasks}: not as srun sets them; start with srun or torchrun, or unset "
-            "SLURM_PROCID to run alone"
-        )
-    if tasks == 1:
+    if "RANK" in os.environ or tasks == 1:
         return False
     hosts, per_host = os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
-    port = FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % PORTS
     os.environ |= {
-        "RANK": str(rank),
+        "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(task_counts(per_host)[int(os.environ["SLURM_NODEID"])]),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(hosts))
-    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % PORTS))
     return True
 
 

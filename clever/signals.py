@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0  # two signals within them are one
 UNFINISHED = "what has not been written yet is missing; start the same command again"
 
@@ -27,16 +28,12 @@ class Interrupted(BaseException):
 
     def __init__(self, message: str = UNFINISHED, status: int | None = None) -> None:
         super().__init__(message)
-        self.given_status = status
-
-    @property
-    def status(self) -> int:
-        return 128 + (_received or signal.SIGTERM) if self.given_status is None else self.given_status
+        self.status = 128 + (_received or signal.SIGTERM) if status is None else status
 
 
 _received: signal.Signals | None = None
 _received_at = 0.0
-_response: Interrupted | None = None  # raised by a signal; None: it is only noted
+_response: tuple[str, int | None] | None = None  # the arguments of Interrupted, which a signal raises; None: it is only noted
 
 
 def is_requested() -> bool:
@@ -57,7 +54,7 @@ def signals_interrupt() -> Iterator[None]:
         yield
         return
     _received = None
-    with _handled_by(_on_signal), _responding(Interrupted()):
+    with _handled_by(_on_signal), allowed(UNFINISHED, None):
         yield
 
 
@@ -70,7 +67,7 @@ def at_once() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _handled_by(handler: Any) -> Iterator[None]:
     """Within, both signals have this handler. Only in the main thread."""
-    former = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
@@ -83,13 +80,13 @@ def deferred() -> contextlib.AbstractContextManager[None]:
     return _responding(None)
 
 
-def allowed(message: str, status: int) -> contextlib.AbstractContextManager[None]:
+def allowed(message: str, status: int | None) -> contextlib.AbstractContextManager[None]:
     """A signal raises Interrupted(message, status) within, and at the start if it has come before."""
-    return _responding(Interrupted(message, status))
+    return _responding((message, status))
 
 
 @contextlib.contextmanager
-def _responding(response: Interrupted | None) -> Iterator[None]:
+def _responding(response: tuple[str, int | None] | None) -> Iterator[None]:
     global _response
     former, _response = _response, response
     try:
@@ -102,7 +99,7 @@ def _responding(response: Interrupted | None) -> Iterator[None]:
 
 def _obey() -> None:
     if _received is not None and _response is not None:
-        raise _response
+        raise Interrupted(*_response)
 
 
 def _on_signal(number: int, _: Any) -> None:
@@ -118,5 +115,5 @@ def _on_signal(number: int, _: Any) -> None:
 
 def ignore_signals(*_: Any) -> None:
     """Ignore both signals in this process; as worker_init_fn of a DataLoader, in its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

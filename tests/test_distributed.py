@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from clever import distributed, entry
 from clever.checkpoint import load_checkpoint, save_atomically
 from clever.data import datasets
 from clever.entry import run_entry_point
+from clever.training.build import build_networks
 from clever.training.telemetry import TrainingProgress
 from clever.utils import InputError
 
@@ -46,7 +48,7 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(images, tmp_path):
         "--num_workers", 0,
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
-    assert "2 processes, 3 steps of 8 images" in two.stdout
+    assert "3 steps per epoch of 8 images, processes: 2" in two.stdout
     assert len(re.findall(r"^epoch 1/2 3/3 ", two.stdout, re.MULTILINE)) == 1  # one voice
     run("main_dino.py", *flags, "--output_dir", tmp_path / "1", "--batch_size_per_gpu", 8, "--num_workers", 1,
         output=tmp_path / "output")  # fmt: skip
@@ -59,7 +61,7 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(images, tmp_path):
         for name in one.keys() - own:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
     states = [load_checkpoint(tmp_path / number / "checkpoint.pth") for number in "12"]
-    start = main_dino.build_networks(parse(*flags), torch.device("cpu"))[0].state_dict()
+    start = build_networks(parse(*flags), torch.device("cpu"))[0].state_dict()
     moved = rel_error(states[0]["student"]["backbone.blocks.0.mlp.fc1.weight"], start["backbone.blocks.0.mlp.fc1.weight"])
     assert moved > 0.01  # the steps are a thousand times larger than what is allowed between the two
     for part in ("student", "teacher", "dino_loss"):
@@ -109,13 +111,35 @@ def test_a_value_that_is_not_finite_in_one_process_is_seen_by_all(tmp_path):
     assert [output.read_text() for output in outputs] == ["epoch 7/9, step 2 of 5: loss is inf"] * 2
 
 
+def processes_are_refused(rank, port, output, messages):
+    def main():
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            os.environ[name] = str(value)
+        parser = argparse.ArgumentParser()
+        distributed.add_distributed_arguments(parser)
+        distributed.init_distributed(parser.parse_args([]))
+        raise InputError(messages[rank])
+
+    with open(output, "w") as stream, contextlib.redirect_stderr(stream):
+        run_entry_point(main)
+
+
+@pytest.mark.parametrize("messages, printed", [(["same", "same"], ["error: same\n", ""]),
+                                               (["a", "b"], ["error: a\n", "error: b\n"])])  # fmt: skip
+def test_an_error_of_all_processes_is_printed_once_without_waiting(messages, printed, tmp_path):
+    port, outputs, start = free_port(), [tmp_path / "0", tmp_path / "1"], time.monotonic()
+    children = [fork(processes_are_refused, rank, port, output, messages) for rank, output in enumerate(outputs)]
+    assert wait(children) == [2, 2] and time.monotonic() - start < entry.GRACE_SECONDS
+    assert [output.read_text() for output in outputs] == printed
+
+
 def one_process_is_refused(rank, output):
     def main():
         if rank == 1:
             raise InputError("no such thing")
 
     os.environ["RANK"] = str(rank)
-    entry.GRACE_SECONDS = 0.1
+    entry.START_SECONDS = 0.1
     with open(output, "w") as stream, contextlib.redirect_stderr(stream):
         run_entry_point(main)
 
@@ -232,12 +256,12 @@ def test_more_processes_than_gpus_is_an_error_of_all(monkeypatch, rank):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="4 processes on this machine: only 2 GPUs"):
+    with pytest.raises(InputError, match="4 processes on this machine, but 2 visible GPUs"):
         distributed.init_distributed(argparse.Namespace(local_rank=0, dist_url="env://"))
 
 
 @pytest.mark.parametrize("error, status", [(InputError("wrong"), 2), (FloatingPointError("loss is nan"), 1)])
-@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [entry.GRACE_SECONDS])])
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [entry.START_SECONDS])])
 def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits):
     """Other processes than the first wait before they speak: the launcher ends them meanwhile if the first has spoken."""
 
@@ -245,7 +269,7 @@ def test_errors_become_one_line(monkeypatch, capsys, error, status, rank, waits)
         raise error
 
     slept = []
-    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(entry.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)

@@ -249,7 +249,7 @@ def test_plain_python_continues_a_run(images, tmp_path):
         "--epochs", 2, "--batch_size_per_gpu", 4, "--num_workers", 0,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert f"continuing {folder} from epoch 1" in process.stdout and "1 process," in process.stdout
+    assert f"continuing {folder} from epoch 1" in process.stdout and "processes: 1;" in process.stdout
     assert [record["epoch"] for record in read_log(folder)] == [0, 1]
 
 
@@ -267,8 +267,18 @@ def test_files_of_others_in_the_output_folder_are_kept(tmp_path):
     assert outcome.status == 0 and "is kept as" not in outcome.stdout and len((run / "log.txt").read_text().splitlines()) == 2
 
 
+def test_an_epoch_that_an_older_version_left_begins_again(tmp_path):
+    images = write_images(tmp_path / "images", 8)
+    assert in_process.pretrain(images, tmp_path / "run").status == 0
+    path = tmp_path / "run" / "checkpoint.pth"
+    torch.save(torch.load(path, weights_only=True) | {"part_of_epoch": {"epoch": 1, "images": 4}}, path)
+    outcome = in_process.pretrain(images, tmp_path / "run", "--epochs", 2)
+    assert outcome.status == 0 and "epoch 1 was interrupted by an older version" in outcome.stdout
+    assert "epoch 1/2 1/2 " in outcome.stdout or "epoch 1/2 2/2 " in outcome.stdout
+
+
 @pytest.mark.parametrize("name, value", [("args", None), ("epoch", "1"), ("epoch", -1), ("student", None), ("optimizer", {}),
-                                         ("part_of_epoch", {"epoch": 1}), ("part_of_epoch", [1])])  # fmt: skip
+                                         ("epoch_so_far", {"epoch": 1}), ("epoch_so_far", [1])])  # fmt: skip
 def test_a_damaged_state_is_refused_in_a_line(tmp_path, name, value):
     images = write_images(tmp_path / "images", 8)
     assert in_process.pretrain(images, tmp_path / "run").status == 0

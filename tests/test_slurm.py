@@ -10,7 +10,6 @@ from test_resume import assert_same
 
 from clever import distributed
 from clever.checkpoint import load_checkpoint
-from clever.utils import InputError
 
 FLAGS = (*TINY_NETWORK, "--net", "CLeVER", "--epochs", 1, "--num_workers", 0)
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -64,11 +63,6 @@ def test_a_launchers_variables_win(monkeypatch):
     assert os.environ["RANK"] == "0"
 
 
-def test_tasks_without_sruns_variables_do_not_all_write_the_same_files(task):
-    with pytest.raises(InputError, match="SLURM_PROCID=1, SLURM_STEP_NUM_TASKS=1: .*srun or torchrun"):
-        task(PROCID=1, NTASKS=2)
-
-
 def test_two_tasks_are_two_processes_of_torchrun(images, tmp_path):
     words = ["main_dino.py", *map(str, (*FLAGS, "--data_path", images, "--batch_size_per_gpu", 4))]
     step = {"STEP_NUM_TASKS": 2, "STEP_NODELIST": socket.gethostname(), "STEP_TASKS_PER_NODE": 2, "NODEID": 0}
@@ -78,7 +72,7 @@ def test_two_tasks_are_two_processes_of_torchrun(images, tmp_path):
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         children.append(fork(run_script, [*words, "--output_dir", str(tmp_path / "srun")], variables, tmp_path / "out", None))
     assert wait(children) == [0, 0], (tmp_path / "out").read_text()
-    assert (tmp_path / "out").read_text().count("2 processes") == 1
+    assert (tmp_path / "out").read_text().count("processes: 2") == 1
     run(*words, "--output_dir", tmp_path / "run", processes=2, output=tmp_path / "out2")
     states = [load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("srun", "run")]
     assert_same(states[0]["student"], states[1]["student"])
@@ -101,19 +95,11 @@ def refused(images, folder, *flags, **variables):
 def test_a_port_in_use(images, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         line = refused(images, tmp_path, MASTER_PORT=str(server.getsockname()[1]))
-    assert "cannot join the others: choose another port: PORT_NUM" in line
+    assert "cannot join the others" in line and "PORT_NUM" in line
 
 
 def test_a_host_without_an_address(images, tmp_path):
     assert "host no.such.host (MASTER_ADDR" in refused(images, tmp_path, MASTER_ADDR="no.such.host")
-
-
-def test_a_file_of_a_former_run(images, tmp_path):
-    meeting = tmp_path / "meeting"
-    meeting.write_bytes(b"old")
-    os.utime(meeting, (1, 1))
-    assert "left over from another run" in refused(images, tmp_path, "--dist_url", f"file://{meeting}")
-    assert meeting.read_bytes() == b"old"
 
 
 def test_a_negative_time_limit(images, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
+from clever.arguments import check_not_negative
 from clever.methods.dino import DINOLoss
 from clever.methods.pairs import cosine_of_pairs
 from clever.utils import InputError
@@ -54,6 +55,21 @@ class CLeVERLoss(DINOLoss):
         self.sep_lambd, self.reg_lambd = sep_lambd, reg_lambd
         self.heads = heads  # in a tuple, which keeps their parameters out of this module's own
         self.register_buffer("center2", torch.zeros(1, DVR_out_dim))
+
+    @staticmethod
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        add = group.add_argument
+        add("--hp1", type=float, default=0.8, help="share of the representation that is IR, in (0, 1)")
+        add("--DVR_out_dim", type=int, default=16384, help="outputs of the EF head")
+        add("--sep_lambd", type=float, default=1.0, help="weight of the EF loss (DVR)")
+        add("--reg_lambd", default="_reg0.001", help="weight of the regulariser of the two heads: _reg0.001, 0.001, or '' for "
+            "none. Raise it if one of the heads collapses")  # fmt: skip
+
+    @staticmethod
+    def check_args(args: argparse.Namespace) -> None:
+        check_not_negative(args, "sep_lambd")
+        check_hp1(args.hp1)
+        parse_reg_lambd(args.reg_lambd)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, heads: list[nn.Module]) -> "CLeVERLoss":
@@ -99,6 +115,12 @@ def head_regularizer(head: nn.Module, head2: nn.Module) -> torch.Tensor:
         sum(torch.linalg.vector_norm(p, dim=-1).double().square().sum() for p in h.parameters()) for h in (head, head2)
     )
     return (squares - squares2).abs().float()
+
+
+def check_hp1(hp1: float) -> None:
+    """Raise InputError unless --hp1 lies in (0, 1]."""
+    if not 0 < hp1 <= 1:
+        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
 
 
 def parse_reg_lambd(text: str) -> float:

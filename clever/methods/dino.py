@@ -65,6 +65,14 @@ class DINOLoss(nn.Module):
         self._pending: dict[str, list[torch.Tensor]] = {}  # per centre, the teacher's means since its last update
         self.register_buffer("center", torch.zeros(1, out_dim))
 
+    @staticmethod
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        """The flags of this objective alone."""
+
+    @staticmethod
+    def check_args(args: argparse.Namespace) -> None:
+        """Raise InputError for invalid values of these flags."""
+
     @classmethod
     def from_args(cls, args: argparse.Namespace, heads: list[nn.Module]) -> "DINOLoss":
         """The objective that the flags describe; `heads`: those of the student."""

@@ -5,10 +5,11 @@ the start of a run it gets the lines that it lacks. So a run that was killed and
 """
 
 import argparse
+import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from clever.arguments import check_choices, check_installed, check_writable
 from clever.data.datasets import ImageDataset
 from clever.distributed import is_main_process
+from clever.signals import Interrupted
 from clever.training.telemetry import read_log
 from clever.utils import InputError, describe_error, save_json
 
 FOLDERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlruns"}  # the services' files, in the output folder
 PICTURED = 4  # images whose views are shown
-STATE = "loggers.json"  # in the output folder: which run of each service this is, and the last epoch that it has
+RUNS = "loggers.json"  # in the output folder: which run of each service this is
 MLFLOW_SETTINGS = {  # unless the user has set them
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is down must not hold up the training for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -75,26 +77,23 @@ def picture_of_views(tensors: Sequence[torch.Tensor]) -> np.ndarray:
 
 # --- services ------------------------------------------------------------------------------------------------------------
 #
-# Each is made from the folder of the run and from what STATE holds about it, {} for a new run, and has
-#     run: the service's name of the run, for STATE,
+# Each is made from the folder of the run and from the service's name of the run (None: a new one), and has
+#     run: that name,
 #     last: the last epoch that it has; -1: none,
 #     begin(arguments, picture): called first, if it has none,
 #     send(epoch, values): called for the epochs after `last`, in their order,
-#     close().
+#     close(status): "FINISHED", "KILLED" or "FAILED".
 
 
 class TensorBoard:
-    """Event files in <folder>/tensorboard."""
+    """Event files in <folder>/tensorboard. Each start writes the whole run; readers drop what former files hold of it."""
 
-    run = None
+    run, last = None, -1
 
-    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, run: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        events = folder / FOLDERS["tensorboard"]
-        self.last = known.get("epoch", -1) if events.is_dir() else -1
-        # Readers drop what former event files hold from this step on: an epoch that was sent just before a kill.
-        self.writer = SummaryWriter(str(events), purge_step=self.last + 1)
+        self.writer = SummaryWriter(str(folder / FOLDERS["tensorboard"]), purge_step=0)
 
     def begin(self, arguments: dict[str, Any], picture: np.ndarray) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -109,7 +108,7 @@ class TensorBoard:
             self.writer.add_scalar(tag, value, epoch)
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
         self.writer.close()
 
 
@@ -119,13 +118,13 @@ class WandB:
     Offline, every start writes a whole run to files of its own: wandb writes late, and a kill cuts the former ones short.
     """
 
-    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, run: str | None) -> None:
         import wandb
 
         self.wandb = wandb
         self.session = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "CLeVER"), name=os.environ.get("WANDB_NAME", folder.name), dir=folder,
-            id=known.get("run"), resume="allow" if known else None, settings=wandb.Settings(console="off"),
+            id=run, resume="allow" if run else None, settings=wandb.Settings(console="off"),
         )  # fmt: skip
         self.run = self.session.id
         self.last = int(self.session.summary.get("epoch", -1))  # on the server; offline there is none
@@ -137,27 +136,23 @@ class WandB:
     def send(self, epoch: int, values: dict[str, float]) -> None:
         self.session.log(values | {"epoch": epoch}, step=epoch, commit=True)
 
-    def close(self) -> None:
-        self.session.finish()
+    def close(self, status: str) -> None:
+        self.session.finish(exit_code=0 if status == "FINISHED" else 1)
 
 
 class MLflow:
     """A run of MLflow, at MLFLOW_TRACKING_URI or in <folder>/mlruns; MLFLOW_EXPERIMENT_NAME is obeyed."""
 
-    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, run: str | None) -> None:
         for name, value in MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or (folder / FOLDERS["mlflow"]).as_uri())
-        if known:
-            self.run = known["run"]
-            self.client.update_run(self.run, "RUNNING")
-        else:
-            self.run = self.client.create_run(self._experiment(), run_name=folder.name).info.run_id
-        tags = self.client.get_run(self.run).data.metrics
-        self.has = {tag: max(m.step for m in self.client.get_metric_history(self.run, tag)) for tag in tags}
-        self.last = int(self.has.get("epoch", -1))
+        if run:
+            self.client.update_run(run, "RUNNING")
+        self.run = run or self.client.create_run(self._experiment(), run_name=folder.name).info.run_id
+        self.last = int(self.client.get_run(self.run).data.metrics.get("epoch", -1))
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "CLeVER")
@@ -174,12 +169,10 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        values = values | {"epoch": epoch}  # comes last: a kill before it leaves an epoch of which the rest is sent again
-        metrics = [Metric(tag, value, now, epoch) for tag, value in values.items() if self.has.get(tag, -1) < epoch]
-        self.client.log_batch(self.run, metrics)
+        self.client.log_batch(self.run, [Metric(tag, value, now, epoch) for tag, value in (values | {"epoch": epoch}).items()])
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    def close(self, status: str) -> None:
+        self.client.set_terminated(self.run, status)
 
 
 SERVICES = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
@@ -189,9 +182,9 @@ SERVICES = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
 class Loggers:
-    """The services of --log_to, in the first process; none in the others.
+    """The services of --log_to, in the first process; none in the others. Used as a context, at whose end they are closed.
 
-    A service that fails is left out from then on, with a warning: training goes on.
+    A service that fails while training is left out from then on, with a warning: training goes on.
 
     Args:
         names: of --log_to.
@@ -205,72 +198,55 @@ class Loggers:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        folder: str | Path,
-        arguments: dict[str, Any],
-        epoch: int,
-        dataset: ImageDataset,
+        self, names: Sequence[str], folder: str | Path, arguments: dict[str, Any], epoch: int, dataset: ImageDataset
     ) -> None:
-        self.folder = Path(folder).absolute()
-        self.services: dict[str, Any] = {}
+        self.folder, self.services = Path(folder).absolute(), {}
         if not names or not is_main_process():
             return
-        self.state = self._read_state()
+        runs = json.loads((self.folder / RUNS).read_text()) if epoch and (self.folder / RUNS).exists() else {}
         for name in names:
-            try:
-                self._start(name, arguments, epoch, dataset)
-            except Exception as error:  # whatever these packages raise
-                if epoch == 0:
-                    raise InputError(f"--log_to {name}: cannot be started ({describe_error(error)})") from error
-                self._leave_out(name, error)
+            with self._left_out_if_it_fails(name, at_start=epoch == 0):
+                self._start(name, runs.get(name), arguments, epoch, dataset)
+        save_json({name: service.run for name, service in self.services.items()}, self.folder / RUNS)
 
     def send(self, record: dict[str, Any]) -> None:
         """The record of an epoch, to all services."""
-        for name in list(self.services):
-            try:
-                self._send(name, record)
-            except Exception as error:
-                self._leave_out(name, error)
-
-    def close(self) -> None:
-        """End all services, once they have sent everything."""
         for name, service in list(self.services.items()):
-            try:
-                service.close()
-            except Exception as error:
-                self._leave_out(name, error)
+            with self._left_out_if_it_fails(name):
+                service.send(record["epoch"], tagged(record))
 
-    def _start(self, name, arguments, epoch, dataset):
+    def __enter__(self) -> "Loggers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        status = "FINISHED" if error is None else "KILLED" if isinstance(error, Interrupted) else "FAILED"
+        for name, service in list(self.services.items()):
+            with self._left_out_if_it_fails(name):
+                service.close(status)
+
+    def _start(self, name: str, run: str | None, arguments: dict[str, Any], epoch: int, dataset: ImageDataset) -> None:
         """Start a service, or continue its run, and send what it lacks of log.txt."""
-        service = SERVICES[name](self.folder, self.state.get(name, {}))
+        service = SERVICES[name](self.folder, run)
         if service.last >= epoch:  # training begins again at an earlier epoch, and services cannot forget: a new run
-            service.close()
-            service = SERVICES[name](self.folder, {})
+            service.close("KILLED")
+            service = SERVICES[name](self.folder, None)
         if service.last < 0:
             views, _ = dataset.__getitems__(list(range(min(len(dataset), PICTURED))))
             service.begin(arguments, picture_of_views(views))
         self.services[name] = service
         for record in read_log(self.folder / "log.txt"):
             if record["epoch"] > service.last:
-                self._send(name, record)
+                service.send(record["epoch"], tagged(record))
 
-    def _send(self, name, record):
-        self.services[name].send(record["epoch"], tagged(record))
-        self.state[name] = {"run": self.services[name].run, "epoch": record["epoch"]}
-        save_json(self.state, self.folder / STATE)
-
-    def _leave_out(self, name, error):
-        self.services.pop(name, None)
-        print(
-            f"warning: --log_to {name} has failed and is left out from now on ({describe_error(error)}). The same command, "
-            "started again, sends what is missing",
-            flush=True,
-        )
-
-    def _read_state(self):
+    @contextlib.contextmanager
+    def _left_out_if_it_fails(self, name: str, at_start: bool = False) -> Iterator[None]:
         try:
-            state = json.loads((self.folder / STATE).read_text())
-        except (OSError, ValueError):  # none yet, or damaged: the services get runs of their own
-            return {}
-        return state if isinstance(state, dict) else {}
+            yield
+        except Exception as error:  # whatever these packages raise
+            if at_start:
+                raise InputError(f"--log_to {name}: cannot be started ({describe_error(error)})") from error
+            self.services.pop(name, None)
+            print(
+                f"warning: --log_to {name} has failed and is left out from now on ({describe_error(error)}). The same command, "
+                "started again, sends what is missing", flush=True,
+            )  # fmt: skip

@@ -1,10 +1,7 @@
-"""A pretraining run: the student, its teacher and all that changes from step to step.
-
-One step: normalised views -> both networks -> loss -> clipped gradients -> optimizer -> teacher = moving average of student.
-"""
+"""A pretraining run: the student, its teacher and all that changes from step to step."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,21 +13,18 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from clever import signals
 from clever.checkpoint import load_moments, load_strictly, save_atomically
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from clever.distributed import (
-    all_gather_objects,
-    get_rank,
-    get_world_size,
-    is_distributed,
-    is_main_process,
-)
+from clever.distributed import any_process, get_rank, is_distributed, is_main_process
 from clever.methods.dino import DINOLoss
 from clever.methods.pairs import TEACHER_VIEWS
 from clever.models.heads import MultiCropWrapper
-from clever.signals import Interrupted
 from clever.training.optim import clip_gradients, set_schedules, update_teacher
 from clever.training.telemetry import TrainingProgress, feature_std
+from clever.utils import seed_everything
+
+Batch = tuple[list[torch.Tensor], Any]  # views of a micro-batch, and what goes with them
 
 
 class EpochSampler(DistributedSampler):
@@ -51,20 +45,21 @@ class Pretraining:
         criterion: (student's output, teacher's output, epoch, update_center) -> terms of the loss, "loss" first.
         optimizer: of the student's parameters.
         scaler: of the gradients, enabled for fp16 only.
-        schedules: one value per optimizer step of "lr", "wd" (weight decay) and "momentum" (of the teacher).
+        schedules: one value per step of "lr", "wd" (weight decay) and "momentum" (of the teacher).
         device: of the networks and the criterion.
         amp_dtype: type that autocast computes in; float32 means no autocast.
         epochs: number of epochs of the run.
-        images_per_step: images per optimizer step, summed over processes and micro-batches.
-        accumulation: micro-batches per optimizer step.
+        images_per_step: images per step, summed over processes and micro-batches.
+        accumulation: micro-batches per step.
         clip_grad: the gradient of each parameter is clipped to this norm; 0: no clipping.
         freeze_last_layer: number of epochs during which the heads' last layers do not move.
+        seed: of the random numbers that the networks draw, for stochastic depth.
         print_freq: micro-batches between progress lines.
         mean, std: of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device.
         arguments: of the command line, recorded in checkpoints.
 
     Attributes:
-        part_of_epoch: what has been done of an epoch, from which an interrupted one continues: see `_part_of_epoch`.
+        so_far: the last "epoch" that was begun, how many "images" of it were used by all processes, and their "averages".
     """
 
     student: MultiCropWrapper
@@ -80,11 +75,12 @@ class Pretraining:
     accumulation: int = 1
     clip_grad: float = 3.0
     freeze_last_layer: int = 1
+    seed: int = 0
     print_freq: int = 20
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     arguments: dict[str, Any] = field(default_factory=dict)
-    part_of_epoch: dict[str, Any] = field(default_factory=dict, init=False)
+    so_far: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.model: nn.Module = self.student  # called in training: the student, or DistributedDataParallel around it
@@ -96,83 +92,61 @@ class Pretraining:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.student, device_ids=device_ids, gradient_as_bucket_view=True)
 
+    # --- training ---
+
     def train_one_epoch(self, loader: DataLoader, epoch: int) -> dict[str, float]:
         """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
 
-        If the epoch was interrupted before, the loader yields the rest of it: see `micro_steps_done`.
+        If the epoch was interrupted before, the loader yields the rest of it: see `steps_done`.
         Raises FloatingPointError, which names the term, if a term of the loss is not finite, and Interrupted after the step in
         which a process has received SIGTERM, unless this is the last one.
         """
         steps = len(loader) // self.accumulation
-        micro_steps, done = steps * self.accumulation, self.micro_steps_done(epoch)
-        progress = self._progress(epoch, micro_steps, done)
-        for micro_step, (views, _) in enumerate(islice(loader, micro_steps - done), done):
-            last = (micro_step + 1) % self.accumulation == 0  # micro-batch of this step
-            views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
-            with contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync():
-                terms = self.compute_loss(views, epoch, update_center=last)
-                progress.update(**terms)
-                self.scaler.scale(terms["loss"] / self.accumulation).backward()
-            if last:
-                self.update_weights(epoch, step=epoch * steps + micro_step // self.accumulation)
-                if progress.stop_requested:
-                    break
-        means = progress.finish()
-        self.part_of_epoch = self._part_of_epoch(epoch, progress)
-        if progress.done < micro_steps:
-            raise Interrupted(f"after step {progress.done // self.accumulation} of {steps} of epoch {epoch}/{self.epochs}", 0)
+        first, header = self.steps_done(epoch), f"epoch {epoch}/{self.epochs}"
+        total, images = steps * self.accumulation, self.images_per_step // self.accumulation
+        progress = TrainingProgress(header, total, images, self.device, self.print_freq, epochs_after=self.epochs - epoch - 1)
+        if first:
+            progress.resume(self.so_far["averages"], first * self.accumulation)
+        batches = iter(loader)
+        for step in range(first, steps):
+            # Each step has random numbers of its own: a run that goes on in the middle of an epoch draws the same ones.
+            seed_everything(self.seed, epoch, step, get_rank())
+            self.train_step(islice(batches, self.accumulation), progress, epoch, epoch * steps + step)
+            if any_process(signals.is_requested()):
+                break
+        means, done = progress.finish(), progress.done // self.accumulation
+        self.so_far = {"epoch": epoch, "images": done * self.images_per_step, "averages": progress.state()}
+        if done < steps:
+            raise signals.Interrupted(f"after step {done} of {steps} of {header}", 0)
         of_epoch = slice(epoch * steps, (epoch + 1) * steps)
         rates = {name: float(values[of_epoch].mean()) for name, values in self.schedules.items()}
         return means | rates | {"images_per_second": progress.rate}
 
-    def _progress(self, epoch: int, micro_steps: int, done: int) -> TrainingProgress:
-        """Averages of the epoch, which continue those of an interrupted one."""
-        header, images = f"epoch {epoch}/{self.epochs}", self.images_per_step // self.accumulation
-        after = (self.epochs - epoch - 1) * micro_steps
-        progress = TrainingProgress(header, micro_steps, images, self.device, self.print_freq, after)
-        if done:
-            progress.resume(self.part_of_epoch["progress"], done)
-            self._set_generators(self.part_of_epoch["generators"])
-        return progress
+    def train_step(self, batches: Iterable[Batch], progress: TrainingProgress, epoch: int, step: int) -> None:
+        """One step of the optimizer, with the gradients of all micro-batches, then of the teacher.
 
-    # --- an interrupted epoch ---
-
-    def micro_steps_done(self, epoch: int) -> int:
-        """How many micro-batches of this epoch were used before an interruption, in whole steps; 0 for another epoch."""
-        if self.part_of_epoch.get("epoch") != epoch:
-            return 0
-        return self.part_of_epoch["images"] // self.images_per_step * self.accumulation
-
-    def seconds_spent(self, epoch: int) -> float:
-        """Time that the epoch took before an interruption; 0 for another epoch."""
-        return self.part_of_epoch["progress"]["seconds"] if self.micro_steps_done(epoch) else 0.0
-
-    def _part_of_epoch(self, epoch: int, progress: TrainingProgress) -> dict[str, Any]:
-        """The images that were used, over all processes, the sums of the averages, and all processes' random generators."""
-        images = progress.done * self.images_per_step // self.accumulation
-        states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
-        return {"epoch": epoch, "images": images, "progress": progress.state(), "generators": all_gather_objects(states)}
-
-    def _set_generators(self, states: list[list[torch.Tensor]]) -> None:
-        """Continue this process's random numbers, which stochastic depth draws, unless the number of processes has changed."""
-        if len(states) != get_world_size():
-            return
-        cpu, *gpu = states[get_rank()]
-        torch.set_rng_state(cpu)
-        if self.device.type == "cuda" and gpu:
-            torch.cuda.set_rng_state(gpu[0], self.device)
-
-    # --- one step ---
-
-    def normalized(self, views: torch.Tensor) -> torch.Tensor:
-        """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
-        return normalize(views, self.mean, self.std) if views.dtype == torch.uint8 else views
+        batches: for each micro-batch the views, one tensor [V', B, 3, S, S] per resolution, the two global views first.
+        """
+        set_schedules(self.optimizer, self.schedules["lr"][step], self.schedules["wd"][step])
+        for micro_batch, (views, _) in enumerate(batches, start=1):
+            last = micro_batch == self.accumulation
+            views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
+            with contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync():
+                terms = self.compute_loss(views, epoch, update_center=last)
+                progress.update(**terms)  # stops the run if a term is not finite
+                self.scaler.scale(terms["loss"] / self.accumulation).backward()
+        self.scaler.unscale_(self.optimizer)
+        clip_gradients(self.trainable_parameters, self.clip_grad)
+        if epoch < self.freeze_last_layer:
+            for head in self.student.heads:
+                head.last_layer.zero_grad()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        update_teacher(self.teacher, self.student, self.schedules["momentum"][step])
 
     def compute_loss(self, views: list[torch.Tensor], epoch: int, update_center: bool = True) -> dict[str, torch.Tensor]:
-        """Forward pass of both networks: terms of the loss, "loss" first, then telemetry.
-
-        `views` holds one tensor [V', B, 3, S, S] per resolution, the two global views first.
-        """
+        """Forward pass of both networks: terms of the loss, "loss" first, then telemetry."""
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             with torch.no_grad():
                 global_views = views[0][:TEACHER_VIEWS].flatten(0, 1)  # 2*B, 3, S, S
@@ -182,18 +156,19 @@ class Pretraining:
         spread = {f"feature_std{part}": feature_std(features) for part, features in self.teacher.split(z).items()}
         return terms | self.criterion.telemetry(terms) | spread
 
-    def update_weights(self, epoch: int, step: int) -> None:
-        """One step of the optimizer, with clipped gradients and the schedules' values at `step`, then of the teacher."""
-        self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.trainable_parameters, self.clip_grad)
-        if epoch < self.freeze_last_layer:
-            for head in self.student.heads:
-                head.last_layer.zero_grad()
-        set_schedules(self.optimizer, self.schedules["lr"][step], self.schedules["wd"][step])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        update_teacher(self.teacher, self.student, self.schedules["momentum"][step])
+    def normalized(self, views: torch.Tensor) -> torch.Tensor:
+        """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
+        return normalize(views, self.mean, self.std) if views.dtype == torch.uint8 else views
+
+    # --- saving and resuming ---
+
+    def steps_done(self, epoch: int) -> int:
+        """How many steps of this epoch were made before an interruption; 0 for another epoch."""
+        return self.so_far["images"] // self.images_per_step if self.so_far.get("epoch") == epoch else 0
+
+    def seconds_spent(self, epoch: int) -> float:
+        """Time that the epoch took before an interruption; 0 for another epoch."""
+        return self.so_far["averages"]["seconds"] if self.steps_done(epoch) else 0.0
 
     def state_dict(self, epoch: int) -> dict[str, Any]:
         """Training state saved in checkpoints: tensors and plain values; `epoch` is the next one to run, or to continue."""
@@ -207,8 +182,8 @@ class Pretraining:
         }
         if self.scaler.is_enabled():
             state["fp16_scaler"] = self.scaler.state_dict()
-        if self.part_of_epoch.get("epoch") == epoch:
-            state["part_of_epoch"] = self.part_of_epoch
+        if self.so_far.get("epoch") == epoch:  # which has been interrupted, or is not yet measured
+            state["epoch_so_far"] = self.so_far
         return state
 
     def save(self, folder: str | Path, epoch: int, saveckp_freq: int = 0) -> None:
@@ -229,8 +204,9 @@ class Pretraining:
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
-        part = state.get("part_of_epoch", {})
-        if not isinstance(part, dict) or (part and not {"epoch", "images", "progress", "generators"} <= set(part)):
-            raise ValueError("part_of_epoch is not what an interrupted epoch leaves")
-        self.part_of_epoch = part
+        if state.get("part_of_epoch"):
+            print(f"epoch {state['epoch']} was interrupted by an older version of this program: it begins again")
+        self.so_far = state.get("epoch_so_far", {})
+        if self.so_far and min(self.so_far["images"], self.so_far["averages"]["done"], self.so_far["averages"]["seconds"]) < 0:
+            raise ValueError("epoch_so_far holds negative numbers")
         return state["epoch"]

@@ -1,4 +1,4 @@
-"""Progress lines, log.txt, and warnings of collapse."""
+"""TrainingProgress and progress of an epoch, log.txt, and warnings of collapse."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from clever import signals
 from clever.distributed import all_reduce_sum, get_world_size
 from clever.progress import open_bar, time_left
 from clever.utils import write_text_atomically
@@ -19,37 +18,36 @@ LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has ev
 
 
 class TrainingProgress:
-    """Averages over the steps of an epoch, and its progress with the losses of the last step.
+    """TrainingProgress over the batches of an epoch, and its progress with the losses of the last batch.
 
-    The progress is a bar on a terminal, elsewhere a line every `print_freq` steps and at the end. Values are averaged over
-    processes. On a GPU they are read one step late, so that the GPU never waits for the log. A value that is not finite reaches
-    all processes in the same step: all raise FloatingPointError, which names it.
+    The progress is a bar on a terminal, elsewhere a line every `print_freq` batches and at the end. Values are averaged over
+    processes. On a GPU they are read one batch late, so that the GPU never waits for the log. A value that is not finite
+    reaches all processes at the same batch: all raise FloatingPointError, which names it.
 
     Args:
         header: start of the line.
-        steps: of the epoch.
-        images_per_step: over all processes.
+        total: batches of the epoch.
+        images: of a batch, over all processes.
         device: of the values.
-        steps_after: steps of the epochs after this one, or None if the time left of the run is not shown.
+        epochs_after: epochs after this one, or None if the time left of the run is not shown.
     """
 
     def __init__(
         self,
         header: str,
-        steps: int,
-        images_per_step: int,
+        total: int,
+        images: int,
         device: torch.device,
         print_freq: int = 20,
-        steps_after: int | None = None,
+        epochs_after: int | None = None,
     ) -> None:
-        self.header, self.steps, self.images_per_step, self.print_freq = header, steps, images_per_step, print_freq
-        self.steps_after = steps_after
-        self.bar = open_bar(steps)
+        self.header, self.total, self.images, self.print_freq = header, total, images, print_freq
+        self.epochs_after = epochs_after
+        self.bar = open_bar(total)
         self.delay = 1 if device.type == "cuda" else 0
         self.totals: dict[str, float] = {}
         self.done = 0
         self.start = time.perf_counter()
-        self.stop_requested = False  # by SIGTERM in any process; all processes see it after the same step
         self._unread: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
 
     def state(self) -> dict[str, Any]:
@@ -57,21 +55,18 @@ class TrainingProgress:
         return {"done": self.done, "totals": dict(self.totals), "seconds": time.perf_counter() - self.start}
 
     def resume(self, state: dict[str, Any], done: int) -> None:
-        """Continue an epoch of which `done` steps have been made; their number differs from the state's if the batch does."""
-        scale = done / state["done"]
-        self.done, self.totals = done, {name: total * scale for name, total in state["totals"].items()}
+        """Continue an epoch of which `done` batches are made; their number differs from the state's if the batch size does."""
+        self.done = done
+        self.totals = {name: total * done / state["done"] for name, total in state["totals"].items()}
         self.start -= state["seconds"]
         if self.bar is not None:
             self.bar.update(done)
 
     def update(self, **values: torch.Tensor) -> None:
-        """Record the values of one step, 0-dim tensors."""
-        numbers = [v.detach().float() for v in values.values()]
-        stop = torch.full_like(numbers[0], signals.is_requested())
-        stacked = torch.stack([*numbers, stop])
-        mean = all_reduce_sum(stacked) / get_world_size()
+        """Record the values of one batch, 0-dim tensors."""
+        mean = all_reduce_sum(torch.stack([v.detach().float() for v in values.values()])) / get_world_size()
         copied = None
-        if mean.is_cuda:  # start the copy now and wait for it one step later: the kernels queued behind it keep running
+        if mean.is_cuda:  # start the copy now and wait for it one batch later: the kernels queued behind it keep running
             mean, copied = mean.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self._unread.append((list(values), mean, copied))
@@ -79,7 +74,7 @@ class TrainingProgress:
             self._read()
 
     def finish(self) -> dict[str, float]:
-        """Averages over all steps."""
+        """TrainingProgress over all batches."""
         while self._unread:
             self._read()
         if self.bar is not None:
@@ -89,35 +84,32 @@ class TrainingProgress:
     @property
     def rate(self) -> float:
         """Images per second, over all processes."""
-        return self.done * self.images_per_step / (time.perf_counter() - self.start)
+        return self.done * self.images / (time.perf_counter() - self.start)
 
     def _read(self) -> None:
         names, mean, copied = self._unread.pop(0)
         if copied is not None:
             copied.synchronize()
-        *numbers, stop = mean.tolist()
-        self.stop_requested = stop > 0
-        values = dict(zip(names, numbers, strict=True))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        values = dict(zip(names, mean.tolist(), strict=True))
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            what = ", ".join(f"{name} is {values[name]}" for name in bad)
-            raise FloatingPointError(f"{self.header}, step {self.done + 1} of {self.steps}: {what}")
+            raise FloatingPointError(f"{self.header}, step {self.done + 1} of {self.total}: {', '.join(bad)}")
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
         self.done += 1
         if self.bar is not None:
             self.bar.set_description_str(self._line(values), refresh=False)
             self.bar.update()
-        elif self.done % self.print_freq == 0 or self.done == self.steps:
+        elif self.done % self.print_freq == 0 or self.done == self.total:
             print(self._line(values), flush=True)
 
     def _line(self, values: dict[str, float]) -> str:
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
-        todo = self.steps - self.done
-        left = f"left {time_left(todo * self.images_per_step, self.rate)}"
-        if self.steps_after is not None:
-            left += f" epoch, {time_left((todo + self.steps_after) * self.images_per_step, self.rate)} run"
-        return f"{self.header} {self.done}/{self.steps}  {numbers}  {self.rate:.0f} img/s  {left}"
+        todo = self.total - self.done
+        left = f"left {time_left(todo * self.images, self.rate)}"
+        if self.epochs_after is not None:
+            left += f" epoch, {time_left((todo + self.epochs_after * self.total) * self.images, self.rate)} run"
+        return f"{self.header} {self.done}/{self.total}  {numbers}  {self.rate:.0f} img/s  {left}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -140,41 +132,30 @@ def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
     return f"epoch {epoch}/{epochs} done in {record['seconds']:.0f} s: {numbers}  {record['memory_gib']:.1f} GiB  left {left}"
 
 
-def append_log(path: str | Path, record: dict[str, Any]) -> None:
+def append_log(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON object as a line."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of log.txt, one per epoch; none if there is no such file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def truncate_log(path: str | Path, epoch: int) -> None:
-    """Remove the lines of `epoch` and later, and those without a record, before an interrupted run continues from `epoch`."""
-    path = Path(path)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of log.txt, one per epoch; lines without a record, such as one cut short by a kill, are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(record.get("epoch")) is int and record["epoch"] < epoch:
-            kept.append(line)
-    write_text_atomically("".join(line + "\n" for line in kept), path)
+        if isinstance(record, dict) and type(record.get("epoch")) is int:
+            records.append(record)
+    return records
 
 
-def is_first_epoch(path: Path) -> bool:
-    """Whether a log holds at most the record of epoch 0, of a run that ended before its first checkpoint."""
-    try:
-        records = read_log(path)
-    except (ValueError, RecursionError):
-        return False
-    return not records or (len(records) == 1 and isinstance(records[0], dict) and records[0].get("epoch") == 0)
+def truncate_log(path: Path, epoch: int) -> None:
+    """Keep only the records before `epoch`, from which an interrupted run continues."""
+    if path.exists():
+        kept = [record for record in read_log(path) if record["epoch"] < epoch]
+        write_text_atomically("".join(json.dumps(record) + "\n" for record in kept), path)
 
 
 def feature_std(z: torch.Tensor) -> torch.Tensor:
@@ -188,7 +169,7 @@ def feature_std(z: torch.Tensor) -> torch.Tensor:
 class CollapseWatch:
     """Warns after 2, 4, 8, ... consecutive epochs of collapse, DINO's two kinds: uniform outputs, constant features."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count: dict[str, int] = {}
 
     def update(self, means: dict[str, float]) -> list[str]:

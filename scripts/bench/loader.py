@@ -23,6 +23,7 @@ from clever.arguments import ArgumentParser, check_positive
 from clever.data.augmentations import RECIPES
 from clever.data.datasets import CheckRecord
 from clever.entry import run_entry_point
+from clever.training.build import build_networks, build_pretraining
 from clever.utils import InputError, save_json
 from scripts.bench.pretrain import Repeat, train_again
 from scripts.bench.products import synchronize
@@ -37,8 +38,8 @@ def build(options: argparse.Namespace, folder: Path) -> tuple:
     args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(list(map(str, flags))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
-    networks = main_dino.build_networks(args, device)
-    return main_dino.build_pretraining(args, *networks, device, len(loader)), loader
+    networks = build_networks(args, device)
+    return build_pretraining(args, *networks, device, len(loader)), loader
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

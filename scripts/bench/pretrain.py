@@ -36,6 +36,7 @@ from clever.entry import run_entry_point
 from clever.methods import METHODS
 from clever.models import vision_transformer
 from clever.training import optim
+from clever.training.build import build_networks, build_pretraining
 from clever.training.pretraining import Pretraining
 from clever.training.telemetry import peak_memory_gib
 from scripts.bench.products import ProductRecorder, gigaflops, synchronize, time_products
@@ -136,7 +137,7 @@ def build(options: argparse.Namespace) -> tuple[Pretraining, Callable[[int], Non
     flags += ["--amp_dtype", options.amp_dtype if options.implementation == "ours" else options.straightforward_dtype]
     args = main_dino.get_args_parser().parse_args(flags + ["--freeze_last_layer", "0", "--print_freq", "1000000"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = main_dino.build_pretraining(args, *main_dino.build_networks(args, device), device, options.steps)
+    run = build_pretraining(args, *build_networks(args, device), device, options.steps)
     sizes = (2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)
     views = [torch.randn(n, options.batch_size, 3, size, size, device=device) for n, size in sizes]  # V', B, 3, S, S
     if options.channels_last and options.implementation == "ours":

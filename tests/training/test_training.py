@@ -12,7 +12,7 @@ from support.golden import CORE, GOLDEN, fill_, rel_error, tensor
 
 import main_dino
 from clever.methods.clever import head_regularizer, parse_reg_lambd
-from clever.training import optim
+from clever.training import build, optim
 
 CPU = torch.device("cpu")
 
@@ -21,10 +21,10 @@ def parse(*flags):
     return main_dino.get_args_parser().parse_args(["--data_path", "unused", *map(str, flags)])
 
 
-def build(args, steps_per_epoch=1):
+def build_run(args, steps_per_epoch=1):
     """The run of these arguments, on a CPU."""
-    student, teacher = main_dino.build_networks(args, CPU)
-    return main_dino.build_pretraining(args, student, teacher, CPU, steps_per_epoch)
+    student, teacher = build.build_networks(args, CPU)
+    return build.build_pretraining(args, student, teacher, CPU, steps_per_epoch)
 
 
 class FixedBatches:
@@ -50,7 +50,7 @@ def test_dino_trajectory_golden():
         "--net", "dino", "--arch", "vit_tiny", "--drop_path_rate", 0, "--out_dim", 256, "--local_crops_number", 2,
         "--batch_size_per_gpu", 2, "--lr", 0.0005 * 128, "--epochs", 2, "--warmup_epochs", 1, "--use_fp16", "false",
     )  # fmt: skip
-    training = build(args, steps_per_epoch=5)
+    training = build_run(args, steps_per_epoch=5)
     for network in (training.student, training.teacher):
         fill_(network)
     losses = []
@@ -103,7 +103,7 @@ def test_clever_steps_equal_a_plain_reference_with_unequal_heads():
         "--lr", 0.05, "--epochs", 2, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--reg_lambd", "_reg0.01",
         "--sep_lambd", 0.5, "--clip_grad", 0.5, "--amp_dtype", "fp32",
     )  # fmt: skip
-    training = build(args, steps_per_epoch=3)
+    training = build_run(args, steps_per_epoch=3)
     student, teacher = copy.deepcopy(training.student), copy.deepcopy(training.teacher)
     torch.manual_seed(0)
     batches = [[torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)] for _ in range(3)]
@@ -155,7 +155,7 @@ def test_accumulation_moves_everything_once_per_step():
     results = []
     for batches, batch_size, accumulation in ((views, 4, 1), (halves, 2, 2)):
         args = parse(*flags, "--batch_size_per_gpu", batch_size, "--accumulation", accumulation)
-        training = build(args, steps_per_epoch=2)
+        training = build_run(args, steps_per_epoch=2)
         training.train_one_epoch(FixedBatches(batches), 0)
         results.append(training)
     for network in ("student", "teacher", "criterion"):
@@ -167,7 +167,7 @@ def test_accumulation_moves_everything_once_per_step():
 
 def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
     args = parse(*SMALL, "--batch_size_per_gpu", 4)
-    training = build(args)
+    training = build_run(args)
     before = copy.deepcopy(training.teacher.state_dict())
     batches = [[torch.randn(4, 3, s, s) for s in (32, 32, 16)]]
     training.train_one_epoch(FixedBatches(batches), 0)
@@ -179,7 +179,7 @@ def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
     assert not torch.equal(training.student.state_dict()[mean], training.teacher.state_dict()[mean])
     assert not torch.equal(before[mean], training.teacher.state_dict()[mean])
 
-    vit = build(parse("--arch", "vit_micro", "--drop_path_rate", 0.5, "--out_dim", 8, "--DVR_out_dim", 8))
+    vit = build_run(parse("--arch", "vit_micro", "--drop_path_rate", 0.5, "--out_dim", 8, "--DVR_out_dim", 8))
     image = torch.randn(8, 3, 224, 224)
     with torch.no_grad():
         assert vit.teacher.training and torch.equal(vit.teacher.backbone(image), vit.teacher.backbone(image))
@@ -188,7 +188,7 @@ def test_teacher_keeps_its_own_running_statistics_and_has_no_stochastic_depth():
 
 def test_frozen_last_layer_of_both_heads_stands_still():
     args = parse(*SMALL, "--batch_size_per_gpu", 2, "--freeze_last_layer", 1)
-    training = build(args, steps_per_epoch=2)
+    training = build_run(args, steps_per_epoch=2)
     before = copy.deepcopy(training.student.state_dict())
     batches = [[torch.randn(2, 3, s, s) for s in (32, 32, 16)]] * 2
     training.train_one_epoch(FixedBatches(batches), 0)
@@ -201,7 +201,7 @@ def test_frozen_last_layer_of_both_heads_stands_still():
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_non_finite_loss_names_the_term(accumulation):
     args = parse(*SMALL, "--batch_size_per_gpu", 2, "--accumulation", accumulation)
-    training = build(args)
+    training = build_run(args)
     before = copy.deepcopy(training.student.state_dict())
     views = [torch.randn(2, 3, s, s) for s in (32, 32, 16)]
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_spellings_of_the_regulariser(text, value):
 
 def test_schedules_scale_with_all_images_of_a_step():
     args = parse("--batch_size_per_gpu", 32, "--accumulation", 4, "--lr", 0.001, "--epochs", 20, "--warmup_epochs", 10)
-    schedules = main_dino.build_schedules(args, steps_per_epoch=3)
+    schedules = build.build_schedules(args, steps_per_epoch=3)
     assert all(len(values) == 60 for values in schedules.values())
     assert schedules["lr"].max() == pytest.approx(0.001 * 128 / 256)
     assert np.all(np.diff(schedules["momentum"]) > 0) and schedules["wd"][0] == pytest.approx(0.04)
@@ -231,14 +231,14 @@ def test_schedule_golden():
 
 def test_regulariser_reaches_both_heads():
     args = parse(*SMALL)
-    training = build(args)
+    training = build_run(args)
     head_regularizer(training.student.head, training.student.head2).backward()
     for head in (training.student.head, training.student.head2):
         assert all(p.grad.abs().sum() > 0 for n, p in head.named_parameters() if p.requires_grad and "weight" in n)
 
 
 def test_weights_that_are_not_finite_are_named_before_they_are_saved():
-    training = build(parse(*SMALL))
+    training = build_run(parse(*SMALL))
     optim.check_weights(training.student, "epoch 0")
     with torch.no_grad():
         training.student.head2.mlp[0].bias[0] = math.inf

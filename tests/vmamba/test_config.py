@@ -13,6 +13,7 @@ from support.processes import write_images
 import main_dino
 import vmamba.config
 from clever.models.backbones import backbone_names, build_backbone, is_ours
+from clever.training.build import build_network
 from clever.utils import InputError
 from vmamba import build_vssm, config_names, load_config, parse_config, read_config
 
@@ -175,8 +176,8 @@ def test_student_takes_the_configs_rate_unless_the_flag_is_given(configs, tmp_pa
         state = torch.load(folder / "checkpoint.pth", weights_only=True)
         assert state["args"]["drop_path_rate"] == rate
         args = main_dino.get_args_parser().parse_args(["--data_path", "unused", "--arch", "mine-small-one", *map(str, flags)])
-        student = main_dino.build_network(args, args.drop_path_rate)
-        teacher = main_dino.build_network(args, 0.0)
+        student = build_network(args, args.drop_path_rate)
+        teacher = build_network(args, 0.0)
         assert last_drop_path(student.backbone) == rate and last_drop_path(teacher.backbone) == 0
 
     again = pretrain(images, tmp_path / "run0.4", "--arch", "mine-small-one", "--epochs", 2)
