@@ -141,8 +141,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
     arguments.check_choices("net", [args.net], METHODS)
-    if args.amp_dtype not in ("auto", "bf16", "fp16", "fp32"):
-        raise InputError(f"--amp_dtype {args.amp_dtype!r}: must be one of auto, bf16, fp16, fp32")
+    arguments.check_choices("amp_dtype", [args.amp_dtype], ("auto", "bf16", "fp16", "fp32"))
     arguments.check_positive(
         args, "head_hidden_dim", "head_bottleneck_dim", "batch_size_per_gpu", "accumulation", "patch_size",
         "global_crops_size", "local_crops_size", "print_freq", "warmup_teacher_temp", "teacher_temp",
@@ -154,7 +153,7 @@ def check_args(args: argparse.Namespace) -> None:
         args, "epochs", "local_crops_number", "num_workers", "warmup_epochs", "warmup_teacher_temp_epochs", "saveckp_freq",
         "lr", "min_lr", "clip_grad", "weight_decay", "weight_decay_end", "seed",
     )  # fmt: skip
-    optim.check_optimizer(args.optimizer)
+    arguments.check_choices("optimizer", [args.optimizer], optim.OPTIMIZERS)
     if not all(map(math.isfinite, args.mean)) or not all(0 < value < math.inf for value in args.std):
         raise InputError(f"--mean {args.mean}, --std {args.std}: must be finite numbers, those of --std greater than 0")
     if not 0 <= args.momentum_teacher <= 1:

@@ -228,7 +228,7 @@ def test_load_strictly(tmp_path):
 def test_load_moments_keeps_the_groups_options():
     """An original's file: its groups lack our option, hold another rate, and its moments are wanted."""
     networks = small_network(), small_network()
-    optimizers = [optim.build_optimizer("adamw", optim.param_groups(network)) for network in networks]
+    optimizers = [optim.OPTIMIZERS["adamw"](optim.param_groups(network)) for network in networks]
     with_gradients(networks[0])
     optim.set_schedules(optimizers[0], 0.1, 0.2)
     optimizers[0].step()

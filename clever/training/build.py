@@ -100,7 +100,7 @@ def build_pretraining(
         student=student,
         teacher=teacher,
         criterion=METHODS[args.net].from_args(args, student.heads).to(device),
-        optimizer=optim.build_optimizer(args.optimizer, optim.param_groups(student)),
+        optimizer=optim.OPTIMIZERS[args.optimizer](optim.param_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         schedules=build_schedules(args, steps_per_epoch),
         device=device,

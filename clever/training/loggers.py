@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torchvision.utils import make_grid
 
 from clever.arguments import check_choices, check_installed, check_writable
 from clever.data.datasets import ImageDataset
@@ -63,16 +63,10 @@ def tagged(record: dict[str, Any]) -> dict[str, float]:
     return tags
 
 
-def picture_of_views(tensors: Sequence[torch.Tensor]) -> np.ndarray:
-    """Views uint8 [V', B, 3, S, S] of each resolution as one picture [H, W, 3]: a row per image, its views side by side."""
-    largest = max(tensor.shape[-1] for tensor in tensors)
-    columns = []
-    for tensor in tensors:
-        margin = (0, largest - tensor.shape[-1] + 2)
-        for view in tensor.numpy():  # B, 3, S, S
-            framed = np.pad(view, ((0, 0), (0, 0), margin, margin), constant_values=255)  # B, 3, S+2, S+2
-            columns.append(np.concatenate(framed.transpose(0, 2, 3, 1)))  # B*(S+2), S+2, 3
-    return np.concatenate(columns, axis=1)  # B*(S+2), V*(S+2), 3
+def picture_of_views(dataset: ImageDataset) -> np.ndarray:
+    """The global views of the first images as one picture uint8 [H, W, 3]: a row per image."""
+    (views, *_), _ = dataset.__getitems__(list(range(min(len(dataset), PICTURED))))  # V', B, 3, S, S
+    return make_grid(views.transpose(0, 1).flatten(0, 1), nrow=len(views), pad_value=255).permute(1, 2, 0).numpy()
 
 
 # --- services ------------------------------------------------------------------------------------------------------------
@@ -96,11 +90,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder / FOLDERS["tensorboard"]), purge_step=0)
 
     def begin(self, arguments: dict[str, Any], picture: np.ndarray) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in arguments.items()}
-        for summary in hparams(plain, {"train/loss": None}):  # the loss becomes a column of the table of hyperparameters
-            self.writer.file_writer.add_summary(summary)
+        self.writer.add_text("arguments", json.dumps(arguments, indent=1))
         self.writer.add_image("views", picture, 0, dataformats="HWC")
 
     def send(self, epoch: int, values: dict[str, float]) -> None:
@@ -231,8 +221,7 @@ class Loggers:
             service.close("KILLED")
             service = SERVICES[name](self.folder, None)
         if service.last < 0:
-            views, _ = dataset.__getitems__(list(range(min(len(dataset), PICTURED))))
-            service.begin(arguments, picture_of_views(views))
+            service.begin(arguments, picture_of_views(dataset))
         self.services[name] = service
         for record in read_log(self.folder / "log.txt"):
             if record["epoch"] > service.last:

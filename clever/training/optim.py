@@ -64,26 +64,12 @@ class LARS(torch.optim.Optimizer):
                 p.add_(buffer, alpha=-group["lr"])
 
 
+# Made from the groups alone: `set_schedules` sets the learning rate and the weight decay before every step.
 OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, lr=0.0, fused=True),
     "sgd": partial(torch.optim.SGD, lr=0.0, momentum=0.9),
     "lars": LARS,
 }
-
-
-def check_optimizer(name: str) -> None:
-    """Raise InputError unless `name` is an optimizer's."""
-    if name not in OPTIMIZERS:
-        raise InputError(f"optimizer {name!r}: must be one of {', '.join(OPTIMIZERS)}")
-
-
-def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW, or SGD or LARS with momentum 0.9; `name` is adamw, sgd or lars. Raises InputError for another name.
-
-    The learning rate is 0 until `set_schedules` sets it, and the weight decay, before every step.
-    """
-    check_optimizer(name)
-    return OPTIMIZERS[name](groups)
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
