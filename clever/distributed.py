@@ -5,6 +5,7 @@ import datetime
 import functools
 import os
 import re
+import signal
 import socket
 import sys
 from typing import Any
@@ -44,7 +45,7 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         InputError: there is not one GPU per process, or the processes do not find each other.
     """
     by_srun = adopt_slurm_variables()
-    local_rank = _variable("LOCAL_RANK", args.local_rank)
+    local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     cuda = torch.cuda.is_available()
     if cuda:
         # Counts the processes of the whole machine: every process raises the error if one of them has no GPU.
@@ -56,71 +57,57 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
             raise InputError(f"{processes} processes on this machine, but {gpus} visible GPUs (CUDA_VISIBLE_DEVICES)")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # a few crop sizes, repeated for days
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _join_process_group("nccl" if cuda else "gloo", args)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        check_positive(args, "dist_timeout")
+        _join_process_group("nccl" if cuda else "gloo", args.dist_url, args.dist_timeout)
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only the first process prints
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
-def _join_process_group(backend: str, args: argparse.Namespace) -> None:
-    """Find the other processes within JOIN_MINUTES; later on, wait for them for --dist_timeout minutes."""
-    rank, world_size = _variable("RANK"), _variable("WORLD_SIZE")
-    if rank >= world_size:
-        raise InputError(f"RANK={rank} with WORLD_SIZE={world_size}: the ranks are 0..{world_size - 1}")
-    check_positive(args, "dist_timeout")
-    _check_address(args.dist_url)
+def _join_process_group(backend: str, url: str, timeout: float) -> None:
+    """Find the other processes within JOIN_MINUTES; later on, wait for them for `timeout` minutes."""
+    who = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    join, wait = (datetime.timedelta(minutes=minutes) for minutes in (JOIN_MINUTES, timeout))
     try:
-        join, wait = (datetime.timedelta(minutes=minutes) for minutes in (JOIN_MINUTES, args.dist_timeout))
-        with signals.at_once():  # torch's waiting does not return to Python
-            store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size, timeout=join))
+        rank, world_size = int(who["RANK"]), int(who["WORLD_SIZE"])
+        if rank >= world_size:
+            raise ValueError("ranks are below WORLD_SIZE")
+        host = who["MASTER_ADDR"] if url == "env://" else urlparse(url).hostname
+        socket.getaddrinfo(host or "localhost", None)  # torch would wait for a host without an address
+        with signals.handled(signal.SIG_DFL):  # torch's waiting does not return to Python
+            store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=join))
+            # torchrun keeps its store when it starts processes again: addresses of the former attempt must not be read.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             store.set_timeout(wait)
             _store.append(store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
-    except (OSError, RuntimeError, ValueError) as error:  # torch's own errors are RuntimeErrors
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # torch's own errors are RuntimeErrors
+        variables = ", ".join(f"{name}={value}" for name, value in who.items())
         raise InputError(
-            f"process {rank} of {world_size} cannot join the others: do all run, with the same address and a free port "
-            f"(PORT_NUM of the launch scripts, --master_port of torchrun, MASTER_PORT)? ({describe_error(error)[:200]})"
+            f"the processes do not find each other ({variables}, --dist_url {url}): do all run, with the same address and a "
+            f"free port (PORT_NUM of the launch scripts, --master_port of torchrun)? {describe_error(error)[:200]}"
         ) from error
-
-
-def _variable(name: str, default: int | None = None) -> int:
-    """A number that the launcher has put into the environment."""
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.isdecimal():
-        raise InputError(f"{name}={text}: must be a whole number, which launchers set")
-    return int(text)
-
-
-def _check_address(dist_url: str) -> None:
-    """Raise InputError if the host has no address, for which torch would wait."""
-    host = os.environ.get("MASTER_ADDR") if dist_url == "env://" else urlparse(dist_url).hostname
-    if host:
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError as error:
-            raise InputError(f"host {host} (MASTER_ADDR, --master_addr or --dist_url) has no address: {error}") from error
 
 
 _store: list[dist.Store] = []  # of the group
 
 
 def first_says(message: str, seconds: float) -> bool:
-    """Whether the first process says the same to all others, which wait for it; the first one leaves its message for them."""
+    """Whether the first process says the same, for which the others wait; the first one says it, and waits a second for them."""
     if not _store:
         return False
-    if is_main_process():
-        _store[0].set("last_words", message)
-        return False
+    [store], heard = _store, [f"heard_{rank}" for rank in range(1, get_world_size())]
     try:
-        _store[0].wait(["last_words"], datetime.timedelta(seconds=seconds))
-        return _store[0].get("last_words") == message.encode()
-    except dist.DistStoreError:  # it has nothing to say
+        if is_main_process():
+            store.set("last_words", message)
+            store.wait(heard, datetime.timedelta(seconds=1))
+            return False
+        store.wait(["last_words"], datetime.timedelta(seconds=seconds))
+        store.set(heard[get_rank() - 1], "")
+        return store.get("last_words") == message.encode()
+    except (dist.DistStoreError, dist.DistNetworkError):  # the others have nothing to say, or have ended
         return False
-    except dist.DistNetworkError:  # it has ended, and the store with it
-        return True
 
 
 def is_distributed() -> bool:

@@ -42,7 +42,7 @@ def run_entry_point(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with signals.signals_interrupt():
+        with signals.handled():
             main()
     except signals.Interrupted as stop:
         if _rank_of_launcher() == 0:

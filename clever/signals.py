@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_SECONDS = 1.0  # two signals within them are one
 UNFINISHED = "what has not been written yet is missing; start the same command again"
 
 
@@ -47,29 +46,22 @@ def received() -> str:
 
 
 @contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """In the main thread, SIGTERM and SIGINT raise Interrupted from here on, unless `deferred`."""
+def handled(handler: Any = None) -> Iterator[None]:
+    """Within, both signals have this handler. Only the main thread can set it.
+
+    None: they raise Interrupted, unless `deferred`. signal.SIG_DFL, for calls that wait for long outside of Python: they end
+    the process without a line.
+    """
     global _received
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _received = None
-    with _handled_by(_on_signal), allowed(UNFINISHED, None):
-        yield
-
-
-def at_once() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM and SIGINT end the process within, without a line: for calls that wait for long outside of Python."""
-    is_main = threading.current_thread() is threading.main_thread()
-    return _handled_by(signal.SIG_DFL) if is_main else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _handled_by(handler: Any) -> Iterator[None]:
-    """Within, both signals have this handler. Only in the main thread."""
-    former = {number: signal.signal(number, handler) for number in SIGNALS}
+    if handler is None:
+        _received = None
+    former = {number: signal.signal(number, _on_signal if handler is None else handler) for number in SIGNALS}
     try:
-        yield
+        with contextlib.nullcontext() if handler is not None else allowed(UNFINISHED, None):
+            yield
     finally:
         for number, before in former.items():
             signal.signal(number, before)
@@ -104,12 +96,11 @@ def _obey() -> None:
 
 def _on_signal(number: int, _: Any) -> None:
     global _received, _received_at
-    now = time.monotonic()
-    # A launcher passes on the signal that the terminal has sent to both: the second one means no more than the first.
-    if number == signal.SIGINT and _received == signal.SIGINT and now - _received_at > SAME_SECONDS:
+    # A launcher passes on the Ctrl-C that the terminal has sent to both: a second one within a second means no more.
+    if number == _received == signal.SIGINT and time.monotonic() - _received_at > 1:
         sys.exit(128 + number)
     if _received is None:
-        _received, _received_at = signal.Signals(number), now
+        _received, _received_at = signal.Signals(number), time.monotonic()
     _obey()
 
 
