@@ -6,7 +6,6 @@ from support.saliency_reference import grid_matrices, solved
 
 from clever.evaluation.saliency.bilateral_solver import (
     bilateral_solver,
-    bistochastize,
     build_grid,
     largest_object,
     smoothness_matrix,
@@ -30,21 +29,14 @@ def two_tone(H: int = 48, W: int = 64, edge: int = 29) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("sigmas", [SIGMAS, (8, 4, 4)])
-def test_soft_mask_is_that_of_the_reference(sigmas):
+@pytest.mark.parametrize("sigmas", [SIGMAS, (20, 24, 12)])
+def test_soft_mask_is_that_of_the_reference_which_stops_after_25_steps(sigmas):
     image, target = texture(), np.zeros((45, 60))
     target[10:30, 15:40] = 1
     soft = bilateral_solver(image, target, *sigmas)
-    np.testing.assert_allclose(soft, solved(image, target, sigmas), atol=1e-10)
+    np.testing.assert_allclose(soft, solved(image, target, sigmas, iterations=25), atol=1e-10)
+    assert np.abs(soft - solved(image, target, sigmas, iterations=1000)).max() > 1e-3
     assert np.abs(soft - target).mean() > 0.02  # it did something
-
-
-def test_stops_after_25_steps_as_the_original_does():
-    image, target = texture(), np.zeros((45, 60))
-    target[10:30, 15:40] = 1
-    soft = bilateral_solver(image, target)
-    assert np.abs(soft - solved(image, target, iterations=25)).max() < 1e-10
-    assert np.abs(soft - solved(image, target, iterations=1000)).max() > 1e-3
 
 
 def test_vertices_and_neighbours_are_those_of_all_pairs():
@@ -91,28 +83,12 @@ def test_smoothness_is_symmetric_semidefinite_and_kills_constants():
     assert values[0] > -1e-10 and values[-1] > 1
 
 
-def test_bistochastization_balances_the_blur():
-    grid = build_grid(texture(), *SIGMAS)
-    n, m = bistochastize(grid)
-    counts = grid.splat(np.ones(45 * 60))
-    np.testing.assert_allclose(n * (grid.blur @ n), m)
-    assert np.abs(m - counts).sum() < 0.05 * counts.sum()
-
-
 def test_mask_moves_to_the_edge_of_the_image():
     image = two_tone(edge=29)
     mask = np.zeros((48, 64))
     mask[:, 24:] = 1  # five columns too wide
     soft = bilateral_solver(image, mask)
     assert (soft[:, :29] < 0.5).all() and (soft[:, 29:] > 0.5).all()
-
-
-def test_soft_values_stay_between_those_of_the_mask():
-    soft = bilateral_solver(texture(seed=1), np.eye(45, 60) > 0)
-    assert soft.min() > -1e-9 and soft.max() < 1 + 1e-9
-
-
-# --- the object that is drawn ------------------------------------------------------------------------------------------
 
 
 def test_largest_piece_is_kept_and_its_holes_filled():
@@ -126,11 +102,8 @@ def test_largest_piece_is_kept_and_its_holes_filled():
     assert (largest_object(soft) == expected).all()
 
 
-def test_object_larger_than_its_background_is_kept():
+def test_the_background_is_never_the_object():
     soft = np.ones((20, 30))
     soft[0, 0] = 0  # the original takes the background here
     assert largest_object(soft).sum() == 599
-
-
-def test_no_object_gives_none():
     assert not largest_object(np.full((20, 30), 0.5)).any()
