@@ -62,24 +62,6 @@ def test_all_of_many_equal_sources_vote():
         assert (ours.step(features) - plain.step(features)).abs().max() < 1e-6
 
 
-def test_translation_by_whole_patches_moves_the_labels_along():
-    features, _ = moving_features(1, 6, 10)
-    labels = torch.nn.functional.one_hot((torch.arange(60) % 7 > 3).long().view(6, 10)).float()
-    soft = Propagation(features[0], labels, 3, 0, 1).step(features[0].roll((1, 2), (0, 1)))
-    assert torch.equal(soft.argmax(-1), labels.roll((1, 2), (0, 1)).argmax(-1))
-
-
-def test_the_last_frames_and_always_the_first_are_context():
-    """With a single patch the only choice is among frames."""
-    looks = torch.eye(5)
-    labels = torch.tensor([0.25, 0.75]).view(1, 1, 2)
-    first = Propagation(looks[0].view(1, 1, 5), labels, 2, 0, 1)
-    for look in (1, 2, 3):
-        first.step(looks[look].view(1, 1, 5))
-    assert first.features[0, 0, 0].tolist() == looks[0].tolist()
-    assert {int(f.argmax()) for f in first.features} == {0, 2, 3}  # not 1: three frames ago
-
-
 def test_tiles_cover_each_query_once_and_keep_within_the_memory():
     for memory_mb in (256, 1, 0.2):
         covered = torch.zeros(17, 23, dtype=torch.long)
