@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.saliency_reference import grid_matrices, solved
+from support.saliency_reference import solved
 
 from clever.evaluation.saliency.bilateral_solver import (
     bilateral_solver,
@@ -36,19 +36,6 @@ def test_soft_mask_is_that_of_the_reference_which_stops_after_25_steps(sigmas):
     np.testing.assert_allclose(soft, solved(image, target, sigmas, iterations=25), atol=1e-10)
     assert np.abs(soft - solved(image, target, sigmas, iterations=1000)).max() > 1e-3
     assert np.abs(soft - target).mean() > 0.02  # it did something
-
-
-def test_vertices_and_neighbours_are_those_of_all_pairs():
-    image = texture()
-    image[0, :9], image[-1, -9:] = 255, 0  # the ends of the colour range
-    grid = build_grid(image, *SIGMAS)
-    vertices, splat, blur = grid_matrices(image, SIGMAS)
-    assert grid.blur.shape == (len(vertices), len(vertices))
-    counts = grid.splat(np.ones(image.shape[0] * image.shape[1]))
-    assert sorted(counts) == sorted(splat.sum(1))
-    first = np.zeros(len(vertices), int)  # our number of each of the reference's vertices
-    first[np.argmax(splat.toarray(), axis=0)] = grid.vertex
-    assert (grid.blur.toarray()[np.ix_(first, first)] == blur).all()
 
 
 def test_neighbours_do_not_wrap_around_the_image():

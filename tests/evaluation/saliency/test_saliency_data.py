@@ -39,15 +39,6 @@ def test_network_sees_whole_patches_by_lanczos(tmp_path):
     assert (example.pixels == np.asarray(image)).all() and example.truth is None
 
 
-@pytest.mark.parametrize("threshold, expected", [(1, [0, 1, 1, 1]), (128, [0, 0, 1, 1]), (255, [0, 0, 0, 1])])
-def test_ground_truth_from_the_threshold_on_is_object(tmp_path, threshold, expected):
-    Image.new("RGB", (4, 1)).save(tmp_path / "image.png")
-    Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "truth.png")
-    pair = Pair("x", str(tmp_path / "image.png"), str(tmp_path / "truth.png"))
-    example = SaliencyDataset([pair], 1, lambda image: None, gt_threshold=threshold)[0]
-    assert example.truth.astype(int).tolist() == [expected]
-
-
 def test_photos_are_turned_as_they_were_taken(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: viewers turn the picture clockwise

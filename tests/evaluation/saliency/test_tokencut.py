@@ -37,9 +37,6 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-# --- golden: planted grids ---------------------------------------------------------------------------------------------
-
-
 def test_planted_object_is_found_and_holds_the_seed():
     mask = rectangle()
     assert (tokencut(planted(~mask), mask.shape).mask == mask).all()  # the object is always the smaller part
@@ -62,15 +59,6 @@ def test_sign_of_the_eigenvector_does_not_matter():
     (mask, seed), (flipped, flipped_seed) = partition(y), partition(-y)
     assert (mask == flipped).all() and seed == flipped_seed
     assert (mask == looped_mask(y)).all() and mask.any() and not mask.all()
-
-
-def test_first_of_equal_seeds_wins():
-    y = np.array([[-0.2, 0.7, -0.2], [-0.2, -0.2, -0.2], [-0.2, -0.2, 0.7 * (1 + 1e-13)]])
-    mask, seed = partition(y)
-    assert seed == (0, 1) and mask.sum() == 1
-
-
-# --- the dense generalised problem -------------------------------------------------------------------------------------
 
 
 def test_both_solvers_agree(monkeypatch):
@@ -97,9 +85,6 @@ def test_patches_are_joined_above_tau_only():
     assert (connect(features, 0.7).toarray() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).all()
 
 
-# --- graphs without a defined cut --------------------------------------------------------------------------------------
-
-
 def ring(N: int) -> np.ndarray:
     """Features around a circle: every rotation of a cut is one as good."""
     angle = 2 * np.pi * np.arange(N) / N
@@ -113,9 +98,7 @@ def ring(N: int) -> np.ndarray:
         (1 + 0.01 * np.random.default_rng(0).standard_normal((400, 7)), "all patches are alike"),
         (np.eye(300), "no patch resembles another"),
         (np.repeat(np.eye(3), 16, 0), "two cuts are equally good"),
-        (ring(48), "two cuts are equally good"),
         (ring(300), "two cuts are equally good"),
-        (np.ones((1, 7)), "a cut needs three patches"),
         (np.eye(2), "a cut needs three patches"),
     ],
 )

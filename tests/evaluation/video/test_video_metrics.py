@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from clever.evaluation.video.metrics import (
     VideoScores,
@@ -13,7 +14,6 @@ from clever.evaluation.video.metrics import (
     score_frame,
     statistics,
 )
-from clever.utils import InputError
 
 EMPTY, FULL = np.zeros((100, 100), bool), np.ones((100, 100), bool)
 
@@ -24,18 +24,9 @@ def square(top, left, side=20):
     return mask
 
 
-def blobs(seed, height=60, width=80, objects=2):
-    """A label image of overlapping random discs and boxes, some cut by the border."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    labels = np.zeros((height, width), np.uint8)
-    for label in [*range(1, objects + 1)] * 2:
-        cy, cx, ry, rx = rng.uniform((0, 0, 4, 4), (height, width, 16, 16))
-        inside = (
-            (abs(y - cy) < ry) & (abs(x - cx) < rx) if rng.random() < 0.3 else ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
-        )
-        labels[inside] = label
-    return labels
+def blobs(seed):
+    """A mask of blobs [60, 80], some cut by the border."""
+    return ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal((60, 80)), 4) > 0.03
 
 
 # --- one frame ---------------------------------------------------------------------------------------------------------
@@ -72,22 +63,6 @@ def test_golden_values_of_a_frame(case):
     assert score_frame(predicted.astype(np.uint8), truth.astype(np.uint8), [1]) == ([approx(j)], [approx(f)])
 
 
-def plain_f(predicted, truth, radius):
-    """F by dilation with a disc, on whole frames."""
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-    maps = [boundary(mask) for mask in (predicted, truth)]
-    dilated = []
-    for edge in maps:
-        padded, grown = np.pad(edge, radius), np.zeros_like(edge)
-        for dy, dx in zip(y[x**2 + y**2 <= radius**2], x[x**2 + y**2 <= radius**2], strict=True):
-            grown |= padded[radius + dy : radius + dy + edge.shape[0], radius + dx : radius + dx + edge.shape[1]]
-        dilated.append(grown)
-    if not maps[0].any() or not maps[1].any():
-        return float(maps[0].any() == maps[1].any())
-    precision, recall = (maps[0] & dilated[1]).sum() / maps[0].sum(), (maps[1] & dilated[0]).sum() / maps[1].sum()
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
 @pytest.mark.parametrize("size, radius", [((480, 854), 8), ((480, 910), 9), ((480, 1152), 10), ((96, 160), 2)])
 def test_tolerance_grows_with_the_diagonal(size, radius):
     truth, near, far = (np.zeros(size, bool) for _ in range(3))
@@ -97,13 +72,14 @@ def test_tolerance_grows_with_the_diagonal(size, radius):
 
 @pytest.mark.parametrize("radius", [1, 2, 5])
 def test_f_is_that_of_boundaries_dilated_by_a_disc(radius):
-    found = []
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     for seed in range(12):
-        predicted, truth = blobs(seed) == 1, blobs(seed + 100) == 1
-        predicted = truth ^ (predicted & (np.random.default_rng(seed).random(truth.shape) < 0.1)) if seed % 2 else predicted
-        found.append(boundary_f(predicted, truth, tolerance=radius))
-        assert found[-1] == pytest.approx(plain_f(predicted, truth, radius), abs=1e-12)
-    assert len({round(value, 3) for value in found}) > 6  # the masks are not all alike
+        predicted, truth = blobs(seed), blobs(seed + 100 * (seed % 2)) ^ (blobs(seed + 200) & blobs(seed + 300))
+        edges = [boundary(mask) for mask in (predicted, truth)]
+        dilated = [ndimage.binary_dilation(edge, x**2 + y**2 <= radius**2) for edge in edges]
+        precision, recall = (edges[i][dilated[1 - i]].sum() / edges[i].sum() for i in (0, 1))
+        expected = 2 * precision * recall / (precision + recall)
+        assert boundary_f(predicted, truth, tolerance=radius) == pytest.approx(expected, abs=1e-12) and 0.1 < expected < 1
 
 
 def test_objects_are_scored_apart_and_those_that_are_missing_are_empty():
@@ -112,18 +88,6 @@ def test_objects_are_scored_apart_and_those_that_are_missing_are_empty():
     predicted = np.zeros_like(truth)
     predicted[square(10, 10)] = 1
     assert score_frame(predicted, truth, [1, 2, 3]) == ([1, 1, 0], [1, 1, 0])  # nowhere there is object 2; object 3 is missed
-
-
-@pytest.mark.parametrize(
-    "predicted, message",
-    [
-        (np.full((100, 100), 3, np.uint8), r"label 3, .* \[1, 2\]"),
-        (np.zeros((100, 90), np.uint8), r"\(90, 100\) pixels, .* \(100, 100\)"),
-    ],
-)
-def test_masks_that_cannot_be_scored_are_refused(predicted, message):
-    with pytest.raises(InputError, match=message):
-        score_frame(predicted, GT.astype(np.uint8), objects=[1, 2])
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------
