@@ -12,13 +12,7 @@ import torch
 from PIL import Image
 from support.in_process import assert_refused, call, pretrain, snapshot
 from support.processes import run, write_images
-from support.synthetic_saliency import (
-    colour_probe_,
-    constant_network_,
-    save_checkpoint,
-    shallow_vit_tiny,
-    write_saliency,
-)
+from support.synthetic_saliency import colour_probe_, constant_network_, save_checkpoint, shallow_vit_tiny, write_saliency
 
 import eval_saliency
 from clever.models import backbones
@@ -63,9 +57,6 @@ def read(path):
     return np.asarray(Image.open(path))
 
 
-# --- scores ------------------------------------------------------------------------------------------------------------
-
-
 def test_colour_probe_scores_what_the_original_does(probe, data, tmp_path):
     outcome = score(probe, data, tmp_path)
     assert outcome.status == 0 and outcome.stderr == "", outcome
@@ -98,9 +89,6 @@ def test_constant_features_have_no_cut(data, tmp_path):
         assert record[method] == pytest.approx({"IoU": 0, "accuracy": np.mean(shares), "F_max": 0}, abs=1e-5)
     assert {row["degenerate"] for row in table(tmp_path / "out").values()} == {"all patches are alike"}
     assert not read(tmp_path / "out" / "masks" / "0000.png").any()
-
-
-# --- runs --------------------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_score_what_one_does(data, tmp_path):
@@ -155,9 +143,6 @@ def test_flags_reach_data_and_detector(data, tmp_path, probe):
     assert outcome.status == 0 and table(tmp_path / "out")["0001"]["patches"] == "6x7", outcome
     assert read(tmp_path / "out" / "masks" / "0001.png").shape == (200, 160)
     assert result(tmp_path / "out")[BOTH[1]]["IoU"] > 0.85
-
-
-# --- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_files_do_not_lose_the_others(tmp_path, data, probe):

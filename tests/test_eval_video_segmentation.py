@@ -55,8 +55,6 @@ def short(world):
     return world / "short-out"
 
 
-# --- scores ------------------------------------------------------------------------------------------------------------
-
 # J&F, J, F of the original and the DAVIS tool, and J of the objects in order.
 SCORES = {
     12: ((0.8809, 0.8479, 0.9140), (0.899, 0.937, 0.917, 0.968, 0.366, 0.938, 0.910)),
@@ -109,9 +107,6 @@ def test_masks_tables_and_contact_sheet_of_a_run(world, tmp_path):
     assert sheet.shape == (4 * 150, 6 * 200, 3)  # frames of 200 x 120 pixels
     object_and_background = np.array([[220, 40, 40], [30, 60, 30]]) / 2 + [[64, 0, 0], [0, 0, 0]]
     assert abs(sheet[[30, 5], [30, 100]] - object_and_background).max() < 12
-
-
-# --- runs --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_rerun_keeps_finished_videos_and_makes_changed_ones_again(world, short, tmp_path):
@@ -179,18 +174,13 @@ def test_two_processes_and_a_kill_give_what_one_process_gives(world, tmp_path):
     assert results(tmp_path / "one")["frames"] == results(tmp_path / "two")["frames"]
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "flags, mentioned",
     [
         (("--data_path", "{root}/absent"), "no list {root}/absent/ImageSets/2017/val.txt"),
         (("--subset", "train"), "--subset train: no list"),
-        (("--pretrained_weights", "{root}/absent.pth"), "{root}/absent.pth"),
         (("--short_side", 0), "--short_side 0: must be greater than 0"),
         (("--n_last_frames", -1), "--n_last_frames -1: must be 0 or greater"),
-        (("--positions", "none"), "--positions"),
         (("--output_dir", "{root}/probe4.pth"), "{root}/probe4.pth: is a file"),
         (("--arch", "resnet8", "--pretrained_weights", "{root}/resnet.pth"), "its features are pooled"),
     ],

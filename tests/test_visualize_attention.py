@@ -52,9 +52,6 @@ def world(tmp_path_factory):
     return SimpleNamespace(root=root, backbone=backbone, images=images, odd=odd, weights=root / "vit.pth")
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
-
-
 def test_pictures_of_an_image(world, tmp_path):
     """The sides are no multiples of the patch size; every picture has the size of the network's input, 32 x 24."""
     out = tmp_path / "out"
@@ -110,9 +107,6 @@ def test_two_processes_share_the_frames(world, tmp_path):
     one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
     frames = [name for i in range(3) for name in (f"frames/frame-000{i}.png", f"attention/attn-frame-000{i}.png")]
     assert one == two and sorted(one) == sorted([*frames, "video.gif"])
-
-
-# --- videos ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +180,6 @@ def test_video_files_by_pyav(world, frames, kind, tmp_path):
         picture = pixels(tmp_path / "1" / "attention" / f"attn-f{i}.png")[..., :3]
         assert frame.shape == (16, 40, 3) and np.abs(frame - picture).mean() < 25, i
 
-
-# --- bad input ---------------------------------------------------------------------------------------------------------
 
 VIT = "--pretrained_weights {root}/vit.pth "
 # Flags, and texts that the message must contain.

@@ -8,13 +8,7 @@ from PIL import Image
 from support.golden import GOLDEN, fill_, rel_error, tensor
 
 from clever.data.augmentations import ToNormalizedTensor
-from clever.evaluation.attention import (
-    PictureDataset,
-    cls_attention,
-    draw_pictures,
-    overlay,
-    threshold_mask,
-)
+from clever.evaluation.attention import PictureDataset, cls_attention, overlay, threshold_mask
 from clever.models.backbones import build_backbone
 from clever.models.vision_transformer import vit_tiny
 
@@ -25,9 +19,6 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 def backbone():
     """Four heads, patches of 8."""
     return fill_(build_backbone("vit_micro", patch_size=8, img_size=32)).eval()
-
-
-# --- attention ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -49,22 +40,6 @@ def test_attention_of_cls_is_a_row_of_the_whole_matrix(backbone, H, W):
     assert grid.shape == (2, 4, H // 8, W // 8) and torch.equal(grid.flatten(2), row)
 
 
-# Attention to 2 x 3 patches, threshold, patches of the mask.
-@pytest.mark.parametrize(
-    "attention, threshold, expected",
-    [
-        ([[0, 0, 0], [0, 1, 0]], 0.6, [[0, 0, 0], [0, 1, 0]]),
-        ([[0.1, 0.4, 0.1], [0.1, 0.3, 0]], 0.5, [[0, 1, 0], [0, 1, 0]]),  # the one that crosses the threshold is kept
-        ([[1, 4, 1], [1, 3, 0]], 0.69, [[0, 1, 0], [0, 1, 0]]),  # fractions of the sum
-        ([[1, 4, 1], [1, 3, 0]], 1.0, [[1, 1, 1], [1, 1, 0]]),
-        ([[1, 1, 1], [1, 0, 0]], 0.5, [[1, 1, 0], [0, 0, 0]]),  # the first of equal ones
-    ],
-)
-def test_mask_by_hand(attention, threshold, expected):
-    mask = threshold_mask(torch.tensor([attention], dtype=torch.float), threshold)
-    assert mask.int().tolist() == [expected]
-
-
 @pytest.mark.parametrize("threshold", [0.1, 0.6, 0.95])
 def test_mask_holds_enough_with_the_fewest_patches(threshold):
     """The same as DINO's definition: sorted upwards, the cumulative sum exceeds 1 - threshold."""
@@ -76,9 +51,6 @@ def test_mask_holds_enough_with_the_fewest_patches(threshold):
         assert share[kept].min() >= share[~kept].max()
         upwards, order = share.flatten().sort()
         assert torch.equal(kept.flatten()[order], upwards.cumsum(0) > 1 - threshold)
-
-
-# --- pictures ----------------------------------------------------------------------------------------------------------
 
 
 # Size of a 50 x 37 image (width x height), --image_size, the resized image cropped to whole patches of 8 (H, W).
@@ -98,11 +70,6 @@ def test_images_are_resized_and_cropped_to_whole_patches(size, expected, tmp_pat
 def test_attention_that_is_not_finite_is_an_error(backbone):
     with pytest.raises(FloatingPointError, match="attention"):
         cls_attention(backbone, torch.full((1, 3, 16, 16), float("nan")))
-
-
-def test_equal_attention_is_drawn_in_one_colour():
-    for name, picture in draw_pictures(torch.ones(3, 32, 40), torch.full((4, 4, 5), 0.05), 0.5).items():
-        assert name.startswith("mask") or (picture == picture[0, 0]).all(), name
 
 
 def test_overlay_adds_heat_to_the_image():

@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 from support.saliency_reference import solved
 
-from clever.evaluation.saliency.bilateral_solver import (
-    bilateral_solver,
-    build_grid,
-    largest_object,
-)
+from clever.evaluation.saliency.bilateral_solver import bilateral_solver, build_grid, largest_object
 
 SIGMAS = (16, 16, 8)
 

@@ -49,13 +49,3 @@ def test_histogram_is_the_loop_over_thresholds(kind):
     }[kind]
     for truth in (rng.random((30, 40)) > 0.6, np.zeros((30, 40), bool), np.ones((30, 40), bool)):
         np.testing.assert_allclose(f_curve(prediction, truth), looped_f_curve(prediction, truth), atol=1e-12)
-
-
-def test_f_of_a_set_is_the_maximum_of_the_mean_curve():
-    truth = np.zeros((10, 10), bool)
-    truth[:, :5] = True
-    low, high = np.where(truth, 0.2, 0.1), np.where(truth, 0.9, 0.8)
-    images = [score_image(prediction, truth) for prediction in (low, high)]
-    mean = (looped_f_curve(low, truth) + looped_f_curve(high, truth)) / 2
-    assert [image.curve.max() for image in images] == [1, 1]
-    assert mean_scores(images)["F_max"] == pytest.approx(mean.max()) and mean.max() < 0.9

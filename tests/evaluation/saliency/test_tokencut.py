@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 from support.saliency_reference import dense_cut, dense_graph, looped_mask
 
-from clever.evaluation.saliency.tokencut import (
-    DENSE,
-    connect,
-    partition,
-    second_eigenvector,
-    tokencut,
-)
+from clever.evaluation.saliency.tokencut import DENSE, connect, partition, second_eigenvector, tokencut
 
 BACKGROUND, OBJECT = (1.0, 0.0), (-0.5, 3.0)
 

@@ -13,8 +13,6 @@ from clever.evaluation.video import davis
 from clever.evaluation.video.masks import one_hot_labels, read_labels, soft_labels_to_mask, write_mask
 from clever.utils import InputError
 
-# --- frames, labels, masks ---------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "size, patch_size, short_side, expected",
@@ -63,9 +61,6 @@ def test_soft_labels_become_masks_as_in_the_original():
     assert (soft_labels_to_mask(torch.tensor([0.3, 0]).expand(2, 2, 2), 4, (8, 8)) == 0).all()  # constant: as they are
     weak = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).view(1, 2, 2)
     assert soft_labels_to_mask(weak, 4, (4, 8))[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # stretched: a weak peak wins
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_videos_are_those_of_the_list_and_frames_come_in_natural_order(tmp_path):

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from clever.evaluation.video.metrics import (
-    VideoScores,
-    boundary,
-    boundary_f,
-    save_tables,
-    score_frame,
-    statistics,
-)
+from clever.evaluation.video.metrics import VideoScores, boundary, boundary_f, save_tables, score_frame, statistics
 
 EMPTY, FULL = np.zeros((100, 100), bool), np.ones((100, 100), bool)
 
@@ -28,8 +21,6 @@ def blobs(seed):
     """A mask of blobs [60, 80], some cut by the border."""
     return ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal((60, 80)), 4) > 0.03
 
-
-# --- one frame ---------------------------------------------------------------------------------------------------------
 
 GT = square(40, 40)
 # Prediction, truth, J and F of the DAVIS tool at 100x100, where the tolerance is 2 pixels.
@@ -88,9 +79,6 @@ def test_objects_are_scored_apart_and_those_that_are_missing_are_empty():
     predicted = np.zeros_like(truth)
     predicted[square(10, 10)] = 1
     assert score_frame(predicted, truth, [1, 2, 3]) == ([1, 1, 0], [1, 1, 0])  # nowhere there is object 2; object 3 is missed
-
-
-# --- tables ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
