@@ -108,22 +108,26 @@ def find_frames(source: Path, output: Path) -> tuple[dict[str, Path], float]:
     return {path: output / "attention" / f"attn-{name.replace(os.sep, '-')}.png" for name, path in frames.items()}, fps
 
 
+def save_pictures(image: torch.Tensor, attention: torch.Tensor, output: Path, args: argparse.Namespace) -> None:
+    """Write the picture of a frame, or all pictures of an image to a folder. Image [3, H, W], attention [heads, h, w]."""
+    if args.video:
+        utils.save_png(draw_frame(image, attention), output)
+        return
+    pictures = draw_pictures(image, attention, args.threshold)
+    for name, pixels in (pictures | {"overview": draw_overview(pictures)}).items():
+        utils.save_png(pixels, output / f"{name}.png")
+
+
 def draw(backbone: nn.Module, loader: DataLoader, outputs: dict[str, Path], args: argparse.Namespace) -> dict[str, str]:
     """Draw the attention of this process's images; returns {path: reason} of the images of all processes that failed."""
     failures, progress = {}, Progress("attention", len(loader))
     device = next(backbone.parameters()).device
     for path, image in loader:
-        progress.advance()
         if isinstance(image, str):
             failures[path] = image
-            continue
-        attention = cls_attention(backbone, image[None].to(device))[0]  # heads, rows, columns
-        if args.video:
-            utils.save_png(draw_frame(image, attention), outputs[path])
-            continue
-        pictures = draw_pictures(image, attention, args.threshold)
-        for name, pixels in (pictures | {"overview": draw_overview(pictures)}).items():
-            utils.save_png(pixels, outputs[path] / f"{name}.png")
+        else:
+            save_pictures(image, cls_attention(backbone, image[None].to(device))[0], outputs[path], args)
+        progress.advance()
     return {path: reason for part in distributed.all_gather_objects(failures) for path, reason in part.items()}
 
 
