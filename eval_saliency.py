@@ -13,51 +13,33 @@ Written to <output_dir> (with --dataset: <output_dir>/<data set>):
     objects/<image>.png   the largest connected object of the solver's mask, holes filled
     results.csv           scores of each image
     results.json          mean scores, the settings, and the images that could not be evaluated
-    overview.png          the first --nb_vis images with all their masks
+    overview.png          the first --nb_vis images: image, the three masks, ground truth
 
 All feature dimensions are used: IR and EF are parts of the [CLS] token, and TokenCut uses patch tokens.
 """
 
 import argparse
-import math
+import itertools
+import os
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 
 from clever import arguments, distributed, utils
 from clever.data.augmentations import ToNormalizedTensor
 from clever.data.datasets import unchanged, worker_count, worker_options
+from clever.data.files import read_image
 from clever.entry import run_entry_point
-from clever.evaluation.pretrained import (
-    Pretrained,
-    add_backbone_arguments,
-    load_pretrained,
-    result_record,
-)
-from clever.evaluation.saliency.data import (
-    LAYOUTS,
-    Example,
-    ImageSet,
-    Pair,
-    ResizeToPatches,
-    SaliencyDataset,
-    dataset_folders,
-    find_pairs,
-)
+from clever.evaluation.images import check_failures
+from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
+from clever.evaluation.saliency.data import LAYOUTS, Pair, SaliencyDataset, dataset_folders, find_pairs
 from clever.evaluation.saliency.detection import FEATURES, Detector
-from clever.evaluation.saliency.pictures import MASK_FOLDERS, draw_overview, save_masks
-from clever.evaluation.saliency.results import (
-    METHODS,
-    SetResults,
-    rounded,
-    save_table,
-)
+from clever.evaluation.saliency.pictures import MASK_FOLDERS, save_masks, save_overview
+from clever.evaluation.saliency.results import Row, result_row, save_table, set_means
 from clever.progress import Progress
 from clever.utils import InputError
 
-MAX_PATCHES = 10000  # per image; their attention takes 2.4 GB in a ViT-S
-IMAGE_ERRORS = (InputError, MemoryError, torch.OutOfMemoryError)  # may concern one image and not the next
+MAX_PATCHES_PER_SIDE = 100  # the attention of 100 x 100 patches takes 2.4 GB in a ViT-S
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -65,11 +47,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_backbone_arguments(parser, parts=False)
     add = parser.add_argument
     add("--data_path", help="folder of the data sets, for --dataset")
-    add("--dataset", nargs="+", choices=list(LAYOUTS), help="one or more of ECSSD, DUTS (DUTS-TE) and DUT (DUT-OMRON)")
-    add("--images", help="instead of --dataset: a folder of images")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", nargs="+", choices=list(LAYOUTS), help="one or more of ECSSD, DUTS (DUTS-TE) and DUT "
+        "(DUT-OMRON)")  # fmt: skip
+    source.add_argument("--images", help="a folder of images")
+    source.add_argument("--image_path", "--img_path", help="a single image, which is not scored")
     add("--ground_truth", help="folder of ground truths, named as the images of --images except for the suffix; without it "
         "the masks are not scored")  # fmt: skip
-    add("--image_path", "--img_path", help="instead of --dataset: a single image, which is not scored")
     add("--output_dir", default=".", help="folder of masks, scores and overview")
     add("--vit_feat", default="k", choices=FEATURES, help="patch features: keys, queries or values of the last block's "
         "attention, or all three")  # fmt: skip
@@ -81,8 +65,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sigma_chroma", type=float, default=8, help="bilateral solver: width of a grid cell in levels of colour")
     add("--gt_threshold", type=int, default=1, help="smallest grey level of a ground truth that counts as object: 1 as in "
         "TokenCut; most other tools use 128")  # fmt: skip
-    add("--max_side", type=int, default=0, help="longest side in pixels of the image that the network sees; 0: no limit. "
-        "Lower it if memory runs out")  # fmt: skip
+    add("--max_side", type=int, help="longest side in pixels of the image that the network sees; 0: no limit. Default: "
+        f"{MAX_PATCHES_PER_SIDE} patches")  # fmt: skip
     add("--nb_vis", type=int, default=12, help="number of images in overview.png; 0: no overview")
     distributed.add_distributed_arguments(parser)
     return parser
@@ -90,146 +74,99 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
-    sources = [name for name in ("dataset", "images", "image_path") if getattr(args, name)]
-    if len(sources) != 1:
-        given = ", ".join(f"--{name}" for name in sources) or "none"
-        raise InputError(f"exactly one of --dataset, --images and --image_path must be given; given: {given}")
-    if (args.data_path is None) != (args.dataset is None):
-        raise InputError("--data_path and --dataset must be given together")
-    if args.ground_truth and not args.images:
-        raise InputError(f"--ground_truth {args.ground_truth}: can only be given with --images")
-    if not -1 <= args.tau < 1:
-        raise InputError(f"--tau {args.tau}: is a cosine, must lie in [-1, 1)")
-    for name in ("sigma_spatial", "sigma_luma", "sigma_chroma"):
-        if not 1 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or greater, and finite")
-    if not 1 <= args.gt_threshold <= 255:
-        raise InputError(f"--gt_threshold {args.gt_threshold}: must lie in 1..255")
-    if not 0 <= args.nb_vis <= 50:
-        raise InputError(f"--nb_vis {args.nb_vis}: must lie in 0..50")
-    arguments.check_not_negative(args, "max_side", "num_workers")
+    if bool(args.data_path) != bool(args.dataset) or (args.ground_truth and not args.images):
+        raise InputError("--data_path must be given with --dataset, and --ground_truth with --images only")
+    arguments.check_positive(args, "sigma_spatial", "sigma_luma", "sigma_chroma", "gt_threshold")
+    arguments.check_not_negative(args, "nb_vis", "num_workers")
     arguments.check_writable(args.output_dir)
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
-
-
-def find_image_sets(args: argparse.Namespace) -> list[ImageSet]:
-    """The images to evaluate. Raises InputError if a file is missing, or if results would be written among the input."""
+def find_sets(args: argparse.Namespace) -> dict[str, list[Pair]]:
+    """The images of each data set by its name; a folder and a single image have the name ""."""
     if args.image_path:
-        path = Path(args.image_path)
-        if not path.is_file():
-            raise InputError(f"--image_path {path}: {'is a folder; give --images' if path.is_dir() else 'no such file'}")
-        sets = [ImageSet("", [path], [Pair(path.stem, str(path))])]
-    elif args.images:
-        sets = [find_pairs("", Path(args.images), Path(args.ground_truth) if args.ground_truth else None)]
-    else:
-        sets = [find_pairs(name, *dataset_folders(args.data_path, name)) for name in dict.fromkeys(args.dataset)]
-    for images in sets:
-        for folder in MASK_FOLDERS:
-            output = Path(args.output_dir, images.name, folder).resolve()
-            for path in map(Path.resolve, images.inputs):
-                if output.is_relative_to(path) or path.is_relative_to(output):
-                    raise InputError(f"--output_dir {args.output_dir}: its folder {folder} would mix with the input {path}")
-    return sets
+        read_image(args.image_path)  # an error ends the run here
+        return {"": [Pair(Path(args.image_path).stem, args.image_path)]}
+    if args.images:
+        return {"": find_pairs(args.images, args.ground_truth)}
+    return {name: find_pairs(*dataset_folders(args.data_path, name)) for name in args.dataset}
 
 
-def build_detector(args: argparse.Namespace, pretrained: Pretrained, device: torch.device) -> Detector:
-    sigmas = args.sigma_spatial, args.sigma_luma, args.sigma_chroma
-    return Detector(pretrained.backbone, device, args.vit_feat, args.tau, sigmas)
+def check_output(sets: dict[str, list[Pair]], output_dir: str) -> None:
+    """Raise InputError if an image or ground truth lies where masks will be written."""
+    for (name, pairs), folder in itertools.product(sets.items(), MASK_FOLDERS):
+        masks = os.path.join(os.path.realpath(output_dir), name, folder, "")
+        for path in (path for pair in pairs for path in (pair.image, pair.truth) if path):
+            if os.path.realpath(path).startswith(masks):
+                raise InputError(f"--output_dir {output_dir}: masks in {masks} would mix with the input {path}")
 
 
-def build_loader(args: argparse.Namespace, pretrained: Pretrained, images: ImageSet) -> DataLoader:
+def build_loader(args: argparse.Namespace, pretrained: Pretrained, pairs: list[Pair]) -> DataLoader:
     """This process's share of the images, one by one: their sizes differ."""
-    pairs = images.pairs[distributed.get_rank() :: distributed.get_world_size()]
-    to_tensor = ToNormalizedTensor(pretrained.mean, pretrained.std)
-    transform = ResizeToPatches(pretrained.backbone.patch_embed.patch_size, args.max_side, MAX_PATCHES, to_tensor)
+    pairs = pairs[distributed.get_rank() :: distributed.get_world_size()]
+    patch_size = pretrained.backbone.patch_embed.patch_size
+    max_side = MAX_PATCHES_PER_SIDE * patch_size if args.max_side is None else args.max_side
+    dataset = SaliencyDataset(pairs, patch_size, ToNormalizedTensor(*pretrained.stats), max_side, args.gt_threshold)
     workers = min(worker_count(args.num_workers), max(len(pairs) - 1, 0))
-    dataset = SaliencyDataset(pairs, transform, args.gt_threshold)
     return DataLoader(dataset, batch_size=None, collate_fn=unchanged, **worker_options(workers))
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
-
-
-def evaluate(detector: Detector, loader: DataLoader, output: Path, in_overview: set[str]) -> SetResults:
-    """Detect, save and score the objects of these images, of which the named ones appear in the overview."""
-    results = SetResults()
+def evaluate(detector: Detector, loader: DataLoader, output: Path) -> list[Row]:
+    """Detect, save and score the objects of this process's images; returns the rows of all processes, sorted by name."""
+    rows: list[Row] = []
     progress = Progress("saliency", len(loader))
     for example in loader:
-        evaluate_image(detector, example, output, in_overview, results)
+        if example.error:
+            rows.append({"image": example.pair.name, "error": example.error})
+        else:
+            detection = detector(example)
+            save_masks(detection, output, example.pair.name)
+            rows.append(result_row(example, detection))
         progress.advance()
-    return results
-
-
-def evaluate_image(detector: Detector, example: Example, output: Path, in_overview: set[str], results: SetResults) -> None:
-    """Detect, save and score the object of one image; an error is recorded in the results."""
-    name = example.pair.name
-    if example.error:
-        results.add_failure(name, example.error)
-        return
-    try:
-        detection = detector(example)
-    except IMAGE_ERRORS as error:
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        results.add_failure(name, f"image {example.pair.image}: {message}")
-        return
-    save_masks(detection, output, name)
-    results.add(example, detection, in_overview=name in in_overview)
+    return sorted((row for part in distributed.all_gather_objects(rows) for row in part), key=lambda row: row["image"])
 
 
 def write_results(
-    images: ImageSet, results: SetResults, output: Path, title: str, pretrained: Pretrained, args: argparse.Namespace
+    rows: list[Row], title: str, pairs: list[Pair], output: Path, pretrained: Pretrained, args: argparse.Namespace
 ) -> None:
-    """Write results.csv, results.json and overview.png of a set."""
-    scored = results.meters[METHODS[0]]
+    """Write results.csv, results.json and overview.png of a set, and print its scores."""
+    failures = {row["image"]: row["error"] for row in rows if "error" in row}
+    degenerate, means = sum(bool(row.get("degenerate")) for row in rows), set_means(rows)
     record = result_record(
-        "saliency", {"dataset": title, **pretrained.record()}, args,
-        **{method: rounded(means) for method, means in results.means().items()},
-        num_images=len(images.pairs), num_scored=scored.images, num_scored_IoU=scored.iou_images,
-        num_degenerate=results.num_degenerate, failed=results.failures,
+        "saliency", {"dataset": title, **pretrained.record()}, args, **means, num_images=len(rows),
+        num_scored=sum("scores" in row for row in rows), num_scored_IoU=sum(row.get("IoU") is not None for row in rows),
+        num_degenerate=degenerate, failed=[f"{name} ({reason})" for name, reason in failures.items()],
     )  # fmt: skip
-    save_table(results.rows, output / "results.csv")
+    save_table(rows, output / "results.csv")
     utils.save_json(record, output / "results.json")
-    if results.overview:
-        utils.save_png(draw_overview(results.overview), output / "overview.png")
-
-
-def print_results(results: SetResults, name: str, output: Path) -> None:
-    for method, means in results.means().items():
-        scores = "  ".join(f"{score} {value:.4f}" for score, value in means.items())
-        print(f"{name or 'all'}, {results.meters[method].images} images, {method}: {scores}")
-    total = len(results.rows)
-    if results.num_degenerate:
-        print(f"{results.num_degenerate} of {total} images have no defined cut: their masks are empty (column degenerate)")
-    print(f"wrote masks and results of {total - len(results.failures)} of {total} to {output}")
+    save_overview([pair for pair in pairs if pair.name not in failures][: args.nb_vis], output)
+    for method, scores in means.items() if record["num_scored"] else ():
+        values = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
+        print(f"{title}, {record['num_scored']} images, {method}: {values}")
+    if degenerate:
+        print(f"{degenerate} of {len(rows)} images have no defined cut: their masks are empty (column degenerate)")
+    print(f"wrote masks and results of {len(rows) - len(failures)} of {len(rows)} images to {output}")
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
     device = distributed.init_distributed(args)
-    sets = find_image_sets(args)
+    sets = find_sets(args)
+    check_output(sets, args.output_dir)
     pretrained = load_pretrained(args, device)
     pretrained.check_patches("TokenCut compares the keys of patches")
-    detector = build_detector(args, pretrained, device)
-    failures, total = [], 0
-    for images in sets:
-        title, output = images.name or args.images or args.image_path, Path(args.output_dir, images.name)
-        print(f"{pretrained.net} {pretrained.arch}, {title}: {len(images.pairs)} image{'s' * (len(images.pairs) > 1)}")
-        in_overview = {pair.name for pair in images.pairs[: args.nb_vis]}
-        results = evaluate(detector, build_loader(args, pretrained, images), output, in_overview).gather()
-        for name, reason in images.unpaired.items():
-            results.add_failure(name, reason)
-        failures += results.failures
-        total += len(results.rows)
+    sigmas = args.sigma_spatial, args.sigma_luma, args.sigma_chroma
+    detector = Detector(pretrained.backbone, device, args.vit_feat, args.tau, sigmas)
+    failures: dict[str, str] = {}
+    for name, pairs in sets.items():
+        title, output = name or args.images or args.image_path, Path(args.output_dir, name)
+        print(f"{pretrained.net} {pretrained.arch}, {title}: {utils.plural(len(pairs), 'image')}")
+        rows = evaluate(detector, build_loader(args, pretrained, pairs), output)
+        failures |= {str(Path(name, row["image"])): row["error"] for row in rows if "error" in row}
         if distributed.is_main_process():
-            write_results(images, results, output, title, pretrained, args)
-            print_results(results, images.name, output)
+            write_results(rows, title, pairs, output, pretrained, args)
     distributed.barrier()
-    if failures:
-        more = "; ..." if len(failures) > 3 else ""
-        raise InputError(f"{len(failures)} of {total} left out, all others are evaluated: {'; '.join(failures[:3])}{more}")
+    check_failures(failures, sum(map(len, sets.values())))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.in_process import assert_refused, call, probe
+from support.synthetic_davis import write_list, write_video
 
 import embed
 import eval_knn
 import visualize_attention
 from clever.data.files import labelled_samples, list_images, read_image
-from clever.evaluation.saliency.data import read_truth
-from clever.evaluation.video import davis
-from clever.evaluation.video.masks import read_labels, write_mask
 from clever.utils import (
     InputError,
     printable,
@@ -116,43 +114,9 @@ def test_floating_point_images_are_refused(world_of_bad_input, tmp_path):
     assert_refused(outcome, "1.tif", "pixels of mode F")
 
 
-@pytest.mark.parametrize("high, kind", [(1, np.uint16), (255, np.uint16), (65535, np.uint16), (255, np.uint8), (1, np.uint8)])
-def test_ground_truths_of_8_and_16_bits(tmp_path, high, kind):
-    truth = np.zeros((4, 6), kind)
-    truth[1:3] = high
-    Image.fromarray(truth).save(tmp_path / "t.png")
-    assert np.array_equal(read_truth(tmp_path / "t.png") >= 1, truth > 0)
-
-
-def write_video(root, frames, first):
-    """A video in the layout of DAVIS whose masks are `first` in all frames."""
-    for kind in ("JPEGImages", "Annotations"):
-        (root / kind / "480p" / "v").mkdir(parents=True)
-    for i in range(frames):
-        write_png(root / "JPEGImages" / "480p" / "v" / f"{i:05}.jpg", size=first.shape[::-1])
-        write_mask(first, root / "Annotations" / "480p" / "v" / f"{i:05}.png")
-
-
-def test_masks_of_one_object_are_0_and_255(tmp_path):
-    one = np.zeros((32, 40), np.uint8)
-    one[8:20, 8:20] = 255
-    write_video(tmp_path / "one", 4, one)
-    video = davis.open_video(tmp_path / "one", "v")
-    assert video.void == 1 and (read_labels(video.annotations[0], video.void) == one // 255).all()
-    scores = davis.score_video(video, tmp_path / "one" / "Annotations" / "480p" / "v").objects()
-    assert len(scores) == 1 and all(value == 1 for name, value in next(iter(scores.values())).items() if "ecay" not in name)
-    two = one.copy()
-    two[0:4, 0:4] = 1  # 255 beside other labels is void
-    write_video(tmp_path / "two", 4, two)
-    assert davis.open_video(tmp_path / "two", "v").void == 0
-
-
 def test_videos_without_scored_frames_are_left_out(tmp_path):
-    mask = np.zeros((32, 40), np.uint8)
-    mask[8:20, 8:20] = 1
-    write_video(tmp_path, 2, mask)
-    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
-    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("v\n")
+    write_video(tmp_path, "v", frames=2)
+    write_list(tmp_path, "v")
     outcome = call(score_davis.main, "--data_path", tmp_path, "--masks", tmp_path / "Annotations" / "480p")
     assert outcome.status == 2 and "left out: v has 2 frames" in outcome.stdout
     assert "no video has objects in frames that are scored" in outcome.stderr

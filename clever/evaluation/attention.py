@@ -3,64 +3,48 @@
 Shapes: p patch size, h w rows and columns of patches, M heads.
 """
 
-import math
-
 import matplotlib
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from clever.data.augmentations import ToNormalizedTensor
-from clever.data.files import read_image
-from clever.utils import InputError, printable
+from clever.evaluation.images import montage, read_upright
+from clever.utils import InputError
 
-MAX_PATCHES = 65_536  # of an image
 RED = np.array([255, 0, 0])
 
 
-class ResizeAndCrop:
-    """PIL image -> normalised tensor [3, H, W], resized, then cropped at the right and the bottom to whole patches.
+class PictureDataset(Dataset):
+    """(path, normalised image [3, H, W]) of each path, or (path, reason) if it cannot be used; sizes may differ.
 
-    `size` is height and width, or the shorter side, or 0 to keep the size of the image.
-    Raises InputError if the result is smaller than a patch, or has more than MAX_PATCHES of them.
+    Images are resized to `size`, height and width, or the shorter side, or 0 to keep their sizes; then cropped at the right and
+    the bottom to whole patches.
     """
 
-    def __init__(self, size: list[int], patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, paths: list[str], size: list[int], patch_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        self.paths, self.patch_size, self.to_tensor = paths, patch_size, ToNormalizedTensor(mean, std)
         self.resize = v2.Resize(size, antialias=True) if any(size) else nn.Identity()
-        self.size = size
-        self.patch_size, self.to_tensor = patch_size, ToNormalizedTensor(mean, std)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        p, (W, H) = self.patch_size, image.size
-        area = math.prod(self.size) if len(self.size) == 2 else W * H * ((self.size[0] or min(W, H)) / min(W, H)) ** 2
-        if area / p**2 > MAX_PATCHES:
-            raise InputError(
-                f"image of {W}x{H} pixels: {area / p**2:.0f} patches, more than {MAX_PATCHES}; give a smaller --image_size"
-            )
-        image = self.resize(image)
-        W, H = image.size
-        if min(W, H) < p:
-            raise InputError(f"image of {W}x{H} pixels: smaller than a patch of {p}; give a larger --image_size")
-        return self.to_tensor(image.crop((0, 0, W - W % p, H - H % p)))
-
-
-class PictureDataset(Dataset):
-    """(transformed image, its number) of each of `paths`; sizes may differ. Raises InputError for an unreadable image."""
-
-    def __init__(self, paths: list[str], transform: ResizeAndCrop) -> None:
-        self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.transform(read_image(self.paths[number])), number
+    def __getitem__(self, number: int) -> tuple[str, Tensor | str]:
+        path, p = self.paths[number], self.patch_size
+        try:
+            image = self.resize(read_upright(path))
+        except InputError as error:
+            return path, str(error)
+        W, H = image.size
+        if min(W, H) < p:
+            return path, f"image {path}: {W}x{H} pixels are less than a patch of {p}; give a larger --image_size"
+        return path, self.to_tensor(image.crop((0, 0, W - W % p, H - H % p)))
 
 
 # --- attention ---------------------------------------------------------------------------------------------------------
@@ -114,14 +98,8 @@ def overlay(image: np.ndarray, heads: np.ndarray) -> np.ndarray:
 
 
 def masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """An image [H, W, 3], uint8, with a mask [H, W] in half transparent red, its outline in opaque red."""
-    inner = mask.copy()  # without the pixels next to one outside
-    inner[1:] &= mask[:-1]
-    inner[:-1] &= mask[1:]
-    inner[:, 1:] &= mask[:, :-1]
-    inner[:, :-1] &= mask[:, 1:]
-    alpha = np.where(mask & ~inner, 1.0, 0.5 * mask)[..., None]  # H, W, 1
-    return (image * (1 - alpha) + RED * alpha).astype(np.uint8)
+    """An image [H, W, 3], uint8, with a mask [H, W] in half transparent red."""
+    return np.where(mask[..., None], (image + RED) // 2, image).astype(np.uint8)
 
 
 def draw_pictures(image: Tensor, attention: Tensor, threshold: float | None) -> dict[str, np.ndarray]:
@@ -142,19 +120,7 @@ def draw_frame(image: Tensor, attention: Tensor) -> np.ndarray:
     return colored(upsample(attention.mean(0).numpy(), image.shape[-1] // attention.shape[-1]), "inferno")
 
 
-def draw_overview(pictures: dict[str, np.ndarray], title: str) -> np.ndarray:
-    """All pictures with their names, up to six in a row: [H, W, 4]."""
-    columns = min(6, len(pictures))
-    rows = -(-len(pictures) // columns)
-    H, W = pictures["img"].shape[:2]
-    figure = Figure(figsize=(2.4 * columns, (2.4 * H / W + 0.35) * rows + 0.35), dpi=100, layout="constrained")
-    figure.suptitle(printable(title), fontsize=10, parse_math=False)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.axis("off")
-    for axes, (name, pixels) in zip(grid, pictures.items(), strict=False):
-        axes.imshow(pixels)
-        axes.set_title(printable(name), fontsize=8, parse_math=False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
+def draw_overview(pictures: dict[str, np.ndarray]) -> np.ndarray:
+    """All pictures in their order, six in a row: uint8 [H, W, 3]."""
+    images = [Image.fromarray(pixels) for pixels in pictures.values()]
+    return montage([images[i : i + 6] for i in range(0, len(images), 6)])

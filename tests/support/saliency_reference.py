@@ -6,6 +6,7 @@ Shapes: N patches, P pixels, V vertices.
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
+from scipy import ndimage
 
 
 def dense_graph(features: np.ndarray, tau: float = 0.2, eps: float = 1e-5) -> np.ndarray:
@@ -28,13 +29,9 @@ def looped_mask(y: np.ndarray) -> np.ndarray:
     seed = np.unravel_index(np.argmax(np.abs(y)), y.shape)
     if not side[seed]:
         side = ~side
-    mask, stack = np.zeros((h, w), bool), [seed]
-    while stack:
-        i, j = stack.pop()
-        if 0 <= i < h and 0 <= j < w and side[i, j] and not mask[i, j]:
-            mask[i, j] = True
-            stack += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
-    return mask
+    start = np.zeros((h, w), bool)
+    start[seed] = True
+    return ndimage.binary_propagation(start, mask=side)
 
 
 def looped_f_curve(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:

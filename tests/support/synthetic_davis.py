@@ -1,18 +1,11 @@
-"""Small videos in the layout of DAVIS, a ViT whose features are colours, and one whose features are constant.
+"""Small videos in the layout of DAVIS. The scores of the original in test_eval_video_segmentation.py were measured on them."""
 
-The scores of the original in test_eval_video_segmentation.py were measured on these videos with this colour probe.
-"""
-
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from einops import repeat
 from PIL import Image
 
 from clever.evaluation.video.masks import write_mask
-from clever.models import vision_transformer
 
 COLOURS = np.array([(30, 60, 30), (220, 40, 40), (40, 60, 230)])  # background, two objects
 
@@ -60,43 +53,3 @@ def write_davis(root: Path) -> Path:
     write_video(root, "unaligned", step=(1, 3))
     write_list(root, "two-squares", "static", "fast", "unaligned")
     return root
-
-
-# The blocks of the networks below add nothing, so one block gives the same as twelve in a twelfth of the time.
-shallow_vit_tiny = partial(vision_transformer.VisionTransformer, embed_dim=192, depth=1, num_heads=3)
-
-
-@torch.no_grad()
-def colour_probe(patch_size: int) -> torch.nn.Module:
-    """A ViT whose tokens are the mean colour of their patch and its negative, each value 32 times."""
-    vit = shallow_vit_tiny(patch_size)
-    _silence(vit)
-    values = torch.cat([torch.eye(3), -torch.eye(3)]).repeat_interleave(192 // 6, 0)  # 192, 3
-    vit.patch_embed.proj.weight.copy_(repeat(values / patch_size**2, "D c -> D c p1 p2", p1=patch_size, p2=patch_size))
-    return vit
-
-
-@torch.no_grad()
-def constant_network(patch_size: int) -> torch.nn.Module:
-    """A ViT whose patch features are all equal."""
-    vit = shallow_vit_tiny(patch_size)
-    _silence(vit)
-    vit.patch_embed.proj.weight.zero_()
-    vit.norm.bias.fill_(1)
-    return vit
-
-
-def _silence(vit: torch.nn.Module) -> None:
-    """Blocks that add nothing, no positions, no bias."""
-    for block in vit.blocks:
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.zero_()
-            layer.bias.zero_()
-    for parameter in (vit.pos_embed, vit.cls_token, vit.patch_embed.proj.bias):
-        parameter.zero_()
-
-
-def save_checkpoint(vit: torch.nn.Module, path: Path) -> Path:
-    """Save a checkpoint as the original saves its teacher."""
-    torch.save({"teacher": {f"module.backbone.{name}": value for name, value in vit.state_dict().items()}}, path)
-    return path

@@ -1,12 +1,9 @@
-"""References for label propagation and J&F: a readable form of the original's steps, and the package vos-benchmark.
+"""Reference for label propagation: a readable form of the original's steps.
 
 Shapes: N patches, C channels of labels, K context frames.
 """
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -64,10 +61,3 @@ def mask_of(soft: Tensor, patch_size: int, size: tuple[int, int]) -> np.ndarray:
             channel /= channel.max().clone()
     labels = maps.argmax(0).numpy().astype(np.uint8)
     return np.array(Image.fromarray(labels).resize(size[::-1], 0))
-
-
-def vos_benchmark(truth: Path, predicted: Path) -> list[float]:
-    """J&F, J and F in percent; skips the test if the package is not installed."""
-    benchmark = pytest.importorskip("vos_benchmark.benchmark", exc_type=ImportError).benchmark
-    jf, j, f, _ = benchmark([str(truth)], [str(predicted)], num_processes=1, verbose=False)
-    return [jf[0], j[0], f[0]]

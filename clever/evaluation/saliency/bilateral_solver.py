@@ -32,10 +32,6 @@ class BilateralGrid:
         """Sums [V] of the pixel values [P] of each vertex."""
         return np.bincount(self.vertex, pixels, minlength=self.blur.shape[0])
 
-    def slice(self, values: np.ndarray) -> np.ndarray:
-        """For each pixel [P] the value of its vertex, from values [V]."""
-        return values[self.vertex]
-
 
 def build_grid(image: np.ndarray, sigma_spatial: float, sigma_luma: float, sigma_chroma: float) -> BilateralGrid:
     """The grid of an RGB image [H, W, 3], uint8. The sigmas are the sizes of a cell: pixels, levels of Y, levels of U and V."""
@@ -84,29 +80,22 @@ def smoothness_matrix(grid: BilateralGrid) -> sparse.csr_array:
     return (sparse.diags_array(m) - sparse.diags_array(n) @ grid.blur @ sparse.diags_array(n)).tocsr()
 
 
-def solve(grid: BilateralGrid, target: np.ndarray) -> np.ndarray:
-    """Smoothed values [P] of the target [P]; all pixels have the same confidence.
-
-    At most MAX_ITERATIONS steps of conjugate gradients with a Jacobi preconditioner, from the mean target of each vertex.
-    """
-    weight = CONFIDENCE * grid.splat(np.ones(len(grid.vertex)))  # V
-    A = (SMOOTHNESS * smoothness_matrix(grid) + sparse.diags_array(weight)).tocsr()
-    b = grid.splat(CONFIDENCE * target)
-    inverse = 1 / np.maximum(A.diagonal(), 1e-5)
-    jacobi = LinearOperator(A.shape, lambda r: inverse * r, dtype=np.float64)
-    values, _ = cg(A, b, x0=b / weight, rtol=1e-5, atol=0, maxiter=MAX_ITERATIONS, M=jacobi)
-    return grid.slice(values)
-
-
 def bilateral_solver(
     image: np.ndarray, mask: np.ndarray, sigma_spatial: float = 16, sigma_luma: float = 16, sigma_chroma: float = 8
 ) -> np.ndarray:
     """A mask [H, W], 0..1, aligned with the edges of its image [H, W, 3], uint8; the result is soft, [H, W].
 
-    The defaults are those of TokenCut.
+    All pixels have the same confidence. At most MAX_ITERATIONS steps of conjugate gradients with a Jacobi preconditioner, from
+    the mean target of each vertex. The defaults are those of TokenCut.
     """
     grid = build_grid(image, sigma_spatial, sigma_luma, sigma_chroma)
-    return solve(grid, mask.ravel().astype(np.float64)).reshape(mask.shape)
+    weight = CONFIDENCE * grid.splat(np.ones(mask.size))  # V
+    A = (SMOOTHNESS * smoothness_matrix(grid) + sparse.diags_array(weight)).tocsr()
+    b = grid.splat(CONFIDENCE * mask.ravel())
+    inverse = 1 / np.maximum(A.diagonal(), 1e-5)
+    jacobi = LinearOperator(A.shape, lambda r: inverse * r, dtype=np.float64)
+    values, _ = cg(A, b, x0=b / weight, rtol=1e-5, atol=0, maxiter=MAX_ITERATIONS, M=jacobi)
+    return values[grid.vertex].reshape(mask.shape)
 
 
 def largest_object(soft: np.ndarray) -> np.ndarray:

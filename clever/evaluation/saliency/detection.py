@@ -38,10 +38,12 @@ class Detector:
     sigmas: tuple[float, float, float] = (16, 16, 8)  # of the bilateral solver: space, luma, chroma
 
     def __call__(self, example: Example) -> Detection:
-        """Raises InputError if the features are not finite."""
+        """Raises FloatingPointError if the features are not finite."""
         patch_size = self.backbone.patch_embed.patch_size
         grid = tuple(side // patch_size for side in example.network_input.shape[1:])
         features = patch_features(self.backbone, example.network_input.to(self.device), self.features)  # h*w, D
+        if not np.isfinite(features).all():
+            raise FloatingPointError(f"features of image {example.pair.image}")
         cut = tokencut(features, grid, self.tau)
         mask = upsample(cut.mask, example.pixels.shape[:2])
         return Detection(cut, mask, bilateral_solver(example.pixels, mask, *self.sigmas))

@@ -3,7 +3,8 @@
 Shapes: T thresholds.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,19 +12,21 @@ THRESHOLDS = 255  # T: 0, 1/255, ..., 254/255
 BETA_SQUARED = 0.3  # precision counts more than recall (Achanta et al., CVPR 2009)
 
 
-def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union of the pixels whose prediction is above 0.5 and a boolean truth, both [H, W].
+@dataclass
+class ImageScores:
+    """Scores of the saliency map of an image."""
 
-    NaN if both are empty.
-    """
+    iou: float | None  # None if prediction and truth are empty
+    accuracy: float
+    curve: np.ndarray  # F measure, T
+
+
+def score_image(prediction: np.ndarray, truth: np.ndarray) -> ImageScores:
+    """Scores of a prediction 0..1 and a boolean truth, both [H, W]. IoU and accuracy are those of the pixels above 0.5."""
     positive = prediction > 0.5
     union = np.count_nonzero(positive | truth)
-    return np.count_nonzero(positive & truth) / union if union else float("nan")
-
-
-def accuracy(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Fraction of the pixels whose prediction, thresholded at 0.5, equals a boolean truth, both [H, W]."""
-    return float(np.mean((prediction > 0.5) == truth))
+    iou = np.count_nonzero(positive & truth) / union if union else None
+    return ImageScores(iou, float(np.mean(positive == truth)), f_curve(prediction, truth))
 
 
 def f_curve(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -44,36 +47,10 @@ def f_curve(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.divide(product, weighted, out=np.zeros(THRESHOLDS), where=weighted > 0)
 
 
-@dataclass
-class SaliencyMeter:
-    """Running sums of the scores of images, from which `means` computes those of the set; meters can be added."""
-
-    images: int = 0
-    accuracy: float = 0.0
-    iou: float = 0.0
-    iou_images: int = 0  # images for which the IoU is defined: prediction or truth is not empty
-    curve: np.ndarray = field(default_factory=lambda: np.zeros(THRESHOLDS))  # F measure, T
-
-    def add(self, prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        """Add an image, prediction 0..1 and boolean truth, both [H, W]; returns the image's IoU, accuracy and F_max."""
-        curve = f_curve(prediction, truth)
-        scores = {"IoU": iou(prediction, truth), "accuracy": accuracy(prediction, truth), "F_max": float(curve.max())}
-        self.images += 1
-        self.accuracy += scores["accuracy"]
-        if not np.isnan(scores["IoU"]):
-            self.iou += scores["IoU"]
-            self.iou_images += 1
-        self.curve += curve
-        return scores
-
-    def __add__(self, other: "SaliencyMeter") -> "SaliencyMeter":
-        return SaliencyMeter(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def means(self) -> dict[str, float]:
-        """IoU, accuracy and F_max of the set; F_max is the maximum of the mean curve. NaN without images."""
-        nan = float("nan")
-        return {
-            "IoU": self.iou / self.iou_images if self.iou_images else nan,
-            "accuracy": self.accuracy / self.images if self.images else nan,
-            "F_max": float(self.curve.max() / self.images) if self.images else nan,
-        }
+def mean_scores(images: Sequence[ImageScores]) -> dict[str, float | None]:
+    """IoU, accuracy and F_max of a set of images; F_max is the maximum of the mean curve. None where no image has a score."""
+    if not images:
+        return dict.fromkeys(("IoU", "accuracy", "F_max"))
+    ious = [image.iou for image in images if image.iou is not None]
+    accuracy, curve = np.mean([image.accuracy for image in images]), np.mean([image.curve for image in images], axis=0)
+    return {"IoU": float(np.mean(ious)) if ious else None, "accuracy": float(accuracy), "F_max": float(curve.max())}

@@ -15,8 +15,6 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from clever.utils import InputError
-
 EPS = 1e-5  # weight of the edges between dissimilar patches
 MIN_GAP = 1e-9  # smallest difference of two eigenvalues whose eigenvectors are well defined
 DENSE = 256  # largest number of patches for the dense solver, which always detects equal eigenvalues
@@ -34,12 +32,7 @@ class Cut:
 
 
 def connect(features: np.ndarray, tau: float = 0.2) -> sparse.csr_array:
-    """B [N, N] of features [N, D]: 1 where the cosine similarity is greater than `tau`.
-
-    Raises InputError if a feature is not finite.
-    """
-    if not np.isfinite(features).all():
-        raise InputError("the network's features are not finite")
+    """B [N, N] of features [N, D]: 1 where the cosine similarity is greater than `tau`."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     features = features / np.maximum(lengths, 1e-12)
     similar = features @ features.T > tau  # N, N; exactly symmetric, because numpy computes one triangle and mirrors it
@@ -53,7 +46,7 @@ def connect(features: np.ndarray, tau: float = 0.2) -> sparse.csr_array:
 def second_eigenvector(B: sparse.csr_array, eps: float = EPS) -> tuple[np.ndarray, float]:
     """The eigenvector y [N] of a graph of at least three patches, and the gap between its eigenvalue and the next one.
 
-    If the gap is 0, the eigenvector is not unique. Raises InputError if the iteration does not converge.
+    If the gap is 0, the eigenvector is not unique. Raises ArpackError if the iteration does not converge.
     """
     N = B.shape[0]
     degree = (1 - eps) * (B @ np.ones(N)) + eps * N
@@ -71,10 +64,7 @@ def second_eigenvector(B: sparse.csr_array, eps: float = EPS) -> tuple[np.ndarra
     else:
         start = np.random.default_rng(0).standard_normal(N)  # fixed, so that results are reproducible
         operator = LinearOperator((N, N), product, dtype=np.float64)
-        try:
-            values, vectors = eigsh(operator, k=2, which="LA", v0=start, maxiter=MAX_RESTARTS)
-        except ArpackError as error:
-            raise InputError(f"the eigenvectors of its {N} patches do not converge ({error})") from error
+        values, vectors = eigsh(operator, k=2, which="LA", v0=start, maxiter=MAX_RESTARTS)
     return scale * vectors[:, 1], float(values[1] - values[0])
 
 
@@ -95,13 +85,15 @@ def tokencut(features: np.ndarray, grid: tuple[int, int], tau: float = 0.2) -> C
     """The salient object of an image with patch features [h*w, D], row by row, on a grid (h, w).
 
     If the cut is undefined, as for features that are all equal or all orthogonal, the mask is empty and `degenerate` says why.
-    Raises InputError if a feature is not finite.
     """
     B = connect(features, tau)
     N = B.shape[0]
     if N < 3:
-        return _undefined(grid, f"{N} patch{'es' * (N > 1)}: a cut needs three")
-    y, gap = second_eigenvector(B)
+        return _undefined(grid, "a cut needs three patches")
+    try:
+        y, gap = second_eigenvector(B)
+    except ArpackError as error:
+        return _undefined(grid, f"no convergence: {error}")
     if gap <= MIN_GAP:
         alike = "all patches are alike" if B.nnz == N * N else "two cuts are equally good"
         return _undefined(grid, alike if B.nnz > N else "no patch resembles another")

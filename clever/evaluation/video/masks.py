@@ -14,24 +14,22 @@ from torch import Tensor
 
 from clever.data.files import DECODE_ERRORS
 from clever.evaluation.video.metrics import VOID
-from clever.utils import InputError
+from clever.utils import InputError, describe_error
 
 
-def read_labels(path: Path, void: int = 0) -> np.ndarray:
-    """The label of each pixel [H, W] of a palette or grey PNG; pixels marked as void (255) get the label `void`.
+def read_labels(path: Path) -> np.ndarray:
+    """The label of each pixel [H, W] of a palette or grey PNG; pixels marked as void (255) are background.
 
     Raises InputError if the file cannot be read, or if it contains colours instead of labels.
     """
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "1"):
-                raise InputError(f"{path}: is an image of mode {image.mode}; labels are palette or 8-bit grey images")
-            labels = np.array(image, dtype=np.uint8)
-    except InputError:
-        raise
+                raise ValueError(f"labels are palette or 8-bit grey images, not {image.mode}")
+            labels = np.array(image, np.uint8)
     except DECODE_ERRORS as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    labels[labels == VOID] = void
+        raise InputError(f"{path}: cannot be read ({describe_error(error)})") from error
+    labels[labels == VOID] = 0
     return labels
 
 

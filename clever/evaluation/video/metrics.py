@@ -6,6 +6,7 @@ Shapes: n number of objects, T scored frames (all frames of a video except the f
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,34 +58,30 @@ def _fraction_near(points: np.ndarray, others: np.ndarray, radius: float) -> flo
     return float(np.isfinite(distance).mean())
 
 
-def score_frame(predicted: np.ndarray, truth: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
-    """J and F [n] of the objects 1..n in two label images [H, W]; all other labels of the truth count as background.
+def score_frame(predicted: np.ndarray, truth: np.ndarray, objects: Sequence[int]) -> tuple[list[float], list[float]]:
+    """J and F of each of the objects, which are labels in two label images [H, W]; other labels of the truth are background.
 
-    Raises InputError if the sizes differ or if a predicted label exceeds n.
+    Raises InputError if the sizes differ or if a predicted label is not one of the objects.
     """
     if predicted.shape != truth.shape:
-        raise InputError(f"the mask is of size {_size(predicted)}, its annotation {_size(truth)}")
-    if predicted.max() > objects:
-        raise InputError(f"the mask has the label {predicted.max()}: the first annotation has {objects} objects")
-    masks = [(predicted == label, truth == label) for label in range(1, objects + 1)]
+        raise InputError(f"a mask of {predicted.shape[::-1]} pixels, its annotation has {truth.shape[::-1]}")
+    unknown = np.setdiff1d(predicted, [0, *objects])
+    if len(unknown):
+        raise InputError(f"the mask has the label {unknown[0]}, the first annotation has {list(objects)}")
+    masks = [(predicted == label, truth == label) for label in objects]
     unions = [np.count_nonzero(p | t) for p, t in masks]
     j = [np.count_nonzero(p & t) / union if union else 1.0 for (p, t), union in zip(masks, unions, strict=True)]
-    return np.array(j), np.array([boundary_f(p, t) for p, t in masks])
-
-
-def _size(image: np.ndarray) -> str:
-    return "x".join(map(str, image.shape[::-1]))
+    return j, [boundary_f(p, t) for p, t in masks]
 
 
 def statistics(values: np.ndarray) -> tuple[float, float, float]:
     """Mean, recall (fraction above 0.5) and decay (mean of the first quarter minus mean of the last) of values [T].
 
-    Adjacent quarters share a frame, as in DAVIS. NaN values are ignored.
+    Adjacent quarters share a frame, as in DAVIS.
     """
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     quarters = [values[first : last + 1] for first, last in zip(edges[:-1], edges[1:], strict=True)]
-    known = values[~np.isnan(values)]
-    return float(known.mean()), float((known > 0.5).mean()), float(np.nanmean(quarters[0]) - np.nanmean(quarters[3]))
+    return float(values.mean()), float((values > 0.5).mean()), float(quarters[0].mean() - quarters[3].mean())
 
 
 @dataclass
@@ -94,13 +91,14 @@ class VideoScores:
     video: str
     j: np.ndarray  # T, n
     f: np.ndarray  # T, n
-    labels: list[int] | None = None  # of the n objects; None: 1..n
+    labels: list[int]  # of the n objects
 
     def objects(self) -> dict[str, dict[str, float]]:
         """{<video>_<object>: {statistic: value}} with the names of STATISTICS."""
-        values = [(*statistics(j), *statistics(f)) for j, f in zip(self.j.T, self.f.T, strict=True)]
-        labels = self.labels or range(1, len(values) + 1)
-        return {f"{self.video}_{i}": dict(zip(STATISTICS, row, strict=True)) for i, row in zip(labels, values, strict=True)}
+        rows = {}
+        for label, j, f in zip(self.labels, self.j.T, self.f.T, strict=True):
+            rows[f"{self.video}_{label}"] = dict(zip(STATISTICS, (*statistics(j), *statistics(f)), strict=True))
+        return rows
 
 
 def global_scores(objects: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -119,13 +117,10 @@ def print_scores(objects: dict[str, dict[str, float]]) -> None:
 def save_tables(folder: str | Path, subset: str, objects: dict[str, dict[str, float]]) -> list[Path]:
     """Write the two tables of the DAVIS tool, with its file names and columns; returns their paths."""
     overall = global_scores(objects)
-    columns = ("J-Mean", "F-Mean")
-    global_table = [list(overall), [f"{value:.3f}" for value in overall.values()]]
-    object_table = [["Sequence", *columns]]
-    object_table += [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in objects.items()]
     paths = [Path(folder, name) for name in table_names(subset)]
-    save_csv(global_table, paths[0])
-    save_csv(object_table, paths[1])
+    save_csv([list(overall), [f"{value:.3f}" for value in overall.values()]], paths[0])
+    rows = [[name, f"{row['J-Mean']:.3f}", f"{row['F-Mean']:.3f}"] for name, row in objects.items()]
+    save_csv([["Sequence", "J-Mean", "F-Mean"], *rows], paths[1])
     return paths
 
 

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clever.utils import InputError
-
 TEMPERATURE = 0.1
 # Side of a tile in patches. Small tiles compute fewer pairs outside the window; large ones need fewer calls.
 TILE = {"cpu": 15, "cuda": 32}
@@ -50,9 +48,6 @@ class Propagation:
     Args:
         features: of the first frame, [rows, columns, D].
         labels: of the patches of the first frame, [rows, columns, C].
-
-    Raises:
-        InputError: the similarities of a single query take more than `memory_mb`.
     """
 
     def __init__(
@@ -89,14 +84,11 @@ class Propagation:
 
 
 def make_tiles(rows: int, columns: int, radius: int, contexts: int, memory_mb: float, device: torch.device) -> Iterator[Tile]:
-    """Tiles that cover the grid, as large as TILE and `memory_mb` allow. Raises InputError if one query needs more memory."""
+    """Tiles that cover the grid, as large as TILE and `memory_mb` allow, but at least one patch."""
     reach = radius or max(rows, columns)
     side = min(TILE[device.type], max(rows, columns))
     while side > 1 and _megabytes(side, rows, columns, reach, contexts) > memory_mb:
         side -= 1
-    needed = _megabytes(side, rows, columns, reach, contexts)
-    if needed > memory_mb:
-        raise InputError(f"--similarity_mb {memory_mb:g}: one patch takes {needed:.1f} MiB with {contexts} context frames")
     for top in range(0, rows, side):
         for left in range(0, columns, side):
             queries = _span(top, side, 0, rows), _span(left, side, 0, columns)

@@ -5,7 +5,7 @@ Shapes: n number of objects.
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ from clever.evaluation.video.masks import one_hot_labels, read_labels, soft_labe
 from clever.evaluation.video.propagation import Propagation
 from clever.utils import InputError
 
+READING_THREADS = 2
 SETTINGS_FILE = "settings.json"  # beside the masks of a video: what they depend on
 
 
@@ -41,19 +42,19 @@ class Segmenter:
     topk: int = 5
     memory_mb: float = 256
     batch_size: int = 1  # frames
-    threads: int = 0  # that read frames ahead
 
     @torch.inference_mode()
     def segment(self, video: Video) -> Iterator[np.ndarray]:
         """Labels [H, W] of every frame after the first, whose labels are the annotation.
 
-        Raises InputError if a file cannot be read or if frames are smaller than a patch.
+        Raises InputError if a file cannot be read.
         """
         patch_size = self.backbone.patch_embed.patch_size
-        grid = davis.grid_of(davis.network_size(video.size, patch_size, self.short_side), patch_size)
-        labels = one_hot_labels(read_labels(video.annotations[0], video.void), grid).to(self.device)  # rows, columns, 1 + n
+        h, w = davis.network_size(video.size, patch_size, self.short_side)
+        labels = one_hot_labels(read_labels(video.annotations[0]), (h // patch_size, w // patch_size))  # rows, columns, 1 + n
         features = self.frame_features(video)
-        propagation = Propagation(next(features), labels, self.n_last_frames, self.radius, self.topk, self.memory_mb)
+        settings = self.n_last_frames, self.radius, self.topk, self.memory_mb
+        propagation = Propagation(next(features), labels.to(self.device), *settings)
         for feature in features:
             soft = propagation.step(feature)  # rows, columns, 1 + n
             yield soft_labels_to_mask(soft, patch_size, video.size)
@@ -66,29 +67,24 @@ class Segmenter:
         """
         patch_size = self.backbone.patch_embed.patch_size
         size = davis.network_size(video.size, patch_size, self.short_side)
-        rows, _ = davis.grid_of(size, patch_size)
-        frames = read_ahead(lambda path: davis.read_frame(path, size, self.mean, self.std), video.frames, self.threads)
+        frames = read_ahead(lambda path: davis.read_frame(path, size, self.mean, self.std), video.frames)
         while batch := list(islice(frames, self.batch_size)):
             images = torch.stack(batch).to(self.device)  # B, 3, h, w
             tokens = self.backbone.get_intermediate_layers(images, 1)[0][:, 1:]  # B, rows*columns, D
             if not tokens.isfinite().all():
                 raise FloatingPointError(f"features of video {video.name}")
-            yield from rearrange(tokens, "B (rows columns) D -> B rows columns D", rows=rows)
+            yield from rearrange(tokens, "B (rows columns) D -> B rows columns D", rows=size[0] // patch_size)
 
 
-def read_ahead(read: Callable[[Path], Tensor], paths: Iterable[Path], threads: int) -> Iterator[Tensor]:
-    """The frames in order; threads read the next ones while the current one is used. With 0 threads nothing is read ahead."""
-    if threads == 0:
-        yield from map(read, paths)
-        return
-    with ThreadPoolExecutor(threads) as pool:
+def read_ahead(read: Callable[[Path], Tensor], paths: list[Path]) -> Iterator[Tensor]:
+    """The frames in order; threads read the next ones while the current one is used."""
+    with ThreadPoolExecutor(READING_THREADS) as pool:
         pending: deque = deque()
         for path in paths:
             pending.append(pool.submit(read, path))
-            if len(pending) > threads:
+            if len(pending) > READING_THREADS:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def is_finished(folder: Path, video: Video, settings: dict[str, Any]) -> bool:

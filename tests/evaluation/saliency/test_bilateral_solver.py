@@ -2,15 +2,9 @@
 
 import numpy as np
 import pytest
-from support.saliency_reference import grid_matrices, solved
+from support.saliency_reference import solved
 
-from clever.evaluation.saliency.bilateral_solver import (
-    bilateral_solver,
-    bistochastize,
-    build_grid,
-    largest_object,
-    smoothness_matrix,
-)
+from clever.evaluation.saliency.bilateral_solver import bilateral_solver, build_grid, largest_object
 
 SIGMAS = (16, 16, 8)
 
@@ -30,34 +24,14 @@ def two_tone(H: int = 48, W: int = 64, edge: int = 29) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("sigmas", [SIGMAS, (8, 4, 4)])
-def test_soft_mask_is_that_of_the_reference(sigmas):
+@pytest.mark.parametrize("sigmas", [SIGMAS, (20, 24, 12)])
+def test_soft_mask_is_that_of_the_reference_which_stops_after_25_steps(sigmas):
     image, target = texture(), np.zeros((45, 60))
     target[10:30, 15:40] = 1
     soft = bilateral_solver(image, target, *sigmas)
-    np.testing.assert_allclose(soft, solved(image, target, sigmas), atol=1e-10)
+    np.testing.assert_allclose(soft, solved(image, target, sigmas, iterations=25), atol=1e-10)
+    assert np.abs(soft - solved(image, target, sigmas, iterations=1000)).max() > 1e-3
     assert np.abs(soft - target).mean() > 0.02  # it did something
-
-
-def test_stops_after_25_steps_as_the_original_does():
-    image, target = texture(), np.zeros((45, 60))
-    target[10:30, 15:40] = 1
-    soft = bilateral_solver(image, target)
-    assert np.abs(soft - solved(image, target, iterations=25)).max() < 1e-10
-    assert np.abs(soft - solved(image, target, iterations=1000)).max() > 1e-3
-
-
-def test_vertices_and_neighbours_are_those_of_all_pairs():
-    image = texture()
-    image[0, :9], image[-1, -9:] = 255, 0  # the ends of the colour range
-    grid = build_grid(image, *SIGMAS)
-    vertices, splat, blur = grid_matrices(image, SIGMAS)
-    assert grid.blur.shape == (len(vertices), len(vertices))
-    counts = grid.splat(np.ones(image.shape[0] * image.shape[1]))
-    assert sorted(counts) == sorted(splat.sum(1))
-    first = np.zeros(len(vertices), int)  # our number of each of the reference's vertices
-    first[np.argmax(splat.toarray(), axis=0)] = grid.vertex
-    assert (grid.blur.toarray()[np.ix_(first, first)] == blur).all()
 
 
 def test_neighbours_do_not_wrap_around_the_image():
@@ -82,37 +56,12 @@ def test_constant_target_stays():
         np.testing.assert_allclose(soft, value, atol=1e-12)
 
 
-def test_smoothness_is_symmetric_semidefinite_and_kills_constants():
-    grid = build_grid(texture(), *SIGMAS)
-    matrix = smoothness_matrix(grid).toarray()
-    np.testing.assert_allclose(matrix.sum(1), 0, atol=1e-10)
-    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
-    values = np.linalg.eigvalsh(matrix)
-    assert values[0] > -1e-10 and values[-1] > 1
-
-
-def test_bistochastization_balances_the_blur():
-    grid = build_grid(texture(), *SIGMAS)
-    n, m = bistochastize(grid)
-    counts = grid.splat(np.ones(45 * 60))
-    np.testing.assert_allclose(n * (grid.blur @ n), m)
-    assert np.abs(m - counts).sum() < 0.05 * counts.sum()
-
-
 def test_mask_moves_to_the_edge_of_the_image():
     image = two_tone(edge=29)
     mask = np.zeros((48, 64))
     mask[:, 24:] = 1  # five columns too wide
     soft = bilateral_solver(image, mask)
     assert (soft[:, :29] < 0.5).all() and (soft[:, 29:] > 0.5).all()
-
-
-def test_soft_values_stay_between_those_of_the_mask():
-    soft = bilateral_solver(texture(seed=1), np.eye(45, 60) > 0)
-    assert soft.min() > -1e-9 and soft.max() < 1 + 1e-9
-
-
-# --- the object that is drawn ------------------------------------------------------------------------------------------
 
 
 def test_largest_piece_is_kept_and_its_holes_filled():
@@ -126,11 +75,8 @@ def test_largest_piece_is_kept_and_its_holes_filled():
     assert (largest_object(soft) == expected).all()
 
 
-def test_object_larger_than_its_background_is_kept():
+def test_the_background_is_never_the_object():
     soft = np.ones((20, 30))
     soft[0, 0] = 0  # the original takes the background here
     assert largest_object(soft).sum() == 599
-
-
-def test_no_object_gives_none():
     assert not largest_object(np.full((20, 30), 0.5)).any()

@@ -1,21 +1,10 @@
 """TokenCut: planted objects, the dense generalised problem as oracle, and graphs without a defined cut."""
 
-import time
-
 import numpy as np
 import pytest
-import torch
 from support.saliency_reference import dense_cut, dense_graph, looped_mask
 
-from clever.evaluation.saliency.tokencut import (
-    DENSE,
-    EPS,
-    connect,
-    partition,
-    second_eigenvector,
-    tokencut,
-)
-from clever.utils import InputError
+from clever.evaluation.saliency.tokencut import DENSE, connect, partition, second_eigenvector, tokencut
 
 BACKGROUND, OBJECT = (1.0, 0.0), (-0.5, 3.0)
 
@@ -42,11 +31,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-# --- golden: planted grids ---------------------------------------------------------------------------------------------
-
-
 def test_planted_object_is_found_and_holds_the_seed():
     mask = rectangle()
+    assert (tokencut(planted(~mask), mask.shape).mask == mask).all()  # the object is always the smaller part
     cut = tokencut(planted(mask), mask.shape)
     assert (cut.mask == mask).all() and mask[cut.seed] and cut.degenerate is None
     assert (cut.eigenvector > 0)[mask].all() and (cut.eigenvector < 0)[~mask].all()
@@ -61,22 +48,6 @@ def test_patch_apart_from_the_object_is_dropped():
     assert cut.eigenvector[5, 7] == pytest.approx(cut.eigenvector[2, 3])
 
 
-def test_component_of_the_seed_is_kept_and_no_other():
-    y = np.full((6, 8), -0.1)
-    y[rectangle()] = 0.9
-    y[0, 0] = 0.8
-    y[4, 6] = 0.8  # at the object's corner
-    y[2, 3] = 1.0
-    mask, seed = partition(y)
-    assert (mask == rectangle()).all() and seed == (2, 3)
-
-
-def test_object_of_most_patches_gives_the_rest():
-    rest = rectangle()
-    cut = tokencut(planted(~rest), rest.shape)
-    assert cut.mask.sum() == 6 and (cut.mask == rest).all()
-
-
 def test_sign_of_the_eigenvector_does_not_matter():
     y = np.random.default_rng(0).standard_normal((9, 11))
     (mask, seed), (flipped, flipped_seed) = partition(y), partition(-y)
@@ -84,58 +55,28 @@ def test_sign_of_the_eigenvector_does_not_matter():
     assert (mask == looped_mask(y)).all() and mask.any() and not mask.all()
 
 
-def test_first_of_equal_seeds_wins():
-    y = np.array([[-0.2, 0.7, -0.2], [-0.2, -0.2, -0.2], [-0.2, -0.2, 0.7 * (1 + 1e-13)]])
-    mask, seed = partition(y)
-    assert seed == (0, 1) and mask.sum() == 1
-
-
-# --- the dense generalised problem -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("N", [12, 120, 500])
-@pytest.mark.parametrize("k, noise", [(3, 0.3), (3, 1.5), (8, 1.0)])
-def test_eigenvector_is_that_of_the_dense_problem(N, k, noise):
-    features = clusters(N, k, noise)
-    y, gap = second_eigenvector(connect(features))
-    assert gap > 1e-7 and cosine(y, dense_cut(dense_graph(features))) > 1 - 1e-9
-
-
-def test_both_solvers_and_lobpcg_agree(monkeypatch):
-    features = clusters(DENSE, 5, 1.0)
-    B = connect(features)
+def test_both_solvers_agree(monkeypatch):
+    B = connect(clusters(DENSE, 5, 1.0))
     dense, dense_gap = second_eigenvector(B)
     monkeypatch.setattr("clever.evaluation.saliency.tokencut.DENSE", 0)
     sparse, sparse_gap = second_eigenvector(B)
     assert cosine(dense, sparse) > 1 - 1e-9 and dense_gap == pytest.approx(sparse_gap, rel=1e-6)
-    W = torch.from_numpy(B.toarray()) * (1 - EPS) + EPS
-    scale = W.sum(1).rsqrt()
-    torch.manual_seed(0)
-    _, vectors = torch.lobpcg(scale[:, None] * W * scale, k=3, niter=500, tol=1e-12)
-    assert cosine((scale * vectors[:, 1]).numpy(), sparse) > 1 - 1e-9
+    assert (second_eigenvector(B)[0] == sparse).all()  # the same bits
 
 
-@pytest.mark.parametrize("grid", [(9, 12), (20, 25)])
-def test_masks_are_those_of_the_dense_problem(grid):
-    for seed in range(5):
-        features = clusters(grid[0] * grid[1], 6, 1.2, seed=seed)
-        cut = tokencut(features, grid)
-        assert (cut.mask == looped_mask(dense_cut(dense_graph(features)).reshape(grid))).all()
-
-
-def test_the_same_features_give_the_same_bits():
-    features = clusters(400, 6, 1.2)
-    first, second = (tokencut(features, (20, 20)).eigenvector for _ in range(2))
-    assert (first == second).all()
+@pytest.mark.parametrize("grid", [(3, 4), (9, 12), (20, 25)])
+@pytest.mark.parametrize("k, noise", [(3, 1.5), (6, 1.2)])
+def test_eigenvector_and_mask_are_those_of_the_dense_problem(grid, k, noise):
+    features = clusters(grid[0] * grid[1], k, noise)
+    cut, y = tokencut(features, grid), dense_cut(dense_graph(features))
+    assert cosine(cut.eigenvector.ravel(), y) > 1 - 1e-9
+    assert (cut.mask == looped_mask(y.reshape(grid))).all()
 
 
 def test_patches_are_joined_above_tau_only():
     features = np.array([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])  # cosines .6, 0, -1; .8, -.6; 0
     assert (connect(features, 0.0).toarray() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).all()
     assert (connect(features, 0.7).toarray() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).all()
-
-
-# --- graphs without a defined cut --------------------------------------------------------------------------------------
 
 
 def ring(N: int) -> np.ndarray:
@@ -149,15 +90,10 @@ def ring(N: int) -> np.ndarray:
     [
         (np.ones((48, 7)), "all patches are alike"),
         (1 + 0.01 * np.random.default_rng(0).standard_normal((400, 7)), "all patches are alike"),
-        (np.eye(48), "no patch resembles another"),
         (np.eye(300), "no patch resembles another"),
-        (np.zeros((48, 7)), "no patch resembles another"),
         (np.repeat(np.eye(3), 16, 0), "two cuts are equally good"),
-        (np.repeat(np.eye(4), 100, 0), "two cuts are equally good"),
-        (ring(48), "two cuts are equally good"),
         (ring(300), "two cuts are equally good"),
-        (np.ones((1, 7)), "1 patch: a cut needs three"),
-        (np.eye(2), "2 patches: a cut needs three"),
+        (np.eye(2), "a cut needs three patches"),
     ],
 )
 def test_undefined_cut_gives_an_empty_mask_and_a_reason(features, reason):
@@ -167,30 +103,4 @@ def test_undefined_cut_gives_an_empty_mask_and_a_reason(features, reason):
 
 
 def test_almost_equal_cuts_are_distinguished():
-    features = np.repeat(np.eye(3), (16, 15, 17), 0)
-    assert tokencut(features, (6, 8)).degenerate is None
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_refused(value):
-    features = clusters(20, 3, 0.5)
-    features[3, 4] = value
-    with pytest.raises(InputError, match="not finite"):
-        tokencut(features, (4, 5))
-
-
-# --- speed -------------------------------------------------------------------------------------------------------------
-
-
-def seconds(function, *args) -> float:
-    start = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start
-
-
-def test_cut_of_1900_patches_takes_a_tenth_of_the_dense_problem():
-    features = clusters(1900, 3, 1.0, D=384).astype(np.float32)
-    B, W = connect(features), dense_graph(features)
-    own = min(seconds(second_eigenvector, B) for _ in range(4))
-    dense = seconds(dense_cut, W)
-    assert dense > 10 * own, f"{own:.3f} s, dense {dense:.3f} s"
+    assert tokencut(np.repeat(np.eye(3), (16, 15, 17), 0), (6, 8)).degenerate is None
