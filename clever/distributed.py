@@ -94,7 +94,7 @@ _store: list[dist.Store] = []  # of the group
 
 
 def first_says(message: str, seconds: float) -> bool:
-    """Whether the first process says the same, for which the others wait; the first one says it, and waits a second for them."""
+    """Whether the first process says the same, for which the others wait; the first one waits a second for them to hear it."""
     if not _store:
         return False
     [store], heard = _store, [f"heard_{rank}" for rank in range(1, get_world_size())]

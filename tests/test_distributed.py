@@ -120,6 +120,7 @@ def processes_are_refused(rank, port, output, messages):
         distributed.init_distributed(parser.parse_args([]))
         raise InputError(messages[rank])
 
+    entry.GRACE_SECONDS = 300.0  # longer than any machine takes
     with open(output, "w") as stream, contextlib.redirect_stderr(stream):
         run_entry_point(main)
 
@@ -129,7 +130,7 @@ def processes_are_refused(rank, port, output, messages):
 def test_an_error_of_all_processes_is_printed_once_without_waiting(messages, printed, tmp_path):
     port, outputs, start = free_port(), [tmp_path / "0", tmp_path / "1"], time.monotonic()
     children = [fork(processes_are_refused, rank, port, output, messages) for rank, output in enumerate(outputs)]
-    assert wait(children) == [2, 2] and time.monotonic() - start < entry.GRACE_SECONDS
+    assert wait(children) == [2, 2] and time.monotonic() - start < 200
     assert [output.read_text() for output in outputs] == printed
 
 
