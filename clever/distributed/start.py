@@ -1,22 +1,20 @@
-"""Processes and devices: the process group, its collectives, and srun without a launcher."""
+"""The start of a process group: by torchrun, torch.distributed.launch or srun; plain python runs alone."""
 
 import argparse
 import datetime
-import functools
 import os
 import re
 import signal
 import socket
 import sys
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 from clever import signals
 from clever.arguments import check_positive
+from clever.distributed.collectives import get_rank, get_world_size, is_main_process
 from clever.utils import InputError, describe_error
 
 JOIN_MINUTES = 10.0  # in which all processes of a group must have started
@@ -97,7 +95,7 @@ def first_says(message: str, seconds: float) -> bool:
     """Whether the first process says the same, for which the others wait; the first one waits a second for them to hear it."""
     if not _store:
         return False
-    [store], heard = _store, [f"heard_{rank}" for rank in range(1, get_world_size())]
+    store, heard = _store[-1], [f"heard_{rank}" for rank in range(1, get_world_size())]
     try:
         if is_main_process():
             store.set("last_words", message)
@@ -108,95 +106,6 @@ def first_says(message: str, seconds: float) -> bool:
         return store.get("last_words") == message.encode()
     except (dist.DistStoreError, dist.DistNetworkError):  # the others have nothing to say, or have ended
         return False
-
-
-def is_distributed() -> bool:
-    """True if a launcher has started this process in a process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def get_rank() -> int:
-    """Number of this process; 0 without a process group."""
-    return dist.get_rank() if is_distributed() else 0
-
-
-def get_world_size() -> int:
-    """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if is_distributed() else 1
-
-
-def is_main_process() -> bool:
-    """True in the process that prints and writes files: the first one."""
-    return get_rank() == 0
-
-
-def barrier() -> None:
-    """Wait until all processes have come here."""
-    if is_distributed():
-        dist.barrier()
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, in place; without a process group the tensor is returned unchanged."""
-    if is_distributed():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in one of the processes. On the CPU: a GPU does not wait for it."""
-    if not is_distributed():
-        return flag
-    found = torch.tensor(int(flag))
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=_cpu_group())
-    return bool(found)
-
-
-@functools.cache
-def _cpu_group() -> dist.ProcessGroup | None:
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
-def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenate rows [m, ...] of all processes, in the order of ranks; m may differ between processes."""
-    if not is_distributed():
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    longest = int(max(counts))
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    shares = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(shares, padded)
-    return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
-
-
-def all_gather_objects(item: Any) -> list[Any]:
-    """The items of all processes, in the order of ranks. They are pickled: for small objects only."""
-    if not is_distributed():
-        return [item]
-    items = [None] * get_world_size()
-    dist.all_gather_object(items, item)
-    return items
-
-
-def broadcast_buffers(module: nn.Module) -> None:
-    """Copy the first process's buffers, such as the running statistics of batch norms, to all other processes."""
-    if is_distributed():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type that autocast computes in. `auto` is bf16 where the hardware has it, otherwise fp16 on a GPU, fp32 on a CPU."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name != "auto":
-        return named[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-# --- srun without a launcher ---
 
 
 def adopt_slurm_variables() -> bool:
@@ -213,7 +122,7 @@ def adopt_slurm_variables() -> bool:
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(task_counts(per_host)[int(os.environ["SLURM_NODEID"])]),
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", per_host).group(),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(hosts))
     os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + int(os.environ.get("SLURM_JOB_ID", 0)) % PORTS))
@@ -224,12 +133,3 @@ def first_host(hosts: str) -> str:
     """The first of Slurm's list of hosts: "gpu[07-09,12],login" -> "gpu07"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else ""
-
-
-def task_counts(text: str) -> list[int]:
-    """Tasks of every node from Slurm's short form: "4(x2),3" -> [4, 4, 3]."""
-    counts = []
-    for part in text.split(","):
-        count, _, repeats = part.partition("(x")
-        counts += [int(count)] * int(repeats.rstrip(")") or 1)
-    return counts
