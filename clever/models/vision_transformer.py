@@ -114,7 +114,7 @@ class VisionTransformer(nn.Module):
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        InputError: `img_size`, or the size of an image given to the network, is not a multiple of `patch_size`.
+        InputError: the size of an image given to the network is not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -129,8 +129,6 @@ class VisionTransformer(nn.Module):
         num_heads: int,
     ) -> None:
         super().__init__()
-        if img_size % patch_size:
-            raise InputError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.grid_size = img_size // patch_size
@@ -156,13 +154,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x[:, 0])
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Outputs of the last `n` blocks in their order, each [B, 1+N, D] after the final norm.
-
-        Raises:
-            InputError: `n` is not in 1 to the number of blocks.
-        """
-        if not 1 <= n <= len(self.blocks):
-            raise InputError(f"the last {n} blocks: choose 1 to {len(self.blocks)}")
+        """Outputs of the last `n` blocks in their order, each [B, 1+N, D] after the final norm."""
         x = self._tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
