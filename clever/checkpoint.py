@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
 from pathlib import Path
@@ -34,9 +35,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running any code that it may contain.
 
     Tensors, plain values, argparse.Namespace and numpy's numbers are read. A file *.safetensors is read as
-    `{"model": state dict}`, with `args` and `epoch` of the pretraining if export.py has written it. With `mmap`, tensors stay on
-    the disk until they are used. Raises InputError if the file is missing, is damaged, holds objects of further types, or is
-    not a dict.
+    `{"model": state dict}`, with `args` and `epoch` of the pretraining if export.py has written it. With `mmap`, tensors stay
+    on the disk until they are used. Raises InputError if the file is missing or damaged, or is not a dict of these types.
     """
     checkpoint = _load_safetensors(path) if Path(path).suffix == ".safetensors" else load_file(path, mmap)
     if not isinstance(checkpoint, dict):
@@ -46,7 +46,8 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 def load_file(path: str | Path, mmap: bool = False) -> Any:
     """What a file of torch.save holds; see `load_checkpoint`."""
-    with torch.serialization.safe_globals(_ALLOWED), _readable(path):
+    with torch.serialization.safe_globals(_ALLOWED), _readable(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about old and unusual files: if they cannot be read, the error says so
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
@@ -65,7 +66,7 @@ def _readable(path: str | Path) -> Iterator[None]:
     """Any error while the file is read becomes an InputError: torch.load raises a dozen types of them for damaged files."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
         types = ", ".join(_foreign_types(path))[:200]

@@ -89,11 +89,9 @@ def is_known(arch: str) -> bool:
 
 def _timm_config(arch: str) -> Any:
     """What timm says of the images that its model is made for; None for other backbones."""
-    if is_ours(arch) or not is_known(arch):
-        return None
     from timm.models import get_pretrained_cfg
 
-    return get_pretrained_cfg(arch)
+    return get_pretrained_cfg(arch) if is_known(arch) and not is_ours(arch) else None
 
 
 def default_image_size(arch: str) -> int:

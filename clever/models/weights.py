@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clever.checkpoint import load_checkpoint
@@ -43,17 +42,18 @@ def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str, own: Collect
     Raises:
         InputError: the key names no network, or several.
     """
-    entry = checkpoint.get(checkpoint_key)
-    place = entry if isinstance(entry, dict) else checkpoint
+    keys = (checkpoint_key, "model", "state_dict") if checkpoint_key == "teacher" else (checkpoint_key,)
+    place = next((checkpoint[key] for key in keys if dict(_tensors(checkpoint.get(key)))), checkpoint)
     tensors = dict(_tensors(place))
-    networks = _networks(tensors, own) or _dicts(place)
-    found = _named(networks, checkpoint_key)
-    if not found and (place is entry or checkpoint_key == "teacher" or _dicts(place) == [""]):
+    networks = _networks(tensors, own) or [""] * bool(tensors)
+    found = [network for network in networks if f".{checkpoint_key}." in f".{network}"]
+    is_plain = not any(isinstance(value, dict) for value in checkpoint.values())
+    if not found and (place is not checkpoint or is_plain or checkpoint_key == "teacher"):
         found = networks
-        if len(found) == 1 and place is not entry and found != [""]:
+        if place is checkpoint and not is_plain and len(found) == 1:
             print(f"the checkpoint has no `{checkpoint_key}`: weights are taken from `{found[0].rstrip('.')}`")
     if len(found) != 1:
-        choices = ", ".join([network.rstrip(".") for network in networks] or map(str, checkpoint))
+        choices = ", ".join([network.rstrip(".") for network in networks if network] or map(str, checkpoint))
         raise InputError(f"no state dict under checkpoint key {checkpoint_key!r}, or several; choose one of {choices}")
     (prefix,) = found
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -75,22 +75,8 @@ def _networks(tensors: dict[str, Tensor], own: Collection[str]) -> list[str]:
     for name in tensors:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
         count.update(name[:start] for start in starts if name[start:] in own)
-    return [prefix for prefix in count if count[prefix] == max(count.values())]
-
-
-def _dicts(checkpoint: dict[str, Any]) -> list[str]:
-    """Prefixes of the dicts that have tensors; [""] for a plain state dict, beside whose tensors numbers may stand."""
-    dicts = [f"{key}." for key, value in checkpoint.items() if isinstance(value, dict) and next(_tensors(value), None)]
-    return dicts or [""] * any(isinstance(value, Tensor) for value in checkpoint.values())
-
-
-def _named(networks: list[str], key: str) -> list[str]:
-    """Those of the networks that the key means."""
-    for name in (key, "model", "state_dict") if key == "teacher" else (key,):
-        found = [network for network in networks if f".{name}." in f".{network}"]
-        if found:
-            return found
-    return []
+    most = max(count.values(), default=0)
+    return [prefix for prefix in count if count[prefix] == most > len(own) / 2]
 
 
 # --- loading -----------------------------------------------------------------------------------------------------------
@@ -99,8 +85,8 @@ def _named(networks: list[str], key: str) -> list[str]:
 def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None:
     """Loads a state dict from `backbone_state`. All layers must be there, with all their tensors, and no further ones.
 
-    Batch norm's `num_batches_tracked` may be missing. Classifiers, decoders, prototypes and mask tokens are left out, and a line
-    names them. Weights of other releases of VMamba, and those that timm can convert for its model, are converted.
+    Batch norm's `num_batches_tracked` may be missing. Classifiers, decoders, prototypes and mask tokens are left out, which a
+    line says. Weights of other releases of VMamba, and those that timm can convert for its model, are converted.
 
     Raises:
         InputError: names or shapes differ, or weights are not finite; the message counts them and lists the first three.
