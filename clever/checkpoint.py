@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
+from torch import nn
 
 from clever.arguments import check_installed, plain_args
 from clever.utils import InputError, atomic_file, describe_error

@@ -19,7 +19,7 @@ from torch import nn
 
 import eval_linear
 import main_dino
-from clever.checkpoint import load_checkpoint, load_moments, load_strictly, stored_arguments
+from clever.checkpoint import load_checkpoint, load_moments, stored_arguments
 from clever.evaluation.pretrained import load_pretrained
 from clever.models.backbones import build_backbone
 from clever.models.weights import backbone_state, load_backbone_weights
@@ -210,16 +210,6 @@ def test_init_from_takes_the_teachers_backbone_only(finished, tmp_path, data):
 
 
 # --- loading -----------------------------------------------------------------------------------------------------------
-
-
-def test_load_strictly(tmp_path):
-    network, other = small_network(), nn.Sequential(nn.Linear(2, 2))
-    state = {f"module.{name}": value + 1 for name, value in network.state_dict().items()}
-    load_strictly(network, state, "student")
-    assert torch.equal(network[3].bias, state["module.3.bias"])
-    with pytest.raises(InputError, match="^student: does not fit the arguments: .*0.weight") as error:
-        load_strictly(other, state, "student")
-    assert "\n" not in str(error.value)
 
 
 def test_load_moments_keeps_the_groups_options():
