@@ -17,15 +17,11 @@ from torch import nn
 from clever.arguments import check_installed, plain_args
 from clever.utils import InputError, atomic_file, describe_error
 
-# What is read besides tensors and plain values: the originals' checkpoints hold arguments and numpy's numbers.
+# What is read besides tensors and plain values: the originals' checkpoints hold arguments, and numbers of numpy 1 or 2.
 _numpy_scalar = np.float64(0).__reduce__()[0]
-_ALLOWED = [
-    argparse.Namespace,
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # numpy 1
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in np.typecodes["All"]},
-]
+_numpy_scalars = [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_numpy_types = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+_ALLOWED = [argparse.Namespace, *_numpy_scalars, np.dtype, *_numpy_types]
 
 # Under this key of a safetensors file's metadata, export.py writes `args` and `epoch` of the pretraining as JSON.
 SAFETENSORS_METADATA = "clever"
@@ -84,8 +80,8 @@ def _foreign_types(path: str | Path) -> list[str]:
 def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says about its network and training, by the names of our flags; empty if it says nothing.
 
-    Other programs store arguments that have the names of our flags and other values (`net="resnet18"`, `mean=None`): they are
-    left out. An architecture that stands beside the arguments, as PyTorch's examples and timm have it, is taken.
+    Arguments of other programs that have the names of our flags and other values, such as `net="resnet18"`, are left out. An
+    architecture that stands beside the arguments, as PyTorch's examples and timm have it, is taken.
     """
     args = checkpoint.get("args")
     args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, (dict, argparse.Namespace)) else {})

@@ -19,8 +19,6 @@ HEADS = re.compile(r"(head2?|fc)\.")
 # What other programs store beside the layers of a backbone. All else that the backbone does not have changes the features.
 BESIDE = re.compile(r"\w*head\w*|fc|classifier|last_linear|(project|predict|prototype|decoder|mask|queue)\w*")
 
-# --- finding -----------------------------------------------------------------------------------------------------------
-
 
 def backbone_state(checkpoint: dict[str, Any], checkpoint_key: str, own: Collection[str]) -> dict[str, Tensor]:
     """Extracts the state dict of the backbone from a checkpoint of this or another program.
@@ -79,9 +77,6 @@ def _networks(tensors: dict[str, Tensor], own: Collection[str]) -> list[str]:
     return [prefix for prefix in count if count[prefix] == most > len(own) / 2]
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
-
-
 def load_backbone_weights(backbone: nn.Module, state: dict[str, Tensor]) -> None:
     """Loads a state dict from `backbone_state`. All layers must be there, with all their tensors, and no further ones.
 
@@ -122,7 +117,12 @@ def _converted(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     own = backbone.state_dict()
     fits = all(name in state and state[name].shape == value.shape for name, value in own.items())
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)  # timm's
-    return state if fits or convert is None else convert(state, backbone)
+    if fits or convert is None:
+        return state
+    try:
+        return convert(state, backbone)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # weights of another network
+        return state
 
 
 def _first(names: list[str], n: int = 3) -> str:
