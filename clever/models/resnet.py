@@ -1,7 +1,4 @@
-"""ResNets (He et al., arXiv 1512.03385): torchvision's, with its state-dict names, pooled features and no classifier.
-
-Shapes: D width of the pooled features.
-"""
+"""ResNets (He et al., arXiv 1512.03385): torchvision's, with its state-dict names, pooled features [B, D], no classifier."""
 
 from collections import OrderedDict
 from functools import partial
@@ -23,11 +20,7 @@ class ResNet(TorchvisionResNet):
     """
 
     def __init__(
-        self,
-        block: type[BasicBlock | Bottleneck],
-        layers: list[int],
-        small: bool = False,
-        checkpointing: bool = False,
+        self, block: type[BasicBlock | Bottleneck], layers: list[int], small: bool = False, checkpointing: bool = False
     ) -> None:
         super().__init__(block, layers)
         self.embed_dim = self.fc.in_features
