@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,12 @@ def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     args = checkpoint.get("args")
     args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, (dict, argparse.Namespace)) else {})
-    if "global_crops_size" not in args:  # not ours: statistics may be those of pixels in 0..255
-        args |= {"mean": None, "std": None}
     return {n: value for n, value in args.items() if value is not None and (n not in _OURS or _OURS[n](value))}
 
 
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) and isfinite(v) for v in value)
+def _is_statistic(value: Any) -> bool:
+    """True for three numbers that fit pixels in 0..1: some programs store statistics of pixels in 0..255."""
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) and abs(v) < 10 for v in value)
 
 
 def _is_count(value: Any) -> bool:
@@ -105,8 +103,8 @@ _OURS: dict[str, Callable[[Any], bool]] = {
     "hp1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
     "patch_size": _is_count,
     "global_crops_size": _is_count,
-    "mean": _is_triple,
-    "std": lambda value: _is_triple(value) and min(value) > 0,
+    "mean": _is_statistic,
+    "std": lambda value: _is_statistic(value) and min(value) > 0,
     "aug": lambda value: isinstance(value, str),
     "seed": lambda value: type(value) is int,
 }
