@@ -389,7 +389,7 @@ FEATURES = [
     ("testfeat", torch.tensor(1.0), "testfeat.pth: contains no tensor"),
     ("trainlabels", torch.tensor(1), "trainlabels.pth: contains no tensor"),
     ("testfeat", {"x": torch.ones(2, 4)}, "testfeat.pth: contains no tensor"),
-    ("testfeat", np.ones((2, 4)), "testfeat.pth: damaged, or contains more"),
+    ("testfeat", np.ones((2, 4)), "testfeat.pth: holds numpy"),
     ("testfeat", None, "testfeat.pth: damaged"),
     ("trainfeat", torch.ones(2, 4).to_sparse(), "must hold an ordinary tensor of numbers, not sparse_coo"),
     ("trainfeat", torch.ones(2, 4, device="meta"), "must hold an ordinary tensor"),

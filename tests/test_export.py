@@ -272,7 +272,7 @@ BAD = [  # checkpoint, flags, what the message must hold
     ("resnet8", "--format timm --out F.pth", "no resnet8", "safetensors, onnx or torch_export"),
     ("resnet8", "--format torchvision --out F.pth", "resnet8", "choose safetensors, onnx or torch_export"),
     ("dino", "--format torch_export --part main_part --out F.pt2", "--part main_part", "dino", "ALL"),
-    ("nan", "--format timm --out F.pth", "NaN or infinite values in 1 of"),
+    ("nan", "--format timm --out F.pth", "1 NaN or infinite: norm.bias"),
     ("absent", "--format timm --out F.pth", "no such file"),
     ("vit_test", "--format timm --out /proc/F.pth", "--out", "/proc", "cannot be written"),
 ]

@@ -4,8 +4,6 @@ Shapes: D width of the representation, M training images, N test images.
 """
 
 import json
-import pickle
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from clever.checkpoint import DAMAGE, save_atomically, stored_arguments
-from clever.models.weights import FLOATS
-from clever.utils import InputError, save_json, unfinished
+from clever.checkpoint import load_file, save_atomically, stored_arguments
+from clever.utils import InputError, error_prefix, save_json, unfinished
 
 # Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.
 TENSORS = {"train": "trainfeat.pth", "test": "testfeat.pth", "train_labels": "trainlabels.pth", "test_labels": "testlabels.pth"}
 DESCRIPTION = "features.json"
 MAX_CLASSES = 1_000_000
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = {*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
@@ -86,12 +84,8 @@ def load_features(folder: str | Path, source: str) -> FeatureSet:
 def _read_tensor(path: Path, source: str) -> torch.Tensor:
     if not path.is_file():
         raise InputError(f"{source} {path.parent}: lacks {path.name}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about kinds of tensors that are refused below
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *DAMAGE) as error:
-        raise InputError(f"{source} {path}: damaged, or contains more than a tensor") from error
+    with error_prefix(source):
+        tensor = load_file(path)
     if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.numel() == 0:
         raise InputError(f"{source} {path}: contains no tensor, an empty one, or a single number")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NUMBERS:

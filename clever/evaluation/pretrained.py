@@ -186,9 +186,10 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
     if args.img_size is not None and args.img_size < 1:
         raise InputError(f"--img_size {args.img_size}: must be 1 or more")
     with error_prefix(f"--pretrained_weights {args.pretrained_weights}"):
-        own = () if is_ours(arch) else build_backbone(arch).state_dict()
+        with torch.device("meta" if is_ours(arch) else "cpu"):  # for its names
+            own = build_backbone(arch).state_dict()
         state = backbone_state(checkpoint, args.checkpoint_key, own)
-        trained_size = trained_image_size(arch, state, patch_size) or stored.get("global_crops_size")
+        trained_size = trained_image_size(arch, state) or stored.get("global_crops_size")
         trained_size = trained_size or default_image_size(arch)
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)

@@ -1,6 +1,5 @@
 """The registry of backbones."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clever.distributed import is_distributed
 from clever.models import resnet
 from clever.models import vision_transformer as vit
-from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
-from vmamba import build_vssm, config_names, is_config_name, load_config
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, describe_error
 
 # Builders of our backbones, by the name that --arch takes; every file vmamba/configs/<folder>/<config>.yaml is one more,
 # called <folder>-<config>. A builder takes those of `build_backbone`'s options (patch_size, img_size, drop_path_rate,
@@ -52,14 +50,13 @@ def build_backbone(
         checkpointing: recompute activations in the backward pass, which takes less memory and more time.
 
     Raises:
-        InputError: `arch` is unknown, the rate is outside [0, 1), the image size is not a multiple of the patch size, or the
-            backbone has no activation checkpointing.
+        InputError: `arch` is unknown, or the backbone has no activation checkpointing.
     """
+    builder = _find_builder(arch)
+    if builder is None and not is_known(arch):
+        raise InputError(f"unknown arch {arch!r}: choose one of {', '.join(backbone_names())}, or a timm model")
     if drop_path_rate is None:
         drop_path_rate = default_drop_path_rate(arch)
-    if not 0 <= drop_path_rate < 1:
-        raise InputError(f"drop path rate {drop_path_rate}: choose a value in [0, 1)")
-    builder = _find_builder(arch)
     if builder is None:
         return _build_timm(arch, img_size, drop_path_rate, checkpointing)
     options = dict(patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, checkpointing=checkpointing)
@@ -71,7 +68,11 @@ def build_backbone(
 
 def _find_builder(arch: str) -> Callable[..., nn.Module] | None:
     """The builder of one of our backbones; None for other names."""
-    return partial(build_vssm, arch) if is_config_name(arch) else BACKBONES.get(arch)
+    if arch in BACKBONES:
+        return BACKBONES[arch]
+    import vmamba  # here, so that others do without it
+
+    return partial(vmamba.build_vssm, arch) if vmamba.is_config_name(arch) else None
 
 
 def is_ours(arch: str) -> bool:
@@ -80,23 +81,17 @@ def is_ours(arch: str) -> bool:
 
 
 def is_known(arch: str) -> bool:
-    """True if `build_backbone` can build `arch`: it is ours or timm's."""
-    if is_ours(arch):
-        return True
-    try:
-        import timm
-    except ImportError:
-        return False
-    return timm.is_model(arch)
+    """True if `build_backbone` can build `arch`: it is ours or timm's, maybe with the tag of one of timm's weights."""
+    from timm.models import is_model, is_model_pretrained
+
+    return is_ours(arch) or (is_model(arch) and ("." not in arch or is_model_pretrained(arch)))
 
 
 def _timm_config(arch: str) -> Any:
     """What timm says of the images that its model is made for; None for other backbones."""
-    if is_ours(arch) or not is_known(arch):
-        return None
     from timm.models import get_pretrained_cfg
 
-    return get_pretrained_cfg(arch)
+    return get_pretrained_cfg(arch) if is_known(arch) and not is_ours(arch) else None
 
 
 def default_image_size(arch: str) -> int:
@@ -118,7 +113,9 @@ def is_same_network(arch: str, other: str) -> bool:
 
 def backbone_names() -> list[str]:
     """Names of all backbones of this repository."""
-    return [*BACKBONES, *config_names()]
+    import vmamba
+
+    return [*BACKBONES, *vmamba.config_names()]
 
 
 def vit_names() -> list[str]:
@@ -128,25 +125,19 @@ def vit_names() -> list[str]:
 
 def default_drop_path_rate(arch: str) -> float:
     """Stochastic depth rate in training if the user gives none: that of its configuration for a VMamba, otherwise 0.1."""
-    return load_config(arch).drop_path_rate if is_config_name(arch) else 0.1
+    if arch in BACKBONES:
+        return 0.1
+    import vmamba
+
+    return vmamba.load_config(arch).drop_path_rate if vmamba.is_config_name(arch) else 0.1
 
 
 def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: bool) -> nn.Module:
     """A timm model without its classifier: pooled features. timm's activation checkpointing updates batch norms twice."""
-    unknown = f"unknown arch {arch!r}: choose one of {', '.join(backbone_names())}, or a timm model"
-    try:
-        import timm
-    except ImportError:
-        raise InputError(f"{unknown} (timm is not installed)") from None
-    if not timm.is_model(arch):
-        close = difflib.get_close_matches(arch, timm.list_models(), n=5)
-        raise InputError(f"{unknown} (close names: {', '.join(close)})" if close else unknown)
+    import timm
 
     create = partial(timm.create_model, arch, pretrained=False, num_classes=0)
-    try:
-        model = _call_with_known_options(create, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path_rate)
-    except RuntimeError as error:  # for example an unknown tag after the dot
-        raise InputError(f"timm cannot build {arch}: {error}") from None
+    model = _call_with_known_options(create, img_size=img_size, dynamic_img_size=True, drop_path_rate=drop_path_rate)
     model.embed_dim = getattr(model, "head_hidden_size", model.num_features)
     if checkpointing:
         try:
@@ -171,12 +162,11 @@ def _call_with_known_options(function: Callable[..., nn.Module], **options: Any)
 def check_timm_size(arch: str, backbone: nn.Module, size: int) -> None:
     """Raises InputError unless a timm model returns one feature vector per image of this size: some accept one size only."""
     try:
-        features = backbone.eval()(torch.zeros(1, 3, size, size))
+        found = list(backbone.eval()(torch.zeros(1, 3, size, size)).shape)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--arch {arch}: does not accept crops of {size} pixels ({reason})") from error
-    if features.shape != (1, backbone.embed_dim):
-        raise InputError(f"--arch {arch}: returns features of shape {list(features.shape)}, not [1, {backbone.embed_dim}]")
+        found = describe_error(error)
+    if found != [1, backbone.embed_dim]:
+        raise InputError(f"--arch {arch}: crops of {size} pixels do not give one feature vector, but {found}")
     backbone.train()
 
 

@@ -1,10 +1,8 @@
-"""Layers that all backbones share: stochastic depth, and activation checkpointing.
+"""Layers that all backbones share: stochastic depth (Huang et al., arXiv 1603.09382), and activation checkpointing.
 
-Stochastic depth (Huang et al., arXiv 1603.09382) of residual branches: a dropped sample costs nothing.
-
-Activation checkpointing (Chen et al., arXiv 1604.06174) of ResNet stages, ViT blocks and VMamba blocks: the activations inside
-a module are not kept for the backward pass but recomputed there: less memory, one more forward pass. Random numbers are drawn
-again as they were, and batch norms count a batch once, so the results are the same.
+Activation checkpointing (Chen et al., arXiv 1604.06174): the activations inside a ResNet stage, a ViT block or a VMamba block
+are not kept for the backward pass but recomputed there: less memory, one more forward pass. Random numbers are drawn again as
+they were, and batch norms count a batch once, so the results are the same.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,7 @@
-"""ResNets (He et al., arXiv 1512.03385): torchvision's, with its state-dict names, pooled features and no classifier.
-
-Shapes: D width of the pooled features.
-"""
+"""ResNets (He et al., arXiv 1512.03385): torchvision's, with its state-dict names, pooled features [B, D], no classifier."""
 
 from collections import OrderedDict
+from functools import partial
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -22,11 +20,7 @@ class ResNet(TorchvisionResNet):
     """
 
     def __init__(
-        self,
-        block: type[BasicBlock | Bottleneck],
-        layers: list[int],
-        small: bool = False,
-        checkpointing: bool = False,
+        self, block: type[BasicBlock | Bottleneck], layers: list[int], small: bool = False, checkpointing: bool = False
     ) -> None:
         super().__init__(block, layers)
         self.embed_dim = self.fc.in_features
@@ -76,26 +70,9 @@ def _init_conv(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def resnet18(checkpointing: bool = False) -> ResNet:
-    """ResNet-18, D = 512."""
-    return ResNet(BasicBlock, [2, 2, 2, 2], checkpointing=checkpointing)
-
-
-def resnet50(checkpointing: bool = False) -> ResNet:
-    """ResNet-50, D = 2048."""
-    return ResNet(Bottleneck, [3, 4, 6, 3], checkpointing=checkpointing)
-
-
-def resnet18_small(checkpointing: bool = False) -> ResNet:
-    """ResNet-18 for small images, D = 512."""
-    return ResNet(BasicBlock, [2, 2, 2, 2], small=True, checkpointing=checkpointing)
-
-
-def resnet50_small(checkpointing: bool = False) -> ResNet:
-    """ResNet-50 for small images, D = 2048."""
-    return ResNet(Bottleneck, [3, 4, 6, 3], small=True, checkpointing=checkpointing)
-
-
-def resnet8(checkpointing: bool = False) -> ResNet8:
-    """The smallest, D = 128."""
-    return ResNet8(checkpointing=checkpointing)
+# Called with (checkpointing=False).
+resnet8 = ResNet8
+resnet18 = partial(ResNet, BasicBlock, [2, 2, 2, 2])  # D = 512
+resnet50 = partial(ResNet, Bottleneck, [3, 4, 6, 3])  # D = 2048
+resnet18_small = partial(resnet18, small=True)  # for small images
+resnet50_small = partial(resnet50, small=True)

@@ -6,6 +6,7 @@ g patches per side of the images that positions are stored for.
 
 from functools import partial
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +50,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._split_heads(x)
-        attend = self._plain_attention if self._prefers_plain(q) else F.scaled_dot_product_attention
-        return self.proj(rearrange(attend(q, k, v), "b m t e -> b t (m e)"))  # [B, T, D]
-
-    def _plain_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._weights(q, k) @ v  # [B, M, T, E]
+        x = self._weights(q, k) @ v if self._prefers_plain(q) else F.scaled_dot_product_attention(q, k, v)  # [B, M, T, E]
+        return self.proj(rearrange(x, "b m t e -> b t (m e)"))  # [B, T, D]
 
     def _prefers_plain(self, q: Tensor) -> bool:
         """True where fused attention is slower, and while fvcore traces, which does not count it."""
@@ -114,7 +112,7 @@ class VisionTransformer(nn.Module):
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        InputError: `img_size`, or the size of an image given to the network, is not a multiple of `patch_size`.
+        InputError: the size of an image given to the network is not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -129,8 +127,6 @@ class VisionTransformer(nn.Module):
         num_heads: int,
     ) -> None:
         super().__init__()
-        if img_size % patch_size:
-            raise InputError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.grid_size = img_size // patch_size
@@ -156,13 +152,7 @@ class VisionTransformer(nn.Module):
         return self.norm(x[:, 0])
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Outputs of the last `n` blocks in their order, each [B, 1+N, D] after the final norm.
-
-        Raises:
-            InputError: `n` is not in 1 to the number of blocks.
-        """
-        if not 1 <= n <= len(self.blocks):
-            raise InputError(f"the last {n} blocks: choose 1 to {len(self.blocks)}")
+        """Outputs of the last `n` blocks in their order, each [B, 1+N, D] after the final norm."""
         x = self._tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -209,14 +199,17 @@ class VisionTransformer(nn.Module):
         g = self.grid_size
         if h == w == g:
             return self.pos_embed
-        cls, patches = self.pos_embed.split((1, g * g), dim=1)
-        patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=g)
         if self.positions_by == "size":
-            patches = F.interpolate(patches, size=(h, w), mode="bicubic")  # [1, D, h, w]
-        else:
-            patches = F.interpolate(patches, scale_factor=((h + 0.1) / g, (w + 0.1) / g), mode="bicubic")  # [1, D, h, w]
-        assert patches.shape[-2:] == (h, w)
-        return torch.cat((cls, rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
+            return _interpolate(self.pos_embed, g, size=(h, w))
+        return _interpolate(self.pos_embed, g, scale_factor=((h + 0.1) / g, (w + 0.1) / g))
+
+
+def _interpolate(pos_embed: Tensor, g: int, **size: Any) -> Tensor:
+    """Position embeddings [1, 1+g*g, D] for a grid of another size, [1, 1+h*w, D], bicubically; [CLS] keeps its own."""
+    cls, patches = pos_embed.split((1, g * g), dim=1)
+    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=g)
+    patches = F.interpolate(patches, mode="bicubic", **size)  # [1, D, h, w]
+    return torch.cat((cls, rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
 
 
 def resize_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
@@ -224,11 +217,7 @@ def resize_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
     g = isqrt(pos_embed.shape[1] - 1)
     if g == grid_size or 1 + g * g != pos_embed.shape[1]:
         return pos_embed
-    cls, patches = pos_embed.float().split((1, g * g), dim=1)
-    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=g)
-    size = (grid_size, grid_size)
-    patches = F.interpolate(patches, size=size, mode="bicubic", antialias=True)  # [1, D, grid_size, grid_size]
-    return torch.cat((cls, rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
+    return _interpolate(pos_embed.float(), g, size=(grid_size, grid_size), antialias=True)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,9 +1,6 @@
 """The registry of backbones: names, options, timm models, synchronised batch norm."""
 
-import sys
-
 import pytest
-import timm
 import torch
 from support.golden import fill_, rel_error, tensor
 
@@ -13,21 +10,29 @@ from clever.models.backbones import (
     build_backbone,
     check_timm_size,
     is_ours,
+    is_same_network,
     synchronize_batch_norm,
     vit_names,
 )
-from clever.models.weights import backbone_state, load_backbone_weights
 from clever.utils import InputError
 
 SMALL = {"patch_size": 8, "img_size": 64}
-TIMM = ["vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0", "resnet34"]
+TIMM = ["vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0"]
 
 
-@pytest.mark.parametrize(
-    "arch, checkpointing",
-    [(arch, False) for arch in backbone_names()] + [("vit_tiny", True), ("resnet8", True), ("resnet18", True)],
-)
-def test_every_backbone_runs_forward_and_backward(arch, checkpointing):
+FAMILIES = ["vit_micro", "resnet8", "resnet18", "resnet50_small", "vssm2-vmambav2_tiny_224"]
+
+
+def test_all_backbones_can_be_built():
+    with torch.device("meta"):
+        networks = {arch: build_backbone(arch) for arch in backbone_names()}
+    assert set(FAMILIES) < set(networks) and all(network.embed_dim > 0 for network in networks.values())
+    names = [list(networks[arch].state_dict()) for arch in ("deit_small", "vit_small")]
+    assert names[0] == names[1] and is_same_network("deit_small", "vit_small") and not is_same_network("vit_tiny", "vit_small")
+
+
+@pytest.mark.parametrize("arch, checkpointing", [(arch, False) for arch in FAMILIES] + [("vit_tiny", True), ("resnet8", True)])
+def test_backbones_run_forward_and_backward(arch, checkpointing):
     torch.manual_seed(0)
     network = build_backbone(arch, **SMALL, checkpointing=checkpointing).train()
     features = torch.cat([network(torch.randn(2, 3, size, size)) for size in (64, 32)])
@@ -72,18 +77,6 @@ def test_a_backbone_is_added_with_one_entry(monkeypatch):
         build_backbone("pooled", checkpointing=True)
 
 
-@pytest.mark.parametrize("name, same", [("deit_tiny", "vit_tiny"), ("deit_small", "vit_small")])
-def test_deit_means_our_vit(name, same):
-    shapes = [{k: v.shape for k, v in build_backbone(arch).state_dict().items()} for arch in (name, same)]
-    assert shapes[0] == shapes[1]
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_impossible_drop_path_rate(rate):
-    with pytest.raises(InputError, match=f"drop path rate {rate}"):
-        build_backbone("resnet8", drop_path_rate=rate)
-
-
 @pytest.mark.parametrize("arch", TIMM)
 def test_timm_models(arch):
     torch.manual_seed(0)
@@ -92,14 +85,8 @@ def test_timm_models(arch):
     assert features.shape == (4, network.embed_dim)
     (features * torch.randn_like(features)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    load_backbone_weights(network, backbone_state({"teacher": {f"backbone.{k}": v for k, v in network.state_dict().items()}}))
-
-
-def test_timm_gets_the_options_that_it_knows():
-    network = build_backbone("vit_tiny_patch16_224", img_size=96, drop_path_rate=0.2)
-    assert isinstance(network, timm.models.vision_transformer.VisionTransformer) and network.pos_embed.shape[1] == 37
-    assert network.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    assert build_backbone("vit_tiny_patch16_224").pos_embed.shape[1] == 197
+    if arch == "vit_tiny_patch16_224":
+        assert network.pos_embed.shape[1] == 37 and network.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
 
 
 def test_timm_model_without_checkpointing():
@@ -107,23 +94,10 @@ def test_timm_model_without_checkpointing():
         build_backbone("vgg11", checkpointing=True)
 
 
-def test_unknown_name_lists_ours_and_close_timm_names():
-    with pytest.raises(InputError) as error:
-        build_backbone("resnet_18")
-    assert all(arch in str(error.value) for arch in backbone_names())
-    assert "resnet18d" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("arch", ["", "no-such-thing", "hf-hub:someone/something", "vit_tiny_patch16_224.no_such_tag"])
+@pytest.mark.parametrize("arch", ["", "resnet_18", "hf-hub:someone/something", "vit_tiny_patch16_224.no_such_tag"])
 def test_unknown_names_are_refused_without_network(arch):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="choose one of vit_micro, .*vssm.*, or a timm model"):
         build_backbone(arch)
-
-
-def test_without_timm_unknown_names_still_list_ours(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match="vit_tiny.*timm is not installed"):
-        build_backbone("resnet34")
 
 
 def batch_norms(network):

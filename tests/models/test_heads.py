@@ -6,13 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from support.golden import GOLDEN, fill_, rel_error, tensor
 
-from clever.models.heads import (
-    DINOHead,
-    MultiCropWrapper,
-    Split,
-    WeightNormLinear,
-    split_ir_ef,
-)
+from clever.models.heads import DINOHead, MultiCropWrapper, Split, WeightNormLinear, split_ir_ef
 from clever.models.vision_transformer import vit_tiny
 from clever.utils import InputError
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import vmamba.ss2d
 from clever.models.backbones import build_backbone, synchronize_batch_norm
-from clever.models.weights import backbone_state, load_backbone_file, load_backbone_weights
+from clever.models.weights import load_backbone_file, load_backbone_weights
 from clever.utils import InputError
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging, VSSBlock
@@ -392,7 +392,7 @@ def test_weights_of_another_configuration_are_an_error_and_nothing_is_loaded():
         ({"downsample": "v1"}, "missing: layers.0.downsample.1.weight.*unexpected: .*reduction"),
     ]:
         with pytest.raises(InputError, match=message):
-            load_backbone_weights(network, backbone_state(fill_(small(**changes)).state_dict()))
+            load_backbone_weights(network, fill_(small(**changes)).state_dict())
     with pytest.raises(InputError, match="missing"):
         load_backbone_weights(network, build_backbone("vit_micro").state_dict())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

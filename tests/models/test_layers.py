@@ -1,14 +1,16 @@
-"""Stochastic depth that runs a branch on the kept samples only, against its definition on all samples."""
+"""Stochastic depth against its definition on all samples, and recomputation; their effects on whole networks: their tests."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torchvision
 from support.golden import rel_error
-from torch import nn
+from torch import Tensor, nn
 
-from clever.models.layers import StochasticDepth
+from clever.models.layers import CheckpointedSequential, StochasticDepth, checkpointed
 from clever.models.vision_transformer import Block
 
 
@@ -36,21 +38,6 @@ def test_output_gradients_and_draws_equal_torchvisions(rate):
         results.append([y, images.grad, *(p.grad for p in network.parameters()), torch.rand(3)])
     for expected, actual in zip(*results, strict=True):
         assert rel_error(actual, expected) < 1e-5
-
-
-def test_each_sample_is_dropped_independently_and_kept_ones_are_scaled():
-    torch.manual_seed(0)
-    drop, batch, draws, rate = StochasticDepth(0.3).train(), 6, 3000, 0.3
-    added = torch.stack([drop(torch.zeros(batch, 1), torch.ones_like) for _ in range(draws)]).squeeze(-1)  # [draws, B]
-    kept = added > 0
-    assert torch.equal(added, kept / (1 - torch.tensor(rate)))
-    rate_error = (rate * (1 - rate) / draws) ** 0.5
-    assert (kept.float().mean(0) - (1 - rate)).abs().max() < 4 * rate_error
-    correlation = torch.corrcoef(kept.float().T) - torch.eye(batch)
-    assert correlation.abs().max() < 4 / draws**0.5
-    binomial = torch.distributions.Binomial(batch, torch.tensor(1 - rate)).log_prob(torch.arange(batch + 1.0)).exp()
-    counts = torch.bincount(kept.sum(1), minlength=batch + 1) / draws
-    assert (counts - binomial).abs().max() < 4 * 0.5 / draws**0.5
 
 
 def test_branch_sees_only_the_kept_samples():
@@ -91,21 +78,36 @@ def test_branch_that_all_samples_sees_the_whole_batch():
     torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(0))
 
 
-def test_branch_in_reduced_precision():
-    torch.manual_seed(0)
-    x, layer = torch.randn(16, 4), nn.Linear(4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = StochasticDepth(0.5).train()(x, layer)
-    assert y.dtype == torch.float32 and (y != x).any()
+def build(kind: str) -> tuple[nn.Sequential, Callable[[Tensor], Tensor]]:
+    """Layers, and a function that runs them with recomputation."""
+    layers = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()
+    stage = CheckpointedSequential(*layers) if kind == "sequential" else nn.Sequential(*layers)
+    return stage, stage if kind == "sequential" else partial(checkpointed, stage)
 
 
-def test_compiles():
-    torch.manual_seed(0)
-    block = Block(16, 2, drop_path=0.5).train()
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    x = torch.randn(64, 3, 16)
-    y = compiled(x)
-    y.sum().backward()
-    dropped = (y == x).flatten(1).all(1)
-    assert 4 < dropped.sum() < 32  # a quarter loses both branches
-    assert block.mlp.fc1.weight.grad.any()
+@pytest.mark.parametrize("kind", ["sequential", "function"])
+def test_recomputes_only_in_training_and_with_gradients(kind):
+    stage, run = build(kind)
+    x, calls = torch.randn(2, 4), []
+    stage[0].register_forward_hook(lambda *_: calls.append(1))
+    run(x).sum().backward()
+    assert len(calls) == 2 and stage[1].num_batches_tracked == 1
+    with torch.no_grad():
+        run(x)
+    assert len(calls) == 3
+    stage.eval()
+    run(x).sum().backward()
+    assert len(calls) == 4
+    stage.train()
+    checkpointed(nn.Sequential(*stage), x, enabled=False).sum().backward()
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("kind", ["sequential", "function"])
+def test_backward_twice(kind):
+    stage, run = build(kind)
+    loss = run(torch.randn(3, 4)).square().sum()
+    loss.backward(retain_graph=True)
+    once = stage[0].weight.grad.clone()
+    loss.backward()
+    assert torch.allclose(stage[0].weight.grad, 2 * once)
