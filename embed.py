@@ -149,7 +149,8 @@ def draw(
         parts = {name: rows[chosen] for name, rows in table.parts.items()}
         colours = {"classes": [table.classes[i] for i in chosen]}
     else:
-        parts, angles = rotated(args, pretrained, [dataset.samples[int(i)][0] for i in chosen], device)
+        samples = dataset.samples
+        parts, angles = rotated(args, pretrained, [samples[i][0] for i in chosen], device)
         colours = {"angles": angles}
     if distributed.is_main_process():
         plot(parts, args.plot, picture_path(args), title, args.seed, **colours)

@@ -122,17 +122,16 @@ RENDERERS = ("torchvision", "cpp")
 def add_renderer_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--views, the same in every script that renders views."""
     parser.add_argument(
-        "--views", default="auto", help="renderer of the views: cpp (compiled), torchvision (slower, runs everywhere), or auto"
-    )
+        "--views", default="auto", choices=("auto", *RENDERERS),
+        help="renderer of the views: cpp (compiled), torchvision (slower, runs everywhere), or auto",
+    )  # fmt: skip
 
 
 def choose_renderer(name: str) -> str:
     """The renderer for `--views auto`, torchvision or cpp; auto is cpp where its compiled library can be used.
 
-    Raises InputError for another name, and for cpp where the library cannot be used.
+    Raises InputError for cpp where the library cannot be used.
     """
-    if name not in ("auto", *RENDERERS):
-        raise InputError(f"--views {name!r}: must be one of auto, {', '.join(RENDERERS)}")
     reason = rendering_cpp.unavailable_reason()
     if name == "cpp" and reason:
         raise InputError(f"--views cpp: {reason}")

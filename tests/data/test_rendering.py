@@ -177,5 +177,3 @@ def test_the_choice_says_why(monkeypatch):
     assert [choose_renderer(name) for name in ("auto", "cpp", "torchvision")] == ["cpp", "cpp", "torchvision"]
     assert resolve_renderer(argparse.Namespace(views="auto", seed=1)) == argparse.Namespace(views="cpp", seed=1)
     assert "cpp" in renderer_line("cpp") and "--views cpp" in renderer_line("torchvision")
-    with pytest.raises(InputError, match="--views 'gpu': must be one of auto, torchvision, cpp"):
-        choose_renderer("gpu")

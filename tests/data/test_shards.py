@@ -52,14 +52,16 @@ def write_tar(path, files, **options):
 # --- finding -----------------------------------------------------------------------------------------------------------
 
 
-def test_ranges_and_lists_are_expanded(tmp_path):
-    for name in ("a-08", "a-09", "a-10", "b-08", "b-09", "b-10"):
+def test_patterns_and_folders_of_tar_files(tmp_path):
+    for name in ("a-08", "a-09", "b-08", "b[1]"):
         write_tar(tmp_path / f"{name}.tar", [("x.png", png(1))])
-    found = find_shards(f"{tmp_path}/{{a,b}}-{{08..10}}.tar", SUFFIXES)
-    assert [os.path.basename(path) for path in found] == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")]
-    assert find_shards(f"{tmp_path}/a-09.tar", SUFFIXES) == [f"{tmp_path}/a-09.tar"]
-    assert len(find_shards(str(tmp_path), SUFFIXES)) == 6  # a folder of tar files
-    assert len(list_images(tmp_path)) == 6
+    found = {pattern: find_shards(f"{tmp_path}/{pattern}", SUFFIXES) for pattern in ("a-*.tar", "?-08.tar", "b[1].tar", "")}
+    names = {pattern: [os.path.basename(path) for path in paths] for pattern, paths in found.items()}
+    assert names["a-*.tar"] == ["a-08.tar", "a-09.tar"] and names["?-08.tar"] == ["a-08.tar", "b-08.tar"]
+    assert names["b[1].tar"] == ["b[1].tar"]  # a file of that name
+    assert names[""] == ["a-08.tar", "a-09.tar", "b-08.tar", "b[1].tar"] and len(list_images(tmp_path)) == 4
+    with pytest.raises(InputError, match=r"c-\*.tar: do not exist"):
+        list_images(tmp_path / "c-*.tar")
     (tmp_path / "y.png").write_bytes(png(2))  # an archive beside images is no data set
     assert find_shards(str(tmp_path), SUFFIXES) == [] and list_images(tmp_path) == [str(tmp_path / "y.png")]
 
@@ -88,12 +90,12 @@ def test_tars_made_by_the_tar_program(tmp_path):
 def test_labels_from_cls_and_json(tmp_path):
     files = [("a.png", png(1)), ("a.cls", b"10\n"), ("b.json", json.dumps({"label": 2, "x": 1}).encode()), ("b.png", png(2))]
     write_tar(tmp_path / "train" / "0.tar", files)
-    write_tar(tmp_path / "train" / "1.tar", [("a.json", b'{"cls": "2"}'), ("a.png", png(3))])  # keys are those of one file
+    files = [("a.json", b'{"cls": "2"}'), ("a.png", png(3)), ("b.json", b'{"cls": 7}'), ("b.cls", b"2"), ("b.png", png(4))]
+    write_tar(tmp_path / "train" / "1.tar", files)  # keys are those of one file; .cls wins
     classes, samples = labelled_samples(tmp_path / "train")
-    assert classes == ["2", "10"] and [label for _, label in samples] == [1, 0, 0]
-    assert [read_pixels(path)[0, 0, 0] for path, _ in samples] == [1, 2, 3]
+    assert classes == ["2", "10"] and [label for _, label in samples] == [1, 0, 0, 0]
     dataset = labelled_dataset(tmp_path / "train", eval_transform("ori", 8))
-    assert [int(dataset[i][0].float().mean()) for i in range(3)] == [1, 2, 3]
+    assert [int(dataset[i][0].float().mean()) for i in range(4)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,6 @@ def test_labels_from_cls_and_json(tmp_path):
         ([("a.txt", b"x")], ["has no images"]),
         ([], ["has no images"]),
         ([("a.png", png(1)), ("a.png", png(2))], ["two images of the name a"]),
-        ([("a.png", png(1)), ("a.cls", b"1"), ("a.json", b'{"cls": 2}')], ["two labels for a", "1 and 2"]),
         ([("a.png", png(1)), ("a.cls", b"cat")], ["the label in a.cls"]),
         ([("a.png", png(1)), ("a.cls", b"-1")], ["the label in a.cls"]),
         ([("a.png", png(1)), ("a.json", b'{"cls": 1.5}')], ["the label in a.json"]),
@@ -135,31 +136,24 @@ def test_a_truncated_tar_file_is_named(tmp_path, cut):
 
 def test_files_that_are_no_tar_files(tmp_path):
     whole = write_tar(tmp_path / "whole.tar", [("a.png", png(1))]).read_bytes()
-    (tmp_path / "packed.tar").write_bytes(gzip.compress(whole))
-    (tmp_path / "text.tar").write_text("no tar file " * 100)
-    (tmp_path / "empty.tar").touch()
-    for name, words in (("packed", "compressed; unpack it"), ("text", "text.tar"), ("empty", "empty.tar")):
-        with pytest.raises(InputError, match=words):
-            list_images(tmp_path / f"{name}.tar")
-    for pattern, words in (
-        ("{3..1}.tar", "the range {3..1} is empty"), ("{whole,gone,lost}.tar", "2 of 3 do not exist, the first is .*gone.tar"),
-        ("none.tar", "1 of 1 do not exist"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=words):
-            list_images(f"{tmp_path}/{pattern}")
+    for name, content in (("packed", gzip.compress(whole)), ("text", b"no tar file " * 100), ("empty", b"")):
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path}: damaged, or compressed"):
+            list_images(path)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def test_few_files_are_open_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 3)
-    for i in range(8):
-        write_tar(tmp_path / f"{i}.tar", [("a.png", png(i))])
+def test_more_files_than_may_be_open_at_once(tmp_path):
+    for i in range(80):
+        write_tar(tmp_path / f"{i:02}.tar", [("a.png", png(i))])
     found = list_images(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
-        assert [read_pixels(path)[0, 0, 0] for path in found] == list(range(8))
-    assert len(shards._open_files) == 3
+        assert [read_pixels(path)[0, 0, 0] for path in found] == list(range(80))
+    assert len(os.listdir("/proc/self/fd")) <= before + shards.MAX_OPEN_FILES
 
 
 def test_a_file_that_has_become_shorter_is_named(tmp_path):
@@ -178,12 +172,11 @@ def test_the_check_knows_images_in_tar_files(tmp_path):
         pretraining_dataset(path, eval_transform("ori", 8), record=record)
     dataset = pretraining_dataset(path, eval_transform("ori", 8), record=record, skip_bad_images=True)
     record.save()
-    assert len(dataset) == 2 and len(np.load(tmp_path / "record.npy")) == 2
-    again = CheckRecord(tmp_path / "record.npy")
-    paths = [sample for sample, _ in dataset.samples]
-    assert again.knows(again.keys(paths)).all()
+    assert len(dataset) == 2
+    keys = [record.key(sample) for sample, _ in dataset.samples]
+    assert set(keys) < set(CheckRecord(tmp_path / "record.npy").known.tolist())
     os.utime(path, ns=(1, 1))
-    assert not again.knows(again.keys(paths)).any()
+    assert not {record.key(sample) for sample, _ in dataset.samples} & set(keys)
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
@@ -208,7 +201,7 @@ def test_pretraining_has_the_same_losses_bit_for_bit(twins, tmp_path, workers):
     folders, tars = twins
     flags = ("--num_workers", workers, "--epochs", 2)
     assert pretrain(folders / "train", tmp_path / "folders", *flags).status == 0
-    outcome = pretrain(f"{tars}/train/{{0..1}}.tar", tmp_path / "tars", *flags)
+    outcome = pretrain(f"{tars}/train/*.tar", tmp_path / "tars", *flags)
     assert outcome.status == 0, outcome.stderr
     losses = [[epoch["train_loss"] for epoch in read_log(tmp_path / name / "log.txt")] for name in ("folders", "tars")]
     assert losses[0] == losses[1] and len(losses[0]) == 2
@@ -232,7 +225,6 @@ def test_bad_tar_files_are_refused_before_training(twins, tmp_path):
     path = tmp_path / "tars" / "train" / "1.tar"
     path.write_bytes(path.read_bytes()[:-11000])
     assert_refused(pretrain(tmp_path / "tars" / "train", tmp_path / "out"), str(path))
-    assert_refused(pretrain(f"{tmp_path}/tars/train/{{0..2}}.tar", tmp_path / "out"), "2.tar", "1 of 3 do not exist")
     assert not (tmp_path / "out").exists()
 
 
@@ -242,13 +234,5 @@ def test_names_with_several_dots_are_counted(tmp_path, capsys):
     members = list_members([str(write_tar(tmp_path / "t.tar", files))], SUFFIXES)
     assert [member.path.rsplit("/", 1)[1] for member in members] == ["a.png"]
     assert "left out: 2 images of tar files, with a dot before the suffix" in capsys.readouterr().out
-    with pytest.raises(InputError, match="has no images.*; 1 image with a dot before the suffix"):
+    with pytest.raises(InputError, match="has no images.*with a dot before the suffix"):
         list_members([str(write_tar(tmp_path / "u.tar", files[1:2]))], SUFFIXES)
-
-
-def test_braces_of_a_file_name_and_ranges_without_end(tmp_path):
-    path = write_tar(tmp_path / "braces{1,2}.tar", [("a.png", png(1))])
-    assert find_shards(str(path), SUFFIXES) == [str(path)]
-    for pattern in ("{0..99999999999}.tar", "{0..9999}{0..9999}.tar"):
-        with pytest.raises(InputError, match="more than 1000000 files"):
-            find_shards(str(tmp_path / pattern), SUFFIXES)
