@@ -128,9 +128,9 @@ def read_image(path: Path) -> None:
 
 
 def read_tar(path: Path) -> None:
-    for member in shards.list_members([str(path)], IMAGE_SUFFIXES):
+    for image, _ in shards.list_members([str(path)], IMAGE_SUFFIXES):
         with contextlib.suppress(InputError):
-            read_pixels(member.path)
+            read_pixels(image)
 
 
 def read_features(path: Path) -> None:

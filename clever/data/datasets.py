@@ -26,9 +26,6 @@ UNLABELLED = -1
 TIMEOUT = 1800.0  # seconds to wait for a batch; a worker that needs longer hangs, or its storage does
 
 
-# --- datasets --------------------------------------------------------------------------------------------------------
-
-
 class ImageDataset(Dataset):
     """Views of images, drawn and rendered for whole batches.
 
@@ -37,19 +34,13 @@ class ImageDataset(Dataset):
 
     Args:
         samples: (path, label) of every image.
-        views: what is drawn of every image.
-        seed: of the draws.
-        classes: names of the classes.
-        renderer: torchvision or cpp, see rendering.py.
+        views: what is drawn of every image, from `seed`.
+        classes: their names.
+        renderer: torchvision or cpp.
     """
 
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        views: Views,
-        seed: int = 0,
-        classes: Sequence[str] = (),
-        renderer: str = "torchvision",
+        self, samples: Sequence[Sample], views: Views, seed: int = 0, classes: Sequence[str] = (), renderer: str = "torchvision"
     ) -> None:
         # Arrays, which forked workers share; counting references to a million Python objects would copy their pages.
         self._paths = np.array([os.fsencode(path) for path, _ in samples], np.bytes_)
@@ -120,15 +111,9 @@ def make_loader(
     otherwise change the global one, and a resumed run starts them in another epoch.
     """
     return DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        collate_fn=unchanged,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=drop_last,
-        generator=torch.Generator(),
-        **worker_options(worker_count(num_workers)),
-    )
+        dataset, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=unchanged, generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(), **worker_options(worker_count(num_workers)),
+    )  # fmt: skip
 
 
 def unchanged(batch: Any) -> Any:
@@ -166,7 +151,7 @@ class CheckRecord:
         self.path = None if path is None else Path(path)
         # Not by np.load, which fails in many ways if the file is damaged: the few numbers of the header match no image.
         self.known = np.fromfile(self.path, np.uint64) if self.path and self.path.is_file() else np.empty(0, np.uint64)
-        self.readable = np.empty(0, np.uint64)  # of this start
+        self.readable = np.empty(0, np.uint64)  # keys of this start, from before the files were decoded
 
     @staticmethod
     def key(path: str) -> int:
@@ -178,10 +163,6 @@ class CheckRecord:
         text = os.fsencode(path) + f"|{stat.st_size}|{stat.st_mtime_ns}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
-    def add(self, keys: np.ndarray) -> None:
-        """Note files that can be read, by their keys from before they were decoded."""
-        self.readable = np.union1d(self.readable, keys)
-
     def save(self) -> None:
         """Write the record, if a check has found new files."""
         if self.path is not None and not np.isin(self.readable, self.known).all():
@@ -192,8 +173,7 @@ class CheckRecord:
 def check_images(paths: Sequence[str], threads: int = 8, record: CheckRecord | None = None) -> dict[str, str]:
     """Decode every image once that the record does not know, and return {path: reason} for the unreadable ones.
 
-    The processes of a group share the work: all must call it, and all get the same result. Prints the progress about
-    every five seconds.
+    The processes of a group share the work: all must call it, and all get the same result.
     """
     record = record or CheckRecord(None)
     own = paths[get_rank() :: get_world_size()]
@@ -207,7 +187,7 @@ def check_images(paths: Sequence[str], threads: int = 8, record: CheckRecord | N
                 bad[path] = reason
             meter.advance()
     shares = all_gather_objects((bad, keys[[path not in bad for path in own]]))
-    record.add(np.concatenate([readable for _, readable in shares]))
+    record.readable = np.unique(np.concatenate([record.readable, *(readable for _, readable in shares)]))
     return {path: reason for share, _ in shares for path, reason in share.items()}
 
 
@@ -230,20 +210,10 @@ def keep_readable(
     return [(path, label) for path, label in samples if path not in bad]
 
 
-# --- building datasets -----------------------------------------------------------------------------------------------
-
-
 def dataset_of(
-    classes: Sequence[str],
-    samples: Sequence[Sample],
-    views: Views,
-    seed: int = 0,
-    renderer: str = "torchvision",
-    skip_bad_images: bool = False,
-    threads: int = 8,
-    check: bool = True,
-    record: CheckRecord | None = None,
-) -> ImageDataset:
+    classes: Sequence[str], samples: Sequence[Sample], views: Views, seed: int = 0, renderer: str = "torchvision",
+    skip_bad_images: bool = False, threads: int = 8, check: bool = True, record: CheckRecord | None = None,
+) -> ImageDataset:  # fmt: skip
     """A dataset of these samples, after every image was decoded once with `threads` threads (unless `check` is false).
 
     Raises InputError for unreadable images; with `skip_bad_images` they are left out.
@@ -255,18 +225,12 @@ def dataset_of(
 
 
 def pretraining_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:
-    """All images below `root`, flat or nested, with label -1. `options`: further arguments of dataset_of.
-
-    Raises InputError as list_images and dataset_of do.
-    """
+    """All images below `root`, flat or nested, with label -1; options and errors are those of dataset_of and list_images."""
     return dataset_of((), [(path, UNLABELLED) for path in list_images(root)], views, seed, **options)
 
 
 def labelled_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:
-    """Images of <root>/<class>/ with their classes. `options`: further arguments of dataset_of.
-
-    Raises InputError as labelled_samples and dataset_of do.
-    """
+    """Images of <root>/<class>/ with their classes; options and errors are those of dataset_of and labelled_samples."""
     return dataset_of(*labelled_samples(root), views, seed, **options)
 
 
@@ -274,5 +238,5 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
     """Raise InputError unless both have the same class folders: a label must mean the same class in both."""
     differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
-        shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise InputError(f"train/ and val/ must contain the same class folders; found in only one of them: {shown}")
+        names = ", ".join(differing[:5])
+        raise InputError(f"train/ and val/ must have the same class folders; {len(differing)} are in one of them only: {names}")

@@ -5,7 +5,6 @@ import math
 import os
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,6 @@ DECODE_ERRORS = (
 )  # fmt: skip
 
 
-# --- finding images --------------------------------------------------------------------------------------------------
-
-
 def list_images(root: str | os.PathLike) -> list[str]:
     """Sorted paths of all images below `root`. Symbolic links are followed; hidden files and folders are skipped.
 
@@ -45,12 +41,9 @@ def list_images(root: str | os.PathLike) -> list[str]:
     """
     root = os.fspath(root)
     if tar_files := find_shards(root, IMAGE_SUFFIXES):
-        return [member.path for member in list_members(tar_files, IMAGE_SUFFIXES)]
+        return [path for path, _ in list_members(tar_files, IMAGE_SUFFIXES)]
     _check_is_folder(root)
-    left_out: Counter[str] = Counter()
-    paths = _find_images(root, left_out)
-    _print_left_out(root, left_out)
-    return paths
+    return _find_images(root, [root])[0]
 
 
 def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
@@ -62,25 +55,18 @@ def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
     """
     root = os.fspath(root)
     if tar_files := find_shards(root, IMAGE_SUFFIXES):
-        return _labelled_members(tar_files)
+        members = list_members(tar_files, IMAGE_SUFFIXES)
+        if unlabelled := [path for path, label in members if label is None]:
+            raise InputError(f"image {unlabelled[0]}: has no label; expected a .cls or .json file of the same name beside it")
+        numbers = sorted({label for _, label in members})
+        index = {number: i for i, number in enumerate(numbers)}
+        return [str(number) for number in numbers], [(path, index[label]) for path, label in members]
     _check_is_folder(root)
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
     if not classes:
         raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
-    left_out: Counter[str] = Counter()
-    found = [_find_images(os.path.join(root, name), left_out) for name in classes]
-    _print_left_out(root, left_out)
+    found = _find_images(root, [os.path.join(root, name) for name in classes])
     return classes, [(path, label) for label, paths in enumerate(found) for path in paths]
-
-
-def _labelled_members(tar_files: list[str]) -> tuple[list[str], list[Sample]]:
-    members = list_members(tar_files, IMAGE_SUFFIXES)
-    for member in members:
-        if member.label is None:
-            raise InputError(f"image {member.path}: has no label; expected a .cls or .json file of the same name beside it")
-    numbers = sorted({member.label for member in members})
-    index = {number: i for i, number in enumerate(numbers)}
-    return [str(number) for number in numbers], [(member.path, index[member.label]) for member in members]
 
 
 def _check_is_folder(root: str) -> None:
@@ -88,31 +74,33 @@ def _check_is_folder(root: str) -> None:
         raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
 
 
-def _find_images(root: str, left_out: Counter[str]) -> list[str]:
-    """The images below a folder, sorted; what is passed over is counted. A folder that several links lead to is listed once."""
-    paths = []
-    seen = set(map(str, Path(root).resolve().parents))  # a link to one of them would lead in a circle
-    for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            left_out["links to folders listed already"] += 1
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
-        files = [name for name in files if not name.startswith(".")]
-        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-        left_out["other files"] += len(files) - len(images)
-        paths += [os.path.join(folder, name) for name in images]
-    if not paths:
-        raise InputError(f"image folder {root}: has no images ({' '.join(IMAGE_SUFFIXES)})")
-    return sorted(paths)
+def _find_images(root: str, folders: list[str]) -> list[list[str]]:
+    """The images below each of these folders of `root`, sorted. A folder that several links lead to is listed once.
 
-
-def _print_left_out(root: str, left_out: Counter[str]) -> None:
-    counts = ", ".join(f"{what} {count}" for what, count in left_out.items() if count)
-    if counts and is_main_process():
-        print(f"left out below {root}: {counts}", flush=True)
+    What is passed over is counted and printed. Raises InputError if a folder has no images.
+    """
+    found, other_files, other_links = [], 0, 0
+    for top in folders:
+        paths = []
+        seen = set(map(str, Path(top).resolve().parents))  # a link to one of them would lead in a circle
+        for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:
+                other_links += 1
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+            files = [name for name in files if not name.startswith(".")]
+            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+            other_files += len(files) - len(images)
+            paths += [os.path.join(folder, name) for name in images]
+        if not paths:
+            raise InputError(f"image folder {top}: has no images ({' '.join(IMAGE_SUFFIXES)})")
+        found.append(sorted(paths))
+    if (other_files or other_links) and is_main_process():
+        print(f"left out below {root}: other files {other_files}, links to folders listed already {other_links}", flush=True)
+    return found
 
 
 def _raise(error: OSError) -> None:
@@ -122,9 +110,6 @@ def _raise(error: OSError) -> None:
 def _is_hidden(folder_name: str) -> bool:
     """True for hidden folders, and for those that operating systems and network drives make."""
     return folder_name.startswith(".") or folder_name in SYSTEM_FOLDERS
-
-
-# --- reading images --------------------------------------------------------------------------------------------------
 
 
 def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:

@@ -16,26 +16,17 @@ import json
 import os
 import re
 import tarfile
+from collections import ChainMap
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from clever.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from clever.progress import Progress
-from clever.utils import InputError, describe_error, plural
+from clever.utils import InputError, describe_error
 
 MAX_OPEN_FILES = 64  # of a process
-MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json file
 _MEMBER = re.compile(r"(.*\.tar)//(\d+)\+(\d+)/", re.DOTALL)
 
-
-class Member(NamedTuple):
-    """An image in a tar file: its path (see above) and its label, or None."""
-
-    path: str
-    label: int | None
-
-
-# --- finding images --------------------------------------------------------------------------------------------------
+Member = tuple[str, int | None]  # an image in a tar file: its path, see above, and its label
 
 
 def find_shards(root: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -63,20 +54,14 @@ def list_members(shards: list[str], suffixes: tuple[str, ...]) -> list[Member]:
     """
     own = shards[get_rank() :: get_world_size()]
     meter = Progress("listing tar files", len(own), unit="files", silent_if_quick=True)
-    found: dict[str, tuple[list[Member], int] | InputError] = {}
+    found: dict[str, tuple[list[Member], int]] = {}
     for path in own:
-        try:
-            found[path] = _members_of(path, suffixes)
-        except InputError as error:  # raised by all processes, below
-            found[path] = error
+        found[path] = _members_of(path, suffixes)
         meter.advance()
-    of_all = {path: each for share in all_gather_objects(found) for path, each in share.items()}
-    for path in shards:
-        if isinstance(of_all[path], InputError):
-            raise of_all[path]
+    of_all = ChainMap(*all_gather_objects(found))
     left_out = sum(of_all[path][1] for path in shards)
     if left_out and is_main_process():
-        print(f"left out: {plural(left_out, 'image')} of tar files, with a dot before the suffix of the name", flush=True)
+        print(f"left out of tar files: names with a dot before the suffix {left_out}", flush=True)
     return [member for path in shards for member in of_all[path][0]]
 
 
@@ -101,20 +86,17 @@ def _members_of(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], int
             left_out += 1
     if not images:
         raise InputError(f"tar file {path}: has no images ({' '.join(suffixes)}), or only with a dot before the suffix")
-    return [Member(image, labels.get(key)) for key, image in images.items()], left_out
+    return [(image, labels.get(key)) for key, image in images.items()], left_out
 
 
 def _read_headers(path: str) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file in their order. Raises InputError unless all of them are whole."""
     try:
-        size = os.path.getsize(path)
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile keeps all of them
-                if member.offset_data + (member.size if member.isfile() else 0) > size:
-                    raise tarfile.ReadError(f"truncated, {member.name} is not whole")
                 yield member
-            if archive.offset + tarfile.BLOCKSIZE > size:
+            if archive.offset + tarfile.BLOCKSIZE > os.path.getsize(path):
                 raise tarfile.ReadError("truncated, its end is missing")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise InputError(f"tar file {path}: damaged, or compressed, which it must not be ({describe_error(error)})") from error
@@ -122,7 +104,7 @@ def _read_headers(path: str) -> Iterator[tarfile.TarInfo]:
 
 def _read_label(path: str, member: tarfile.TarInfo, kind: str) -> int | None:
     """The label in a .cls or .json file; None if a .json has none. Raises InputError for anything but a number from 0 on."""
-    content = _read_bytes(path, member.offset_data, min(member.size, MAX_LABEL_BYTES))
+    content = _read_bytes(path, member.offset_data, member.size)
     try:
         value = content.decode()
         if kind == ".json":
@@ -135,9 +117,6 @@ def _read_label(path: str, member: tarfile.TarInfo, kind: str) -> int | None:
         return int(value)
     except (ValueError, RecursionError) as error:
         raise InputError(f"tar file {path}: the label in {member.name} is no whole number from 0 on") from error
-
-
-# --- reading images --------------------------------------------------------------------------------------------------
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -153,11 +132,6 @@ def file_of(path: str) -> str:
     """The file that an image is in: the tar file, or the path itself."""
     member = _MEMBER.match(path)
     return path if member is None else member[1]
-
-
-def is_member(path: str) -> bool:
-    """True for the path of an image in a tar file."""
-    return _MEMBER.match(path) is not None
 
 
 def _read_bytes(path: str, start: int, size: int) -> bytes:

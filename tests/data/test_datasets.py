@@ -20,6 +20,7 @@ from clever.data.datasets import (
     CheckRecord,
     ImageDataset,
     check_images,
+    draw_views,
     keep_readable,
     labelled_dataset,
     make_loader,
@@ -167,7 +168,7 @@ def test_items_are_views_of_the_images(samples):
     assert len(dataset) == 8 and dataset.classes == ["a", "b", "c"]
     for i, (path, label) in enumerate(samples):
         image, found = dataset[i]
-        assert found == label and torch.equal(image, CLEAN(read_image(path))[0])
+        assert found == label and torch.equal(image, draw_views([path], [0], CLEAN, "torchvision")[0][0][0, 0])
 
 
 def test_batches_are_the_items(samples):

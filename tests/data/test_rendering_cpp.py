@@ -1,7 +1,6 @@
 """The compiled renderer of views (csrc/views) against the readable one (rendering.render_view)."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -107,39 +106,12 @@ def difference(image, view, compiled):
 # ---- the interface ----
 
 
-def test_parameters_are_those_of_the_header():
-    body = re.search(r"struct View {(.*?)};", (VIEWS.folder / "views.h").read_text(), re.DOTALL)[1]
-    declarations = re.findall(r"(int32_t|uint32_t|float) ([\w, ]+);", re.sub(r"//.*", "", body))
-    kinds = {"int32_t": np.int32, "uint32_t": np.uint32, "float": np.float32}
-    fields = [(name, kinds[kind]) for kind, names in declarations for name in names.split(", ")]
-    assert fields == [(name, VIEW.fields[name][0].type) for name in VIEW.names]
-    assert VIEW.itemsize == rendering_cpp.VIEW_BYTES
-    assert VIEWS.abi_version() == rendering_cpp.VIEWS.abi_version
-
-
 def test_without_a_build_the_reason_names_the_command(use):
     use()
     reason = "the compiled view renderer is not built: python csrc/views/setup.py build_ext --inplace"
     assert rendering_cpp.unavailable_reason() == reason
     with pytest.raises(Unavailable, match="not built"):
         render(np.zeros((4, 4, 3), np.uint8), view_of((4, 4), 4))
-
-
-def test_the_build_is_found_up_to_date_and_has_no_cuda_part(built):
-    assert build_tool.is_up_to_date(VIEWS, built, os.environ)
-    assert [path.name for path in built.glob("lib*")] == ["libviews_cpu.so"]
-    assert build_tool.read_build(built)["not_built"] == {}
-
-
-@pytest.mark.slow
-def test_both_commands_install_the_library(tmp_path):
-    sources = shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("*.so", "build.json", "build"))
-    in_place = [sys.executable, "csrc/views/setup.py", "build_ext", "--inplace"]
-    messages = [subprocess.run(in_place, cwd=tmp_path, capture_output=True, text=True, check=True).stderr for _ in range(2)]
-    assert "built libviews_cpu.so" in messages[0] and "is up to date" in messages[1]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(sources / "views")], check=True)
-    assert (tmp_path / "site" / "clever_views" / "libviews_cpu.so").is_file()
 
 
 @pytest.mark.parametrize(
@@ -167,10 +139,8 @@ def test_arrays_of_another_kind_are_refused(compiled):
     wrong = [
         (image[:, ::2], view, place),
         (image.astype(np.float32), view, place),
-        (image[..., 0], view, place),
-        (image, view, place.astype(np.int64)),
+        (image[..., :2], view, place),
         (image, view, np.repeat(place, 2)),
-        (image, np.zeros(1, [("size", "i4")]), place),
     ]
     for each in wrong:
         with pytest.raises(ValueError, match="must be"):
@@ -204,14 +174,10 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("size", [224, 96, 25])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_operation_agrees(compiled, photographs, name, size):
-    changes = OPERATIONS[name]
-    if name == "window":
-        size = 224
-    for image in photographs:
-        view = view_of((427, 640), size, **changes)
+def test_each_operation_agrees(compiled, photographs, name):
+    for image, size in zip(photographs, (224, 224 if name == "window" else 25), strict=True):
+        view = view_of((427, 640), size, **OPERATIONS[name])
         assert difference(image, view, compiled).mean() <= OPERATION_BOUND
 
 
@@ -231,10 +197,10 @@ def test_operations_without_interpolation_are_exact(compiled, photographs, chang
         assert pixels.max() == 0 if "jitter" not in changes else pixels.mean() <= OPERATION_BOUND
 
 
-@pytest.mark.parametrize("order", range(24))
-def test_the_orders_of_the_jitter_agree(compiled, photographs, order):
-    view = view_of((427, 640), 96, jitter=1, order=order, brightness=0.7, contrast=1.4, saturation=1.3, hue=0.1)
-    assert difference(photographs[0], view, compiled).mean() <= OPERATION_BOUND
+def test_the_orders_of_the_jitter_agree(compiled, photographs):
+    for order in range(24):
+        view = view_of((427, 640), 96, jitter=1, order=order, brightness=0.7, contrast=1.4, saturation=1.3, hue=0.1)
+        assert difference(photographs[0], view, compiled).mean() <= OPERATION_BOUND, order
 
 
 @pytest.mark.parametrize("elastic_p", [0, 0.5])
@@ -251,17 +217,10 @@ def test_whole_recipes_agree(compiled, photographs, elastic_p):
 # ---- odd input ----
 
 ODD = [
-    ((1, 1), {}),
-    ((1, 4000), {}),
-    ((4000, 1), {}),
-    ((7, 5), {}),
-    ((7, 5), {"top": 6, "left": 4, "height": 1, "width": 1}),
-    ((300, 21), {}),
-    ((300, 22), {}),
-    ((40, 50), {"top": 39, "height": 1}),
-    ((40, 50), {"left": 49, "width": 1}),
+    ((1, 1), {}), ((1, 4000), {}), ((4000, 1), {}), ((300, 21), {}), ((7, 5), {"top": 6, "left": 4, "height": 1, "width": 1}),
+    ((40, 50), {"top": 39, "height": 1}), ((40, 50), {"left": 49, "width": 1}),
     ((40, 50), {"top": 20, "left": 25, "height": 20, "width": 25}),
-]
+]  # fmt: skip
 
 
 def odd_views(shape, changes, sizes=(1, 2, 3, 16, 33)):
@@ -328,8 +287,10 @@ def test_instruction_sets_agree(built, use, photographs, tmp_path, monkeypatch):
 
 SANITIZED = """
 import sys
+from pathlib import Path
 import numpy as np
-import views_cpp
+from clever.data import rendering_cpp
+rendering_cpp.VIEWS.in_place = Path(sys.argv[2])
 data = dict(np.load(sys.argv[1]))
 for case in range(len(data) // 2):
     views = data[f"views{case}"]
@@ -342,7 +303,7 @@ print("rendered", rendering_cpp.instruction_set())
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """The environment of a process that loads a library with AddressSanitizer and UBSan."""
+    """The folder of a library with AddressSanitizer and UBSan, and the environment of a process that loads it."""
     try:
         compiler = build_tool.find_compiler(os.environ)
     except BuildError as error:
@@ -356,7 +317,7 @@ def sanitized(tmp_path_factory):
         patch.setattr(build_tool, "FLAGS", [*build_tool.FLAGS, *flags])
         build_tool.build(VIEWS, package, {**os.environ, "CXX": f"{' '.join(compiler)} -fsanitize=address,undefined"})
     environ = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    return environ | {"PYTHONPATH": f"{ROOT}:{package.parent}", "SANITIZED": str(package)}
+    return package, environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -378,9 +339,9 @@ def odd_cases(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_address_and_undefined_behaviour_sanitizers(sanitized, odd_cases, isa):
-    program = f"import views_cpp\nfrom pathlib import Path\nviews_cpp.VIEWS.in_place = Path({sanitized['SANITIZED']!r})\n"
-    command = [sys.executable, "-c", program + SANITIZED, str(odd_cases)]
-    result = subprocess.run(command, env=sanitized | {"VIEWS_ISA": isa}, capture_output=True, text=True)
+    package, environ = sanitized
+    command = [sys.executable, "-c", SANITIZED, str(odd_cases), str(package)]
+    result = subprocess.run(command, env=environ | {"VIEWS_ISA": isa}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:3000]
     if isa not in result.stdout:
         pytest.skip(f"this processor has no {isa}")
