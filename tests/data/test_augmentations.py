@@ -80,30 +80,24 @@ def test_training_views_follow_the_recipe(aug, rotation, elastic_p):
 
 def test_crops_are_distributed_as_torchvisions():
     """Area and ratio of the boxes, beside those that RandomResizedCrop draws."""
-    height, width, scale = 375, 500, (0.4, 1.0)
-    box = draw(MultiCropAugmentation("aug1", scale, local_crops_number=0), height, width)[:, 0]
-    assert (box["top"] >= 0).all() and (box["top"] + box["height"] <= height).all()
-    assert (box["left"] >= 0).all() and (box["left"] + box["width"] <= width).all()
+    box = draw(MultiCropAugmentation("aug1", (0.4, 1.0), local_crops_number=0))[:, 0]
     torch.manual_seed(0)
-    crop, blank = v2.RandomResizedCrop(224, scale), torch.empty(3, height, width)
+    crop, blank, quantiles = v2.RandomResizedCrop(224, (0.4, 1.0)), torch.empty(3, 375, 500), (0.05, 0.25, 0.5, 0.75, 0.95)
     theirs = [crop.make_params([blank]) for _ in range(DRAWS)]
     for name in ("top", "left", "height", "width"):
         reference = np.array([parameters[name] for parameters in theirs])
-        quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-        spread = reference.std() * 4.5 / math.sqrt(DRAWS) * 2 + 1
-        assert np.abs(np.quantile(box[name], quantiles) - np.quantile(reference, quantiles)).max() < spread + 3, name
+        margin = reference.std() * 9 / math.sqrt(DRAWS) + 4
+        assert np.abs(np.quantile(box[name], quantiles) - np.quantile(reference, quantiles)).max() < margin, name
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (7, 5), (3, 200)])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (1, 4000), (4000, 1), (7, 5)])
 def test_boxes_of_odd_images(height, width):
     """Inside the image, never empty; where no random box fits, the largest central one with a ratio from 3/4 to 4/3."""
     box = draw(MultiCropAugmentation("aug1", (0.05, 1.0)), height, width, draws=300).ravel()
     assert (box["height"] >= 1).all() and (box["width"] >= 1).all()
     assert (box["top"] + box["height"] <= height).all() and (box["left"] + box["width"] <= width).all()
     if max(height, width) == 4000:
-        whole = {"height": 1, "width": 1, "top": 0, "left": 2000 - 1} if width == 4000 else {"height": 1, "width": 1}
-        central = box[(box["width"] == 1) & (box["height"] == 1)]
-        assert len(central) > 0 and all(set(central[name]) >= {value} for name, value in whole.items())
+        assert 1999 in box["left" if width == 4000 else "top"]
 
 
 def test_a_recipe_changes_only_what_it_names():
