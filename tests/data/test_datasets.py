@@ -22,7 +22,6 @@ from clever.data.datasets import (
     check_images,
     draw_views,
     keep_readable,
-    labelled_dataset,
     make_loader,
     pretraining_dataset,
     shard,
@@ -59,9 +58,6 @@ def samples(tmp_path):
     return [(save_image(tmp_path / f"{i}.png", seed=i), i % 3) for i in range(8)]
 
 
-# --- finding images --------------------------------------------------------------------------------------------------
-
-
 def test_list_images_is_recursive_sorted_and_finds_all_suffixes(tmp_path):
     names = ["b/deep/er/1.JPG", "a.jpeg", "b/2.PnG", "c.bmp", "d.ppm", "e.webp", "f.tif", "g.TIFF", "b.jpg", "h.pgm", "i.jfif"]
     hidden = [".hidden.jpg", "._a.png", ".cache/y.jpg", "__MACOSX/a.png", "b/@eaDir/a.png", "$RECYCLE.BIN/a.png"]
@@ -82,13 +78,13 @@ def test_list_images_follows_links_but_not_in_circles(tmp_path, capsys):
     assert capsys.readouterr().out == f"left out below {tmp_path}/root: other files 1, links to folders listed already 3\n"
 
 
-def test_missing_and_empty_folders_are_named(tmp_path):
+@pytest.mark.parametrize("find", [list_images, labelled_samples])
+def test_missing_and_empty_folders_are_named(tmp_path, find):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    for find in (list_images, labelled_samples):
-        for name in ("absent", "file", "empty"):
-            with pytest.raises(InputError, match=str(tmp_path / name)):
-                find(tmp_path / name)
+    for name in ("absent", "file", "empty"):
+        with pytest.raises(InputError, match=str(tmp_path / name)):
+            find(tmp_path / name)
 
 
 def test_labelled_samples(tmp_path):
@@ -101,9 +97,6 @@ def test_labelled_samples(tmp_path):
     (tmp_path / "c").mkdir()
     with pytest.raises(InputError, match=f"{tmp_path}/c.*no images"):
         labelled_samples(tmp_path)
-
-
-# --- reading images --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGB", "CMYK", "I;16"])
@@ -217,9 +210,6 @@ def test_shards_contain_every_image_once_with_its_own_draws(samples, world_size)
         assert torch.equal(shards[i % world_size][i // world_size][0], dataset[i][0])
 
 
-# --- checking images -------------------------------------------------------------------------------------------------
-
-
 def test_check_images_covers_long_lists_and_reports_progress(tmp_path, monkeypatch, capsys):
     absent = [str(tmp_path / f"{i}.png") for i in range(1100)]
     check_images(absent)
@@ -280,17 +270,6 @@ def test_pretraining_dataset(tmp_path):
         pretraining_dataset(tmp_path, CLEAN)
     assert pretraining_dataset(tmp_path, CLEAN, skip_bad_images=True).samples == dataset.samples
     assert len(pretraining_dataset(tmp_path, CLEAN, check=False)) == 4
-
-
-def test_tiny_images_are_enlarged(tmp_path):
-    save_image(tmp_path / "a" / "1.png", (1, 1))
-    save_image(tmp_path / "b" / "1.jpg", (2, 30))
-    dataset = labelled_dataset(tmp_path, eval_transform("ori", 32), threads=2)
-    assert dataset.classes == ["a", "b"]
-    assert [(tuple(image.shape), label) for image, label in (dataset[0], dataset[1])] == [((3, 32, 32), 0), ((3, 32, 32), 1)]
-
-
-# --- the record of the check -------------------------------------------------------------------------------------------
 
 
 def test_a_second_start_decodes_only_changed_files(tmp_path, monkeypatch):
