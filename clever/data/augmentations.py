@@ -143,8 +143,6 @@ def centre_crop(views: np.ndarray, size: int, heights: np.ndarray, widths: np.nd
     views["y"], views["x"] = (np.rint((side - size) / 2) for side in resized)
 
 
-# --- recipes -----------------------------------------------------------------------------------------------------------
-
 # DINO's views (arXiv 2104.14294), common to all recipes of the pretraining.
 DINO_VIEW = ViewDistribution(
     size=224, scale=(0.4, 1.0), flip_p=0.5, jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey_p=0.2

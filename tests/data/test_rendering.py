@@ -12,20 +12,11 @@ from torchvision.transforms.v2 import functional as F
 
 from clever.data import rendering
 from clever.data.augmentations import MultiCropAugmentation
-from clever.data.rendering import (
-    JITTER_ORDERS,
-    choose_renderer,
-    elastic_noise,
-    render_batch,
-    render_view,
-    renderer_line,
-    resolve_renderer,
-    smoothing_matrix,
-)
+from clever.data.rendering import JITTER_ORDERS, render_view
 from clever.utils import InputError
 
 SIZE = 48
-GOLDEN_NOISE = [0.59936655, 0.95530933, -0.62264407]  # first numbers of elastic_noise(7, 2)
+GOLDEN_NOISE = [0.59936655, 0.95530933, -0.62264407]  # first numbers of rendering.elastic_noise(7, 2)
 
 
 def render(image, size=SIZE, **changes):
@@ -98,21 +89,18 @@ def test_operations_come_in_their_order(image):
     assert outside.any() and (corner[1][outside] == 0).all() and (corner[0][outside] > 0).all()
 
 
-# --- elastic distortion --------------------------------------------------------------------------------------------------
-
-
 def test_elastic_noise_is_uniform_and_golden():
-    noise = elastic_noise(7, 96)
+    noise = rendering.elastic_noise(7, 96)
     assert noise.shape == (2, 96, 96) and noise.dtype == np.float32
     assert noise.min() >= -1 and noise.max() <= 1 and abs(noise.mean()) < 0.02 and abs(noise.std() - 3**-0.5) < 0.01
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.03
-    assert abs(np.corrcoef(noise[0].ravel(), elastic_noise(8, 96)[0].ravel())[0, 1]) < 0.03
-    assert np.allclose(elastic_noise(7, 2).ravel()[:3], GOLDEN_NOISE, atol=1e-7)
+    assert abs(np.corrcoef(noise[0].ravel(), rendering.elastic_noise(8, 96)[0].ravel())[0, 1]) < 0.03
+    assert np.allclose(rendering.elastic_noise(7, 2).ravel()[:3], GOLDEN_NOISE, atol=1e-7)
 
 
 def test_elastic_distortion_is_torchvisions(monkeypatch):
     """The field that ElasticTransform makes of the same noise, and its image."""
-    image, noise = photo(96, 96), elastic_noise(3, 96)
+    image, noise = photo(96, 96), rendering.elastic_noise(3, 96)
     directions = iter(torch.from_numpy((noise + 1) / 2))
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: next(directions).reshape(shape))
     expected = v2.ElasticTransform(alpha=100.0, sigma=5.0)(F.pil_to_tensor(image))
@@ -126,18 +114,15 @@ def test_smoothing_reflects_as_often_as_needed(size):
     noise = np.random.default_rng(0).standard_normal(size)
     taps = np.exp(-0.5 * (np.arange(-20, 21) / 5.0) ** 2)
     expected = np.convolve(np.pad(noise, 20, mode="reflect"), taps / taps.sum(), mode="valid")
-    smoothed = smoothing_matrix(size, 5.0).double().numpy() @ noise
+    smoothed = rendering.smoothing_matrix(size, 5.0).double().numpy() @ noise
     np.testing.assert_allclose(smoothed, expected, atol=1e-6)
-
-
-# --- batches and choice --------------------------------------------------------------------------------------------------
 
 
 def test_batches_hold_one_tensor_per_resolution():
     images = [np.array(photo(80 + i, 60, seed=i)) for i in range(3)]
     augment = MultiCropAugmentation("aug1_4_2", local_crops_number=3, global_crops_size=32, local_crops_size=16)
     views = augment.draw_seeded([1, 2, 3], [60] * 3, [80, 81, 82])
-    large, small = render_batch(images, views, "torchvision")
+    large, small = rendering.render_batch(images, views, "torchvision")
     assert large.shape == (2, 3, 3, 32, 32) and small.shape == (3, 3, 3, 16, 16)
     assert large.dtype == torch.uint8
     for b in range(3):
@@ -148,11 +133,11 @@ def test_batches_hold_one_tensor_per_resolution():
 
 def test_the_choice_says_why(monkeypatch):
     monkeypatch.setattr(rendering.rendering_cpp, "unavailable_reason", lambda: "no compiler here")
-    assert choose_renderer("auto") == choose_renderer("torchvision") == "torchvision"
-    assert "no compiler here" in renderer_line("torchvision")
+    assert rendering.choose_renderer("auto") == rendering.choose_renderer("torchvision") == "torchvision"
+    assert "no compiler here" in rendering.renderer_line("torchvision")
     with pytest.raises(InputError, match="--views cpp: no compiler here"):
-        choose_renderer("cpp")
+        rendering.choose_renderer("cpp")
     monkeypatch.setattr(rendering.rendering_cpp, "unavailable_reason", lambda: None)
-    assert [choose_renderer(name) for name in ("auto", "cpp", "torchvision")] == ["cpp", "cpp", "torchvision"]
-    assert resolve_renderer(argparse.Namespace(views="auto", seed=1)) == argparse.Namespace(views="cpp", seed=1)
-    assert "cpp" in renderer_line("cpp") and "--views cpp" in renderer_line("torchvision")
+    assert [rendering.choose_renderer(name) for name in ("auto", "cpp", "torchvision")] == ["cpp", "cpp", "torchvision"]
+    assert rendering.resolve_renderer(argparse.Namespace(views="auto", seed=1)) == argparse.Namespace(views="cpp", seed=1)
+    assert "cpp" in rendering.renderer_line("cpp") and "--views cpp" in rendering.renderer_line("torchvision")

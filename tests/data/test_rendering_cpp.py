@@ -11,7 +11,6 @@ from sklearn.datasets import load_sample_images
 from support.pictures import view_of
 from support.processes import ROOT
 
-from clever.compiled import Unavailable
 from clever.data import rendering_cpp
 from clever.data.augmentations import MultiCropAugmentation
 from clever.data.rendering import render_view
@@ -85,14 +84,6 @@ def difference(image, view, compiled):
     return np.abs(compiled(image, view)[0].astype(int) - render_view(image, view[0]).astype(int))
 
 
-def test_without_a_build_the_reason_names_the_command(use):
-    use()
-    reason = "the compiled view renderer is not built: python csrc/views/setup.py build_ext --inplace"
-    assert rendering_cpp.unavailable_reason() == reason
-    with pytest.raises(Unavailable, match="not built"):
-        render(np.zeros((4, 4, 3), np.uint8), view_of(4, 4, 4))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -117,8 +108,6 @@ def test_arrays_of_another_kind_are_refused(compiled):
         with pytest.raises(ValueError, match="must be"):
             rendering_cpp.render(pixels, view, places)
 
-
-# ---- operations, on photographs ----
 
 JITTERED = {"jitter": 1, "order": 5}
 OPERATIONS = [
@@ -164,8 +153,6 @@ def test_whole_recipes_agree(compiled, photographs, aug):
         means = [np.abs(pixels.astype(int) - render_view(image, view)).mean() for pixels, view in pairs]
         assert np.mean(means) <= OPERATION_BOUND and max(means) <= RECIPE_BOUND
 
-
-# ---- odd input ----
 
 ODD = [
     ((1, 1), {}), ((1, 4000), {}), ((4000, 1), {}), ((300, 21), {}), ((7, 5), {"top": 6, "left": 4, "height": 1, "width": 1}),
