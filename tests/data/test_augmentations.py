@@ -146,13 +146,6 @@ def test_the_parameters_of_a_seed_never_change():
         assert np.allclose(view.tolist(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_seeds_draw_each_image_on_its_own():
-    views = MultiCropAugmentation("aug1_2")
-    together = views.draw_seeded([3, 5, 7], [60] * 3, [80] * 3)
-    assert np.array_equal(together[1:2], views.draw_seeded([5], [60], [80]))
-    assert len(np.unique(together["brightness"])) == 30  # every view of every image is drawn anew
-
-
 def test_normalisation():
     image = photo()
     pixels = np.asarray(image).transpose(2, 0, 1)

@@ -1,6 +1,5 @@
 """Image folders, reproducible random draws, unreadable files."""
 
-import itertools
 import json
 import os
 import warnings
@@ -14,7 +13,6 @@ import torch.multiprocessing as mp
 from PIL import Image
 from support.pictures import photo
 
-from clever import progress
 from clever.data import datasets
 from clever.data.augmentations import MultiCropAugmentation, eval_transform
 from clever.data.datasets import (
@@ -77,15 +75,6 @@ def test_list_images_follows_links_but_not_in_circles(tmp_path, capsys):
         (tmp_path / "root" / name).symlink_to(tmp_path / target)
     assert list_images(tmp_path / "root") == [str(tmp_path / "root" / "link" / "1.png")]
     assert capsys.readouterr().out == f"left out below {tmp_path}/root: other files 1, links to folders listed already 3\n"
-
-
-@pytest.mark.parametrize("find", [list_images, labelled_samples])
-def test_missing_and_empty_folders_are_named(tmp_path, find):
-    (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
-    for name in ("absent", "file", "empty"):
-        with pytest.raises(InputError, match=str(tmp_path / name)):
-            find(tmp_path / name)
 
 
 def test_labelled_samples(tmp_path):
@@ -203,17 +192,6 @@ def test_shards_contain_every_image_once_with_its_own_draws(samples, world_size)
     assert sum(map(len, shards)) == len(samples)
     for i in range(len(samples)):
         assert torch.equal(shards[i % world_size][i // world_size][0], dataset[i][0])
-
-
-def test_check_images_covers_long_lists_and_reports_progress(tmp_path, monkeypatch, capsys):
-    absent = [str(tmp_path / f"{i}.png") for i in range(1100)]
-    check_images(absent)
-    assert capsys.readouterr().out == ""
-    clock = itertools.count(step=0.01)
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    check_images(absent)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 1 and lines[-1].startswith("checking images 1100/1100 ")
 
 
 def check_in_a_group(rank, store, paths, opened):

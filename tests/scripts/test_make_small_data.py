@@ -29,10 +29,10 @@ def test_digits_are_complete_balanced_and_reproducible(tmp_path, capsys):
     assert [size.total() for size in sizes.values()] == [1437, 360, 1149, 288]
     for whole, val in ((Counter(load_digits().target.tolist()), root / "val"), (sizes[root / "train"], tune / "val")):
         assert all(abs(sizes[val][d] / whole[d] - 0.2) < 0.01 for d in range(10))
-    found = Counter({(label, shades(pixels)): n for (label, pixels), n in contents(root).items()})
     digits = load_digits()
-    pairs = zip(digits.images, digits.target, strict=True)
-    assert found == Counter((str(label), image.round().astype(np.uint8).tobytes()) for image, label in pairs)
+    written = ((label, np.frombuffer(pixels, np.uint8) / 255 * 16) for label, pixels in contents(root).elements())
+    originals = Counter((str(label), tuple(image.ravel())) for image, label in zip(digits.images, digits.target, strict=True))
+    assert Counter((label, tuple(values.round())) for label, values in written) == originals
     assert contents(tune) == contents(root / "train") and not contents(tune) & contents(root / "val")
 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
@@ -48,24 +48,16 @@ def contents(folder):
     return Counter((Path(path).parent.name, np.asarray(Image.open(path)).tobytes()) for path in list_images(folder))
 
 
-def shades(pixels):
-    """Grey levels 0 to 16 of scikit-learn's digits."""
-    return (np.frombuffer(pixels, np.uint8) / 255 * 16).round().astype(np.uint8).tobytes()
-
-
 def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
-    save, saved = Image.Image.save, []
-
-    def fail_later(self, path, *args, **kwargs):
-        saved.append(path)
-        if len(saved) == 100:
+    def fail_later(self, path):
+        if path.name == "00100.png":
             raise KeyboardInterrupt
-        save(self, path, *args, **kwargs)
+        path.touch()
 
     monkeypatch.setattr(Image.Image, "save", fail_later)
     with pytest.raises(KeyboardInterrupt):
         write_digits(tmp_path / "digits")
-    assert len(saved) == 100 and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_idx(path, array, packed):
