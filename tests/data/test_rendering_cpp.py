@@ -1,6 +1,7 @@
 """The compiled renderer of views (csrc/views) against the readable one (rendering.render_view)."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -212,17 +213,14 @@ def test_instruction_sets_agree(built, use, photographs, tmp_path, monkeypatch):
 
 
 SANITIZED = """
-import sys
+import pickle, sys
 from pathlib import Path
 import numpy as np
 from clever.data import rendering_cpp
 rendering_cpp.VIEWS.in_place = Path(sys.argv[1])
-data = dict(np.load(sys.argv[2]))
-for case in range(len(data) // 2):
-    views = data[f"views{case}"]
+for image, views in pickle.loads(Path(sys.argv[2]).read_bytes()):
     outputs = [np.empty((3, size, size), np.uint8) for size in views["size"]]
-    addresses = np.array([output.ctypes.data for output in outputs], np.uint64)
-    rendering_cpp.render(data[f"image{case}"], views, addresses)
+    rendering_cpp.render(image, views, np.array([output.ctypes.data for output in outputs], np.uint64))
 print("rendered", rendering_cpp.instruction_set())
 """
 
@@ -243,12 +241,11 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     cases = [(shape, odd_views(shape, changes)) for shape, changes in ODD]
     cases += [((61, 73), view_of(61, 73, size, elastic_alpha=-1e6, **extreme)) for size in (1, 7, 64, 300)]
     cases += [((61, 73), recipe(range(5), height=61, width=73))]
-    data = {f"views{i}": views for i, (_, views) in enumerate(cases)}
     random = np.random.default_rng(0)
-    data |= {f"image{i}": random.integers(0, 256, (*shape, 3), np.uint8) for i, (shape, _) in enumerate(cases)}
-    np.savez(tmp_path / "cases.npz", **data)
+    cases = [(random.integers(0, 256, (*shape, 3), np.uint8), views) for shape, views in cases]
+    (tmp_path / "cases").write_bytes(pickle.dumps(cases))
     environ = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
     for isa in ("baseline", "avx2", "avx512"):
-        command = [sys.executable, "-c", SANITIZED, str(tmp_path / VIEWS.package), str(tmp_path / "cases.npz")]
+        command = [sys.executable, "-c", SANITIZED, str(tmp_path / VIEWS.package), str(tmp_path / "cases")]
         result = subprocess.run(command, env=environ | {"VIEWS_ISA": isa}, capture_output=True, text=True)
         assert result.returncode == 0 and "rendered" in result.stdout, result.stderr[:3000]
