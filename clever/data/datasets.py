@@ -238,5 +238,5 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
     """Raise InputError unless both have the same class folders: a label must mean the same class in both."""
     differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
-        names = ", ".join(differing[:5])
-        raise InputError(f"train/ and val/ must have the same class folders; {len(differing)} are in one of them only: {names}")
+        names = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise InputError(f"train/ and val/ must contain the same class folders; found in only one of them: {names}")
