@@ -29,7 +29,7 @@ from clever.data.datasets import (
 )
 from clever.data.files import list_images
 from clever.data.rendering import add_renderer_argument, resolve_renderer
-from clever.data.shards import is_member
+from clever.data.shards import file_of
 from clever.entry import run_entry_point
 from clever.evaluation.embeddings import (
     MAX_CLASSES,
@@ -104,7 +104,7 @@ def build_dataset(args: argparse.Namespace, pretrained: Pretrained) -> ImageData
 def class_of(path: str) -> str | None:
     """The first folder of a relative path; None for an image in a tar file."""
     folder, _, rest = path.partition(os.sep)
-    return folder if rest and not is_member(path) else None
+    return folder if rest and file_of(path) == path else None
 
 
 def relative(path: str, data_path: str) -> str:
@@ -149,7 +149,8 @@ def draw(
         parts = {name: rows[chosen] for name, rows in table.parts.items()}
         colours = {"classes": [table.classes[i] for i in chosen]}
     else:
-        parts, angles = rotated(args, pretrained, [dataset.samples[int(i)][0] for i in chosen], device)
+        samples = dataset.samples
+        parts, angles = rotated(args, pretrained, [samples[i][0] for i in chosen], device)
         colours = {"angles": angles}
     if distributed.is_main_process():
         plot(parts, args.plot, picture_path(args), title, args.seed, **colours)

@@ -48,13 +48,8 @@ def write_bmp_without_width(folder):
     (folder / "bad.bmp").write_bytes(b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + header)
 
 
-def write_named_pipe(folder):
-    os.mkfifo(folder / "bad.png")
-
-
 BAD_IMAGES = [
     write_text, write_nothing, write_truncated_png, write_truncated_jpeg, write_ppm_without_width, write_bmp_without_width,
-    write_named_pipe,
 ]  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def read_image(path):
 
 
 def read_tar(path):
-    for member in shards.list_members([str(path)], IMAGE_SUFFIXES):
-        read_pixels(member.path)
+    for image, _ in shards.list_members([str(path)], IMAGE_SUFFIXES):
+        read_pixels(image)
 
 
 def parse_config(path):

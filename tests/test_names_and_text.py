@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.in_process import assert_refused, call, probe
+from support.in_process import call
 from support.synthetic_davis import write_list, write_video
 
 import embed
-import eval_knn
 import visualize_attention
-from clever.data.files import labelled_samples, list_images, read_image
 from clever.utils import (
-    InputError,
     printable,
     read_lines,
     write_text_atomically,
@@ -78,40 +75,6 @@ def test_an_ascii_locale(world_of_bad_input, tmp_path):
     process = subprocess.run([*command, "--skip_bad_images", "true"], env=plain, capture_output=True, timeout=200)
     assert process.returncode == 0, process.stderr
     assert b"left out: 1 of 4" in process.stdout and (tmp_path / "out" / "knn.json").exists()
-
-
-def test_folders_of_systems_are_no_classes(tmp_path):
-    for folder in ("cat", "__MACOSX/cat", "@eaDir", "$RECYCLE.BIN", ".ipynb_checkpoints", "cat/@eaDir", "lost+found"):
-        (tmp_path / folder).mkdir(parents=True)
-        write_png(tmp_path / folder / "a.png")
-    write_png(tmp_path / "cat" / "._a.png")
-    classes, samples = labelled_samples(tmp_path)
-    assert classes == ["cat"] and samples == [(str(tmp_path / "cat" / "a.png"), 0)]
-    assert list_images(tmp_path) == [str(tmp_path / "cat" / "a.png")]
-
-
-def test_all_usual_suffixes_are_found(tmp_path):
-    kinds = {".pgm": "PPM", ".jfif": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".pnm": "PPM", ".TIF": "TIFF"}
-    for suffix, kind in kinds.items():
-        Image.new("L", (4, 4), 77).save(tmp_path / f"x{suffix}", format=kind)
-    assert len(list_images(tmp_path)) == 6
-    assert all((np.asarray(read_image(path)) == 77).all() for path in list_images(tmp_path))
-
-
-def test_floating_point_images_are_refused(world_of_bad_input, tmp_path):
-    for split in ("train", "val"):
-        for label in ("a", "b"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
-            write_png(tmp_path / "data" / split / label / "0.png")
-    bad = tmp_path / "data" / "train" / "a" / "1.tif"
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(bad)
-    with pytest.raises(InputError, match="pixels of mode F"):
-        read_image(bad)
-    outcome = probe(world_of_bad_input.checkpoint, tmp_path / "data", tmp_path / "out")
-    assert_refused(outcome, "1 of 3 images cannot be read", "1.tif", "pixels of mode F")
-    outcome = call(eval_knn.main, "--pretrained_weights", world_of_bad_input.checkpoint, "--data_path", tmp_path / "data",
-                   "--output_dir", tmp_path / "out", "--num_workers", 0)  # fmt: skip
-    assert_refused(outcome, "1.tif", "pixels of mode F")
 
 
 def test_videos_without_scored_frames_are_left_out(tmp_path):

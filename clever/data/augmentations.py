@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clever.data.rendering import render_batch
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 # The parameters of a view, in the order in which they are applied. The compiled renderer reads the same layout.
@@ -48,6 +47,7 @@ RATIO = slice(CROP_TRIES, 2 * CROP_TRIES)
 (TOP, LEFT, FLIP, ANGLE, ELASTIC, ELASTIC_SEED, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, BLUR, RADIUS,
  SOLARIZE) = range(2 * CROP_TRIES, 2 * CROP_TRIES + 16)  # fmt: skip
 RANDOM_NUMBERS = 2 * CROP_TRIES + 16
+RATIOS = (3 / 4, 4 / 3)  # width / height of a random crop, drawn uniformly on a logarithmic scale
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,6 @@ class ViewDistribution:
         return views
 
 
-RATIOS = (3 / 4, 4 / 3)  # width / height of a random crop, drawn uniformly on a logarithmic scale
-
 
 def random_resized_crop(views: np.ndarray, u: np.ndarray, scale: tuple[float, float], heights, widths) -> None:
     """Fill in a random box of an area in `scale` and a ratio in RATIOS, resized to the view (Szegedy et al., arXiv 1409.4842).
@@ -144,8 +142,6 @@ def centre_crop(views: np.ndarray, size: int, heights: np.ndarray, widths: np.nd
     # torchvision's CenterCrop rounds half to even.
     views["y"], views["x"] = (np.rint((side - size) / 2) for side in resized)
 
-
-# --- recipes -----------------------------------------------------------------------------------------------------------
 
 # DINO's views (arXiv 2104.14294), common to all recipes of the pretraining.
 DINO_VIEW = ViewDistribution(
@@ -194,34 +190,15 @@ class Views:
         u = [torch.rand(shape, generator=generator.manual_seed(int(seed)), dtype=torch.float64) for seed in seeds]
         return self.draw(torch.stack(u).numpy(), heights, widths)
 
-    def __call__(self, image: Image.Image, renderer: str = "torchvision") -> list[Tensor]:
-        """Random views, uint8 [3, S, S], of an RGB image, drawn from torch's global generator."""
-        u = torch.rand(1, len(self), RANDOM_NUMBERS, dtype=torch.float64).numpy()
-        views = self.draw(u, [image.height], [image.width])
-        return [view[0] for tensor in render_batch([np.array(image)], views, renderer) for view in tensor]
-
 
 class MultiCropAugmentation(Views):
-    """Training views: 2 global and `local_crops_number` local ones by the recipe `aug`, with DINO's blur and solarisation.
-
-    Raises InputError on an unknown recipe, a crop scale that is not a range within (0, 1], a negative number of crops.
-    """
+    """Training views: 2 global and `local_crops_number` local ones by the recipe `aug`, with DINO's blur and solarisation."""
 
     def __init__(
-        self,
-        aug: str,
-        global_crops_scale: Sequence[float] = (0.4, 1.0),
-        local_crops_scale: Sequence[float] = (0.05, 0.4),
-        local_crops_number: int = 8,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-    ) -> None:
-        recipe = _choose("aug", aug, RECIPES)
-        check_crop_scale("global_crops_scale", global_crops_scale)
-        check_crop_scale("local_crops_scale", local_crops_scale)
-        if local_crops_number < 0:
-            raise InputError(f"--local_crops_number {local_crops_number}: must be 0 or more")
-        view = replace(DINO_VIEW, **recipe)
+        self, aug: str, global_crops_scale: Sequence[float] = (0.4, 1.0), local_crops_scale: Sequence[float] = (0.05, 0.4),
+        local_crops_number: int = 8, global_crops_size: int = 224, local_crops_size: int = 96,
+    ) -> None:  # fmt: skip
+        view = replace(DINO_VIEW, **_choose("aug", aug, RECIPES))
         large = replace(view, size=global_crops_size, scale=tuple(global_crops_scale))
         small = replace(view, size=local_crops_size, scale=tuple(local_crops_scale), blur_p=0.5)
         first, second = replace(large, blur_p=1.0), replace(large, blur_p=0.1, solarize_p=0.2)
@@ -235,15 +212,20 @@ def eval_transform(test_aug_type: str = "ori", size: int = 224) -> Views:
 
 
 def probe_train_transform(size: int = 224, scale: Sequence[float] = (0.08, 1.0)) -> Views:
-    """Training images of the linear probe and of fine-tuning: a random crop, flipped or not.
-
-    Raises InputError if `scale`, the share of the image's area in the crop, is not a range within (0, 1].
-    """
-    check_crop_scale("crop_scale", scale)
+    """Training images of the linear probe and of fine-tuning: a random crop of this share of the area, flipped or not."""
     return Views([ViewDistribution(size, scale=tuple(scale), bicubic=False, flip_p=0.5)])
 
 
-# --- normalisation -----------------------------------------------------------------------------------------------------
+def _choose(name: str, choice: str, table: dict[str, Any]) -> Any:
+    if choice not in table:
+        raise InputError(f"--{name} {choice!r}: choose one of {', '.join(table)}")
+    return table[choice]
+
+
+def check_crop_scale(name: str, scale: Sequence[float]) -> None:
+    """Raise InputError, which names the flag, unless `scale` is a minimum and a maximum share of the image's area."""
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(f"--{name} {' '.join(map(str, scale))}: must be two numbers in (0, 1], minimum and maximum")
 
 
 def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
@@ -267,18 +249,3 @@ class ToNormalizedTensor:
     def __call__(self, image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # uint8 [3, H, W]
         return normalize(pixels, self.mean, self.std)
-
-
-# --- checks of user input ----------------------------------------------------------------------------------------------
-
-
-def check_crop_scale(name: str, scale: Sequence[float]) -> None:
-    """Raise InputError, which names the flag, unless `scale` is a minimum and a maximum share of the image's area."""
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-        raise InputError(f"--{name} {' '.join(map(str, scale))}: must be two numbers in (0, 1], minimum and maximum")
-
-
-def _choose(name: str, choice: str, table: dict[str, Any]) -> Any:
-    if choice not in table:
-        raise InputError(f"--{name} {choice!r}: choose one of {', '.join(table)}")
-    return table[choice]

@@ -5,8 +5,6 @@ import math
 import os
 import struct
 import zlib
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +23,6 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif", ".tif", ".tiff",
 )  # fmt: skip
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-OTHER_FORMATS = (
-    ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr",
-    ".hdr", ".dcm",
-)  # fmt: skip
-LINKS = "links"
 
 Sample = tuple[str, int]  # path, label
 
@@ -40,25 +33,17 @@ DECODE_ERRORS = (
 )  # fmt: skip
 
 
-# --- finding images --------------------------------------------------------------------------------------------------
-
-
 def list_images(root: str | os.PathLike) -> list[str]:
     """Sorted paths of all images below `root`. Symbolic links are followed; hidden files and folders are skipped.
 
-    A folder that several links lead to is listed once. Images of other formats, and such links, are counted in a line.
     `root` may also be tar files, or a folder of tar files (shards.py): the images in them, in the order of the tar files.
-    Raises InputError if the folder is missing, cannot be read, or contains no images.
+    Raises InputError if the folder is missing or contains no images.
     """
     root = os.fspath(root)
-    tar_files = find_shards(root, IMAGE_SUFFIXES)
-    if tar_files:
-        return [member.path for member in list_members(tar_files, IMAGE_SUFFIXES)]
+    if tar_files := find_shards(root, IMAGE_SUFFIXES):
+        return [path for path, _ in list_members(tar_files, IMAGE_SUFFIXES)]
     _check_is_folder(root)
-    left_out: Counter[str] = Counter()
-    paths = _find_images(root, left_out)
-    _print_left_out(root, left_out)
-    return paths
+    return _find_images(root, [root])[0]
 
 
 def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
@@ -69,98 +54,62 @@ def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
     image in a tar file has no label.
     """
     root = os.fspath(root)
-    tar_files = find_shards(root, IMAGE_SUFFIXES)
-    if tar_files:
-        return _labelled_members(tar_files)
+    if tar_files := find_shards(root, IMAGE_SUFFIXES):
+        members = list_members(tar_files, IMAGE_SUFFIXES)
+        if unlabelled := [path for path, label in members if label is None]:
+            raise InputError(f"image {unlabelled[0]}: has no label; expected a .cls or .json file of the same name beside it")
+        numbers = sorted({label for _, label in members})
+        index = {number: i for i, number in enumerate(numbers)}
+        return [str(number) for number in numbers], [(path, index[label]) for path, label in members]
     _check_is_folder(root)
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
     if not classes:
         raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
-    left_out: Counter[str] = Counter()
-    found = [_find_images(os.path.join(root, name), left_out) for name in classes]
-    _print_left_out(root, left_out)
+    found = _find_images(root, [os.path.join(root, name) for name in classes])
     return classes, [(path, label) for label, paths in enumerate(found) for path in paths]
 
 
-def _labelled_members(tar_files: list[str]) -> tuple[list[str], list[Sample]]:
-    members = list_members(tar_files, IMAGE_SUFFIXES)
-    for member in members:
-        if member.label is None:
-            raise InputError(f"image {member.path}: has no label; expected a .cls or .json file of the same name beside it")
-    numbers = sorted({member.label for member in members})
-    index = {number: i for i, number in enumerate(numbers)}
-    return [str(number) for number in numbers], [(member.path, index[member.label]) for member in members]
-
-
-def _check_is_folder(root):
+def _check_is_folder(root: str) -> None:
     if not os.path.isdir(root):
         raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"image folder {root}: is not readable by this user")
 
 
-def _find_images(root: str, left_out: Counter[str]) -> list[str]:
-    """The images below a folder, sorted; counts in `left_out` what is passed over, by suffix or as LINKS."""
-    paths = []
-    try:
-        for folder, files in _walk(root, left_out):
-            for name in files:
-                suffix = os.path.splitext(name)[1].lower()
-                if name.startswith("."):
-                    continue
-                if suffix in IMAGE_SUFFIXES:
-                    paths.append(os.path.join(folder, name))
-                elif suffix in OTHER_FORMATS:
-                    left_out[suffix] += 1
-    except OSError as error:
-        raise InputError(f"image folder {root}: cannot be read ({error})") from error
-    if not paths:
-        others = "".join(f"; {count} {suffix} files are not read" for suffix, count in left_out.items() if suffix != LINKS)
-        raise InputError(f"image folder {root}: has no images ({' '.join(IMAGE_SUFFIXES)}){others}")
-    return sorted(paths)
+def _find_images(root: str, folders: list[str]) -> list[list[str]]:
+    """The images below each of these folders of `root`, sorted. A folder that several links lead to is listed once.
 
-
-def _walk(root: str, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of each folder below `root`, once: links are followed last, unless they lead back."""
-    seen: set[str] = set()
-    to_walk = [root]
-    while to_walk:
-        for folder, subfolders, files in os.walk(to_walk.pop(0), onerror=_raise):
+    What is passed over is counted and printed. Raises InputError if a folder has no images.
+    """
+    found, other_files, other_links = [], 0, 0
+    for top in folders:
+        paths = []
+        seen = set(map(str, Path(top).resolve().parents))  # a link to one of them would lead in a circle
+        for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:
-                left_out[LINKS] += 1
+                other_links += 1
                 subfolders.clear()
                 continue
             seen.add(real)
-            yield folder, files
-            names = sorted(name for name in subfolders if not _is_hidden(name))
-            links = [path for path in (os.path.join(folder, name) for name in names) if os.path.islink(path)]
-            above = [path for path in links if Path(real).is_relative_to(os.path.realpath(path))]
-            left_out[LINKS] += len(above)
-            to_walk += [path for path in links if path not in above]
-            subfolders[:] = [name for name in names if os.path.join(folder, name) not in links]
+            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+            files = [name for name in files if not name.startswith(".")]
+            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+            other_files += len(files) - len(images)
+            paths += [os.path.join(folder, name) for name in images]
+        if not paths:
+            raise InputError(f"image folder {top}: has no images ({' '.join(IMAGE_SUFFIXES)})")
+        found.append(sorted(paths))
+    if (other_files or other_links) and is_main_process():
+        print(f"left out below {root}: other files {other_files}, links to folders listed already {other_links}", flush=True)
+    return found
 
 
-def _print_left_out(root: str, left_out: Counter[str]) -> None:
-    """Print what was passed over, a line for each kind, in the first process."""
-    links = left_out.pop(LINKS, 0)
-    if links and is_main_process():
-        print(f"left out: {links} links below {root}, to folders that are listed already or lie above", flush=True)
-    if left_out and is_main_process():
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-        print(f"left out: images below {root} of formats that are not read ({counts}); convert them", flush=True)
-
-
-def _raise(error):
+def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_hidden(folder_name):
+def _is_hidden(folder_name: str) -> bool:
     """True for hidden folders, and for those that operating systems and network drives make."""
     return folder_name.startswith(".") or folder_name in SYSTEM_FOLDERS
-
-
-# --- reading images --------------------------------------------------------------------------------------------------
 
 
 def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
@@ -172,11 +121,41 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
         with Image.open(io.BytesIO(read_file(path) if content is None else content)) as image:
             return to_rgb(image)
     except DECODE_ERRORS as error:
-        raise InputError(f"image {path}: cannot be read ({decode_reason(error)})") from error
+        raise InputError(f"image {path}: cannot be read ({_reason(error)})") from error
 
 
-def decode_reason(error: Exception) -> str:
-    """Why an image cannot be decoded, in one line; one of DECODE_ERRORS."""
+def read_pixels(path: str | os.PathLike) -> np.ndarray:
+    """The pixels of `read_image`, uint8 [H, W, 3].
+
+    JPEG files are decoded by simplejpeg where it is installed: the same pixels in half the time, since it calls the same
+    library (libjpeg-turbo) more directly. Raises InputError naming the file and the reason if decoding fails.
+    """
+    content = None
+    try:
+        content = read_file(path)
+        if simplejpeg is not None and content.startswith(b"\xff\xd8"):
+            height, width, colorspace = simplejpeg.decode_jpeg_header(content)[:3]
+            if colorspace in ("YCbCr", "RGB", "Gray") and height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                return simplejpeg.decode_jpeg(content, "RGB")
+    except (OSError, ValueError):
+        pass  # missing, damaged or unusual: Pillow reads it after all, or gives the reason
+    return np.array(read_image(path, content))  # writable, as torch.from_numpy wants it
+
+
+def decode_error(path: str) -> str | None:
+    """Why an image cannot be decoded, in one line; None if it can. Quicker than decoding all pixels."""
+    try:
+        with Image.open(io.BytesIO(read_file(path))) as image:  # fails without pixels, too
+            image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
+            image.load()
+            if image.mode not in ("L", "RGB"):
+                to_rgb(image)
+    except DECODE_ERRORS as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
     return "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else describe_error(error)
 
 
@@ -192,22 +171,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """The pixels of `read_image`, uint8 [H, W, 3].
-
-    JPEG files are decoded by simplejpeg where it is installed: the same pixels in half the time, since it calls the same
-    library (libjpeg-turbo) more directly. Raises InputError naming the file and the reason if decoding fails.
-    """
-    try:
-        content = read_file(path)
-        if simplejpeg is not None and content.startswith(b"\xff\xd8"):
-            height, width, colorspace = simplejpeg.decode_jpeg_header(content)[:3]
-            if colorspace in ("YCbCr", "RGB", "Gray") and height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-                return simplejpeg.decode_jpeg(content, "RGB")
-    except OSError as error:
-        raise InputError(f"image {path}: cannot be read ({decode_reason(error)})") from error
-    except ValueError:
-        pass  # damaged, or unusual: Pillow reads it after all, or gives the reason
-    return np.array(read_image(path, content))  # writable, as torch.from_numpy wants it

@@ -19,8 +19,13 @@ from torchvision.transforms.v2 import functional as F
 from clever.data import rendering_cpp
 from clever.utils import InputError
 
-JITTER_ORDERS = list(permutations(range(4)))  # of brightness, contrast, saturation and hue
+JITTER = (
+    ("brightness", F.adjust_brightness), ("contrast", F.adjust_contrast), ("saturation", F.adjust_saturation),
+    ("hue", F.adjust_hue),
+)  # fmt: skip
+JITTER_ORDERS = list(permutations(range(4)))
 ELASTIC_SIGMA = 5.0  # pixels
+RENDERERS = ("torchvision", "cpp")
 
 
 def render_view(image: np.ndarray, view: np.void) -> np.ndarray:
@@ -55,18 +60,10 @@ def _crop(pixels: Tensor, view: np.void) -> Tensor:
 def _jitter(pixels: Tensor, view: np.void) -> Tensor:
     """Brightness, contrast, saturation and hue, in the drawn order."""
     picture = F.to_pil_image(pixels)
-    adjust = [
-        lambda p: F.adjust_brightness(p, float(view["brightness"])),
-        lambda p: F.adjust_contrast(p, float(view["contrast"])),
-        lambda p: F.adjust_saturation(p, float(view["saturation"])),
-        lambda p: F.adjust_hue(p, float(view["hue"])),
-    ]
     for operation in JITTER_ORDERS[view["order"]]:
-        picture = adjust[operation](picture)
+        name, adjust = JITTER[operation]
+        picture = adjust(picture, float(view[name]))
     return F.pil_to_tensor(picture)
-
-
-# --- elastic distortion ------------------------------------------------------------------------------------------------
 
 
 def _elastic(pixels: Tensor, view: np.void) -> Tensor:
@@ -114,25 +111,19 @@ def smoothing_matrix(size: int, sigma: float) -> Tensor:
     return torch.zeros(size, size, dtype=torch.double).scatter_add_(1, source, taps.expand(size, -1)).float()
 
 
-# --- batches and the choice of a renderer --------------------------------------------------------------------------------
-
-RENDERERS = ("torchvision", "cpp")
-
-
 def add_renderer_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--views, the same in every script that renders views."""
     parser.add_argument(
-        "--views", default="auto", help="renderer of the views: cpp (compiled), torchvision (slower, runs everywhere), or auto"
-    )
+        "--views", default="auto", choices=("auto", *RENDERERS),
+        help="renderer of the views: cpp (compiled), torchvision (slower, runs everywhere), or auto",
+    )  # fmt: skip
 
 
 def choose_renderer(name: str) -> str:
     """The renderer for `--views auto`, torchvision or cpp; auto is cpp where its compiled library can be used.
 
-    Raises InputError for another name, and for cpp where the library cannot be used.
+    Raises InputError for cpp where the library cannot be used.
     """
-    if name not in ("auto", *RENDERERS):
-        raise InputError(f"--views {name!r}: must be one of auto, {', '.join(RENDERERS)}")
     reason = rendering_cpp.unavailable_reason()
     if name == "cpp" and reason:
         raise InputError(f"--views cpp: {reason}")

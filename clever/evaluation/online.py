@@ -127,5 +127,5 @@ def subset(dataset: ImageDataset, number: int) -> ImageDataset:
     if number >= len(dataset):
         return dataset
     chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:number])
-    samples = [dataset.samples[int(i)] for i in chosen]
-    return ImageDataset(samples, dataset.views, dataset.seed, dataset.classes, dataset.renderer)
+    samples = dataset.samples
+    return ImageDataset([samples[i] for i in chosen], dataset.views, dataset.seed, dataset.classes, dataset.renderer)

@@ -3,12 +3,10 @@
     python -m scripts.bench.views                               # photographs that come with scikit-learn
     python -m scripts.bench.views --images /data/imagenet/val --number 64 --output results/bench_views.json
 
-Beside our renderers (cpp, torchvision): the original's pipeline of Pillow images written plainly (`pillow`), torchvision's
-transforms v2 on tensors (`v2`), and, where it is installed, lightly's DINO transform.
-Everything runs in one process on one thread, alternately, on the same files; the table shows the fastest of --rounds.
-
-`photos` are JPEG files of 500 x 375 pixels with 2 views of 224 and 8 of 96 pixels, `small` PNG files of 28 x 28 pixels with 2
-views of 24 pixels.
+Beside our renderers (cpp, torchvision): the original's pipeline of Pillow images written plainly (`pillow`), and, where it is
+installed, lightly's DINO transform. Everything runs on one thread, alternately, on the same files; the fastest of --rounds
+counts. `photos` are JPEG files of 500 x 375 pixels with 2 views of 224 and 8 of 96 pixels, `small` PNG files of 28 x 28 pixels
+with 2 views of 24 pixels.
 """
 
 import importlib.util
@@ -21,85 +19,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
-from torchvision import transforms
-from torchvision.transforms import v2
+from PIL import Image, ImageFilter
+from torchvision import transforms as v1
 
-from clever.arguments import ArgumentParser, check_positive
-from clever.data.augmentations import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    RECIPES,
-    MultiCropAugmentation,
-)
+from clever.arguments import ArgumentParser, check_choices, check_positive
+from clever.data.augmentations import RECIPES, MultiCropAugmentation
 from clever.data.datasets import ImageDataset
 from clever.data.files import list_images
 from clever.data.rendering import RENDERERS
 from clever.data.rendering_cpp import unavailable_reason
 from clever.entry import run_entry_point
-from clever.utils import InputError, save_json
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, save_json
 
 SETS = {"photos": (224, 96, 8), "small": (24, 0, 0)}  # sides of global and local views, number of local views
 Pipeline = Callable[[str], object]  # path of an image -> its views
 
 
-# --- the pipelines to compare with ---------------------------------------------------------------------------------------
-
-
-class PillowBlur:
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))) if random.random() < self.p else image
-
-
-class PillowSolarize:
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return ImageOps.solarize(image) if random.random() < self.p else image
-
-
-def composed(t, aug: str, size: int, scale: tuple[float, float], blur, solarize, last: list) -> Callable:
-    """A view by torchvision's transforms `t` (v1 or v2), as DINO's and CLeVER's scripts compose it."""
-    steps = [t.RandomResizedCrop(size, scale, interpolation=t.InterpolationMode.BICUBIC), t.RandomHorizontalFlip(0.5)]
-    if RECIPES[aug].get("rotation"):
-        steps.append(t.RandomRotation(90))
-    if RECIPES[aug].get("elastic_p"):
-        steps.append(t.RandomApply([t.ElasticTransform(alpha=100.0)], p=0.5))
-    steps += [t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), t.RandomGrayscale(0.2), blur, solarize]
-    return t.Compose([*steps, *last])
-
-
 def original(aug: str, large: int, small: int, number: int) -> Pipeline:
-    """The original's pipeline: every view from the Pillow image, normalised in the worker."""
-    last = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    first = composed(transforms, aug, large, (0.4, 1.0), PillowBlur(1.0), PillowSolarize(0.0), last)
-    second = composed(transforms, aug, large, (0.4, 1.0), PillowBlur(0.1), PillowSolarize(0.2), last)
-    local = composed(transforms, aug, small or 8, (0.05, 0.4), PillowBlur(0.5), PillowSolarize(0.0), last)
+    """The original's pipeline: every view from the Pillow image by torchvision's transforms, normalised in the worker."""
+
+    def view(size: int, scale: tuple[float, float], blur_p: float, solarize_p: float = 0.0) -> Callable:
+        blur = v1.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+        steps = [v1.RandomResizedCrop(size, scale, interpolation=v1.InterpolationMode.BICUBIC), v1.RandomHorizontalFlip(0.5)]
+        if RECIPES[aug].get("rotation"):
+            steps.append(v1.RandomRotation(90))
+        if RECIPES[aug].get("elastic_p"):
+            steps.append(v1.RandomApply([v1.ElasticTransform(alpha=100.0)], p=0.5))
+        steps += [v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v1.RandomGrayscale(0.2)]
+        steps += [v1.RandomApply([blur], blur_p), v1.RandomSolarize(128, solarize_p)]
+        return v1.Compose([*steps, v1.ToTensor(), v1.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+    first, second = view(large, (0.4, 1.0), 1.0), view(large, (0.4, 1.0), 0.1, 0.2)
+    local = view(small or 8, (0.05, 0.4), 0.5)
 
     def run(path: str) -> list[torch.Tensor]:
         image = Image.open(path).convert("RGB")
-        return [first(image), second(image), *(local(image) for _ in range(number))]
-
-    return run
-
-
-def tensors_v2(aug: str, large: int, small: int, number: int) -> Pipeline:
-    """torchvision's transforms v2 on uint8 tensors."""
-    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-
-    def view(size: int, scale: tuple[float, float], blur_p: float, solarize_p: float) -> Callable:
-        blur = v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], blur_p)
-        return composed(v2, aug, size, scale, blur, v2.RandomSolarize(128, solarize_p), last)
-
-    first, second = view(large, (0.4, 1.0), 1.0, 0.0), view(large, (0.4, 1.0), 0.1, 0.2)
-    local = view(small or 8, (0.05, 0.4), 0.5, 0.0)
-
-    def run(path: str) -> list[torch.Tensor]:
-        image = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
         return [first(image), second(image), *(local(image) for _ in range(number))]
 
     return run
@@ -114,17 +68,6 @@ def lightly_dino(aug: str, large: int, small: int, number: int) -> Pipeline:
         global_crop_size=large, local_crop_size=small or 8, n_local_views=number, cj_strength=0.5, **rotation
     )
     return lambda path: transform(Image.open(path).convert("RGB"))
-
-
-def other_pipelines(aug: str, sizes: tuple[int, int, int]) -> dict[str, Pipeline]:
-    """What is installed, by name."""
-    found = {"pillow": original(aug, *sizes), "v2": tensors_v2(aug, *sizes)}
-    if importlib.util.find_spec("lightly") and not RECIPES[aug].get("elastic_p"):
-        found["lightly"] = lightly_dino(aug, *sizes)
-    return found
-
-
-# --- images and timing ---------------------------------------------------------------------------------------------------
 
 
 def write_images(kind: str, folder: Path, number: int) -> list[str]:
@@ -157,7 +100,10 @@ def measure(paths: list[str], aug: str, sizes: tuple[int, int, int], rounds: int
     names = [name for name in RENDERERS if name != "cpp" or unavailable_reason() is None]
     ours = {name: ImageDataset(samples, views, renderer=name) for name in names}
     runs = {name: (lambda dataset=dataset: dataset.__getitems__(list(range(len(paths))))) for name, dataset in ours.items()}
-    for name, pipeline in other_pipelines(aug, sizes).items():
+    others = {"pillow": original(aug, *sizes)}
+    if importlib.util.find_spec("lightly") and not RECIPES[aug].get("elastic_p"):
+        others["lightly"] = lightly_dino(aug, *sizes)
+    for name, pipeline in others.items():
         runs[name] = lambda pipeline=pipeline: [pipeline(path) for path in paths]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -175,8 +121,7 @@ def main() -> None:
     parser.add_argument("--output", help="also write the table there, as JSON")
     args = parser.parse_args()
     check_positive(args, "number", "rounds")
-    if unknown := [aug for aug in args.aug if aug not in RECIPES]:
-        raise InputError(f"--aug {unknown[0]!r}: must be one of {', '.join(RECIPES)}")
+    check_choices("aug", args.aug, RECIPES)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ from clever.arguments import ArgumentParser
 from clever.data.files import list_images
 from clever.entry import run_entry_point
 from clever.utils import InputError, read_lines
-from scripts.data.layout import check_output, link_or_copy
+from scripts.data.layout import link_or_copy
 
 SPLITS = ("train", "val")
 
@@ -30,34 +30,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_classes(path: Path) -> list[str]:
-    """Sorted class names of the list. Raises InputError if the file does not exist or is empty."""
-    if not path.is_file():
-        raise InputError(f"--classes {path}: no such file")
-    names = sorted(set(read_lines(path)))
-    if not names:
-        raise InputError(f"--classes {path}: lists no classes")
-    return names
-
-
 def find_sources(imagenet: Path, classes: list[str]) -> dict[str, Path]:
-    """{<split>/<class>: folder in ImageNet}. Raises InputError naming the splits or classes that are missing."""
-    missing = [split for split in SPLITS if not (imagenet / split).is_dir()]
-    if missing:
-        raise InputError(f"--imagenet {imagenet}: lacks the folder {' and '.join(missing)}")
+    """{<split>/<class>: folder in ImageNet}. Raises InputError naming the folders that are missing."""
     sources = {f"{split}/{name}": (imagenet / split / name).resolve() for split in SPLITS for name in classes}
     missing = [path for path, folder in sources.items() if not folder.is_dir()]
     if missing:
-        first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise InputError(f"--imagenet {imagenet}: lacks {len(missing)} of {len(sources)} class folders: {first}")
+        raise InputError(f"--imagenet {imagenet}: lacks {len(missing)} of {len(sources)} folders: {', '.join(missing[:5])}")
     return sources
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
-    classes = read_classes(args.classes)
+    classes = sorted(set(read_lines(args.classes))) if args.classes.is_file() else []
+    if not classes:
+        raise InputError(f"--classes {args.classes}: no such file, or no classes in it")
     sources = find_sources(args.imagenet, classes)
-    check_output(args.out, sources, args.copy)
     link_or_copy(args.out, sources, args.copy)
     for split in SPLITS:
         print(f"{args.out / split}: {len(classes)} classes, {len(list_images(args.out / split))} images")

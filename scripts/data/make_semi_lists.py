@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clever.arguments import ArgumentParser
+from clever.arguments import ArgumentParser, check_not_negative
 from clever.data.files import labelled_samples
 from clever.entry import run_entry_point
 from clever.evaluation.downstream_data import read_semi_list
@@ -52,25 +52,22 @@ def filter_list(path: Path, images: dict[str, list[str]]) -> list[str]:
     Raises InputError if there are none, or if one of them does not exist.
     """
     kept = [image for image, name in read_semi_list(path).items() if name in images]
-    if not kept:
-        raise InputError(f"--list {path}: has no image of the {len(images)} class folders")
-    existing = {image for name in images for image in images[name]}
-    missing = [image for image in kept if image not in existing]
-    if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise InputError(f"--list {path}: {len(missing)} of its images are not in the class folders: {first}")
+    missing = sorted(set(kept).difference(*images.values()))
+    if missing or not kept:
+        raise InputError(
+            f"--list {path}: has {len(kept)} images of the {len(images)} class folders, of which {len(missing)} do not exist"
+            f": {', '.join(missing[:3])}"
+        )
     return kept
 
 
 def draw(images: dict[str, list[str]], percent: float, seed: int) -> list[str]:
     """Draw `percent` of the images <class>/<image> without replacement, balanced over the classes.
 
-    Raises InputError for a percentage outside (0, 100] or a negative seed.
+    Raises InputError for a percentage outside (0, 100].
     """
     if not 0 < percent <= 100:
         raise InputError(f"--percent {percent:g}: must be above 0 and at most 100")
-    if seed < 0:
-        raise InputError(f"--seed {seed}: must be 0 or greater")
     rng = np.random.default_rng(seed)
     total = max(len(images), round(sum(map(len, images.values())) * percent / 100))
     turns = rng.permutation(len(images)).tolist()  # order of the classes: the first ones give one more if needed
@@ -89,23 +86,22 @@ def line_of(image: str) -> str:
 
 
 def write_list(out: Path, images: list[str]) -> None:
-    """Write the sorted list. Raises InputError if `out` has other content or cannot be written."""
+    """Write the sorted list. Raises InputError if `out` has other content."""
     lines = sorted(map(line_of, images))
     odd = [line for line in lines if line != line.strip() or "\n" in line or "\r" in line]
     if odd:
         raise InputError(f"image {odd[0]!r}: a list cannot hold a name with line breaks, or spaces at its ends; rename it")
     content = os.fsencode("".join(f"{line}\n" for line in lines))  # names need not be UTF-8
-    try:
-        if out.exists() and out.read_bytes() != content:
-            raise InputError(f"--out {out}: exists with other content; delete it or choose another name")
-        with atomic_file(out) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    if out.exists() and out.read_bytes() != content:
+        raise InputError(f"--out {out}: exists with other content; delete it or choose another name")
+    with atomic_file(out) as temporary:
+        temporary.write_bytes(content)
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
+    if args.command == "draw":
+        check_not_negative(args, "seed")
     images = images_by_class(args.data_path / "train")
     chosen = filter_list(args.list, images) if args.command == "filter" else draw(images, args.percent, args.seed)
     write_list(args.out, chosen)

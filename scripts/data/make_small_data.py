@@ -14,8 +14,6 @@ import argparse
 import gzip
 import os
 import re
-import shutil
-import tempfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -73,8 +71,7 @@ def write_fashion_mnist(
     choosing settings: its train/ holds the same images, its val/ a fifth as many other training images.
 
     Folders that are already complete are left alone. Raises InputError, before anything is written, if files are missing or
-    damaged, if a folder contains something else, if one folder lies inside the other, if a number is not between 10 and the
-    size of its split, or if `train` leaves too few images for `tune`.
+    damaged, if a folder contains something else or lies inside the other, or if there are fewer images than wanted.
     """
     splits, classes = _read_fashion_mnist(Path(source), download)
     tune_splits = {}
@@ -96,61 +93,51 @@ def write_fashion_mnist(
     _write_image_folders(root, splits, tune, tune_splits, names)
 
 
-def _read_fashion_mnist(source, download):
+def _read_fashion_mnist(source: Path, download: bool) -> tuple[dict[str, Split], list[str]]:
     from torchvision.datasets import FashionMNIST
 
+    raw = source / "FashionMNIST" / "raw"
     try:
         if download:
             FashionMNIST(source, download=True)
-        raw = source / "FashionMNIST" / "raw"
-        raw = raw if raw.is_dir() else source
-        with tempfile.TemporaryDirectory() as scratch:
-            _unpack_idx_files(raw, Path(scratch) / "FashionMNIST" / "raw")
-            parts = {name: FashionMNIST(scratch, train=name == "train") for name in ("train", "val")}
-            splits = {name: (part.data.numpy(), part.targets.numpy()) for name, part in parts.items()}
-    except InputError:
-        raise
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, zlib.error) as error:
-        raise InputError(f"Fashion-MNIST in {source}: cannot be read ({describe_error(error)})") from error
+        raw, splits = raw if raw.is_dir() else source, {}
+        for split, part in (("train", "train"), ("val", "t10k")):
+            images, labels = (_read_idx(raw / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+            if images.shape != (len(labels), 28, 28) or labels.max() >= len(FashionMNIST.classes):
+                raise ValueError(f"{part}: images {images.shape}, labels {labels.shape}")
+            splits[split] = images, labels
+    except (OSError, EOFError, RuntimeError, ValueError, IndexError, zlib.error) as error:
+        reason = describe_error(error)
+        raise InputError(f"Fashion-MNIST in {raw}: cannot be read; --download downloads it ({reason})") from error
     return splits, FashionMNIST.classes
 
 
-def _unpack_idx_files(raw, folder):
-    """Link or unpack the four files in `raw` to `folder`, where torchvision reads them without .gz."""
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    missing = [name for name in names if not (raw / name).exists() and not (raw / f"{name}.gz").exists()]
-    if missing:
-        raise InputError(f"Fashion-MNIST in {raw}: lacks {', '.join(missing)} (or .gz); --download downloads them")
-    folder.mkdir(parents=True)
-    for name in names:
-        if (raw / name).exists():
-            (folder / name).symlink_to((raw / name).resolve())
-        else:
-            with gzip.open(raw / f"{name}.gz") as packed, open(folder / name, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
+def _read_idx(path: Path) -> np.ndarray:
+    """A file in MNIST's format, packed or not: bytes 0, 0, 8 and the number of dimensions; their sizes; the values."""
+    content = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
+    shape = np.frombuffer(content, ">u4", content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def _balanced_subsets(name, labels, number, others=0):
+def _balanced_subsets(name: str, labels: np.ndarray, number: int, others: int = 0) -> list[np.ndarray]:
     """Sorted indices of `number` images and, if wanted, of so many `others`, drawn with a fixed seed.
 
     Within each of the two, class sizes differ by at most one.
     """
-    classes = labels.max() + 1
-    if not classes <= number <= len(labels):
-        raise InputError(f"--{name} {number}: must be between {classes} and {len(labels)} images")
+    classes = int(labels.max()) + 1
     order = np.random.default_rng(0).permutation(len(labels))
     subsets = []
     for count in filter(None, (number, others)):
         sizes = [count // classes + (label < count % classes) for label in range(classes)]
         chosen = [order[labels[order] == label][:size] for label, size in enumerate(sizes)]
-        if sum(map(len, chosen)) < count:
-            raise InputError(f"--{name} {number}: leaves too few of the {len(labels)} images for --tune, which needs {count}")
+        if count < classes or sum(map(len, chosen)) < count:
+            raise InputError(f"--{name} {number}: must be {classes} to {len(labels)} images, and leave {others} for --tune")
         subsets.append(np.sort(np.concatenate(chosen)))
         order = order[~np.isin(order, subsets[-1])]
     return subsets
 
 
-def _write_image_folders(root, splits, tune, tune_splits, class_names):
+def _write_image_folders(root, splits, tune, tune_splits, class_names) -> None:
     """Write the folder of the data set and, unless `tune` is None, the one for tuning; check both before writing."""
     folders = {Path(root): splits}
     if tune is not None:

@@ -10,21 +10,9 @@ from support.golden import DATA
 from support.pictures import photo
 from torchvision.transforms import v2
 
-from clever.data.augmentations import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PERTURBATIONS,
-    RANDOM_NUMBERS,
-    RECIPES,
-    VIEW,
-    MultiCropAugmentation,
-    ToNormalizedTensor,
-    check_crop_scale,
-    eval_transform,
-    normalize,
-    probe_train_transform,
-)
-from clever.utils import InputError
+from clever.data import augmentations
+from clever.data.augmentations import RANDOM_NUMBERS, RECIPES, VIEW, MultiCropAugmentation, eval_transform
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 DRAWS = 4000
 
@@ -47,9 +35,6 @@ def assert_uniform(values, low, high):
     assert low - 1e-6 <= values.min() < low + 0.01 * spread and high - 0.01 * spread < values.max() <= high + 1e-6
     quartiles = np.array([0.25, 0.5, 0.75])
     np.testing.assert_allclose(np.quantile(values, quartiles), low + spread * quartiles, atol=0.04 * spread)
-
-
-# --- training views ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("aug", "rotation", "elastic_p"), [("aug1", 0, 0), ("aug1_2", 90, 0), ("aug1_4_2", 90, 0.5)])
@@ -80,30 +65,24 @@ def test_training_views_follow_the_recipe(aug, rotation, elastic_p):
 
 def test_crops_are_distributed_as_torchvisions():
     """Area and ratio of the boxes, beside those that RandomResizedCrop draws."""
-    height, width, scale = 375, 500, (0.4, 1.0)
-    box = draw(MultiCropAugmentation("aug1", scale, local_crops_number=0), height, width)[:, 0]
-    assert (box["top"] >= 0).all() and (box["top"] + box["height"] <= height).all()
-    assert (box["left"] >= 0).all() and (box["left"] + box["width"] <= width).all()
+    box = draw(MultiCropAugmentation("aug1", (0.4, 1.0), local_crops_number=0))[:, 0]
     torch.manual_seed(0)
-    crop, blank = v2.RandomResizedCrop(224, scale), torch.empty(3, height, width)
+    crop, blank, quantiles = v2.RandomResizedCrop(224, (0.4, 1.0)), torch.empty(3, 375, 500), (0.05, 0.25, 0.5, 0.75, 0.95)
     theirs = [crop.make_params([blank]) for _ in range(DRAWS)]
     for name in ("top", "left", "height", "width"):
         reference = np.array([parameters[name] for parameters in theirs])
-        quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-        spread = reference.std() * 4.5 / math.sqrt(DRAWS) * 2 + 1
-        assert np.abs(np.quantile(box[name], quantiles) - np.quantile(reference, quantiles)).max() < spread + 3, name
+        margin = reference.std() * 9 / math.sqrt(DRAWS) + 4
+        assert np.abs(np.quantile(box[name], quantiles) - np.quantile(reference, quantiles)).max() < margin, name
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (4000, 1), (7, 5), (3, 200)])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (1, 4000), (4000, 1), (7, 5)])
 def test_boxes_of_odd_images(height, width):
     """Inside the image, never empty; where no random box fits, the largest central one with a ratio from 3/4 to 4/3."""
     box = draw(MultiCropAugmentation("aug1", (0.05, 1.0)), height, width, draws=300).ravel()
     assert (box["height"] >= 1).all() and (box["width"] >= 1).all()
     assert (box["top"] + box["height"] <= height).all() and (box["left"] + box["width"] <= width).all()
     if max(height, width) == 4000:
-        whole = {"height": 1, "width": 1, "top": 0, "left": 2000 - 1} if width == 4000 else {"height": 1, "width": 1}
-        central = box[(box["width"] == 1) & (box["height"] == 1)]
-        assert len(central) > 0 and all(set(central[name]) >= {value} for name, value in whole.items())
+        assert 1999 in box["left" if width == 4000 else "top"]
 
 
 def test_a_recipe_changes_only_what_it_names():
@@ -112,9 +91,6 @@ def test_a_recipe_changes_only_what_it_names():
     for name in VIEW.names:
         if name not in ("angle", "elastic_alpha"):
             assert all(np.array_equal(views[aug][name], views["aug1"][name]) for aug in RECIPES), name
-
-
-# --- evaluation ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,11 +112,11 @@ def test_perturbations(name, flip, rotation, jitter, alpha):
         for field in ("brightness", "contrast", "saturation"):
             assert_uniform(view[field], 0.6, 1.4)
         assert_uniform(view["hue"], -0.1, 0.1)
-    assert set(PERTURBATIONS) == {"ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3"}
+    assert set(augmentations.PERTURBATIONS) == {"ori", "basic", "aug1", "aug1_2", "aug1_3", "aug1_4_1", "aug1_4_2", "aug1_4_3"}
 
 
-@pytest.mark.parametrize(("size", "side"), [(224, 256), (96, 110), (32, 37)])
-@pytest.mark.parametrize(("height", "width"), [(500, 375), (75, 90), (40, 40), (1, 300)])
+@pytest.mark.parametrize(("size", "side"), [(224, 256), (32, 37)])
+@pytest.mark.parametrize(("height", "width"), [(500, 375), (75, 90), (1, 300)])
 def test_centre_crops_are_torchvisions(size, side, height, width):
     view = draw(eval_transform("ori", size), height, width, draws=1)[0, 0]
     resized = v2.Resize(side)(torch.empty(3, height, width)).shape[1:]
@@ -150,18 +126,12 @@ def test_centre_crops_are_torchvisions(size, side, height, width):
 
 
 def test_probe_training_images():
-    view = draw(probe_train_transform(32), 400, 400)[:, 0]
+    view = draw(augmentations.probe_train_transform(32, (0.5, 0.75)), 400, 400)[:, 0]
     area = view["height"] * view["width"] / 400**2
-    assert 0.079 < area.min() < 0.09 and 0.95 < area.max() <= 1
+    assert 0.49 < area.min() < 0.51 and 0.74 < area.max() < 0.76
     assert_share(view["flip"], 0.5)
     for name in ("bicubic", "angle", "elastic_alpha", "jitter", "grey", "blur", "solarize"):
         assert not view[name].any(), name
-    view = draw(probe_train_transform(32, (0.5, 0.75)), 400, 400)[:, 0]
-    area = view["height"] * view["width"] / 400**2
-    assert 0.49 < area.min() < 0.51 and 0.74 < area.max() < 0.76
-
-
-# --- seeds --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_parameters_of_a_seed_never_change():
@@ -176,49 +146,20 @@ def test_the_parameters_of_a_seed_never_change():
         assert np.allclose(view.tolist(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_seeds_draw_each_image_on_its_own():
-    views = MultiCropAugmentation("aug1_2")
-    together = views.draw_seeded([3, 5, 7], [60] * 3, [80] * 3)
-    assert np.array_equal(together[1:2], views.draw_seeded([5], [60], [80]))
-    assert len(np.unique(together["brightness"])) == 30  # every view of every image is drawn anew
-
-
-def test_a_call_draws_from_the_global_generator():
-    augment, image = MultiCropAugmentation("aug1_4_2", (0.5, 1), (0.1, 0.5), 3, 48, 20), photo()
-    torch.manual_seed(0)
-    first, other = augment(image), augment(image)
-    torch.manual_seed(0)
-    again = augment(image)
-    assert [tuple(view.shape) for view in first] == [(3, 48, 48)] * 2 + [(3, 20, 20)] * 3
-    assert all(view.dtype == torch.uint8 for view in first)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-# --- normalisation and errors ---------------------------------------------------------------------------------------------
-
-
 def test_normalisation():
     image = photo()
     pixels = np.asarray(image).transpose(2, 0, 1)
     expected = (pixels / 255 - np.array(IMAGENET_MEAN)[:, None, None]) / np.array(IMAGENET_STD)[:, None, None]
-    np.testing.assert_allclose(ToNormalizedTensor(IMAGENET_MEAN, IMAGENET_STD)(image), expected, atol=1e-5)
+    np.testing.assert_allclose(augmentations.ToNormalizedTensor(IMAGENET_MEAN, IMAGENET_STD)(image), expected, atol=1e-5)
     batch = torch.from_numpy(pixels.copy()).expand(2, 4, -1, -1, -1)
-    np.testing.assert_allclose(normalize(batch, IMAGENET_MEAN, IMAGENET_STD)[1, 3], expected, atol=1e-5)
+    np.testing.assert_allclose(augmentations.normalize(batch, IMAGENET_MEAN, IMAGENET_STD)[1, 3], expected, atol=1e-5)
 
 
-def test_unknown_names_list_the_valid_ones():
+def test_unknown_names_and_bad_scales_are_refused():
     with pytest.raises(InputError, match="--aug 'aug9'.*aug1, aug1_2, aug1_4_2"):
         MultiCropAugmentation("aug9")
     with pytest.raises(InputError, match="--test_aug_type 'aug1_9'.*ori, basic, aug1, aug1_2, aug1_3, aug1_4_1, aug1_4_2"):
         eval_transform("aug1_9")
-    with pytest.raises(InputError, match="--local_crops_number -1"):
-        MultiCropAugmentation("aug1", local_crops_number=-1)
-
-
-@pytest.mark.parametrize("scale", [(0.4,), (0.4, 0.6, 1), (0, 1), (0.5, 1.1), (0.6, 0.4), (-1, 0.5), (float("nan"), 1)])
-def test_bad_crop_scales(scale):
-    with pytest.raises(InputError, match="--local_crops_scale .*two numbers in .0, 1., minimum and maximum"):
-        check_crop_scale("local_crops_scale", scale)
-    with pytest.raises(InputError, match="local_crops_scale"):
-        MultiCropAugmentation("aug1", local_crops_scale=scale)
+    for scale in [(0.4,), (0.4, 0.6, 1), (0, 1), (0.5, 1.1), (0.6, 0.4), (float("nan"), 1)]:
+        with pytest.raises(InputError, match="--local_crops_scale .*two numbers in .0, 1., minimum and maximum"):
+            augmentations.check_crop_scale("local_crops_scale", scale)

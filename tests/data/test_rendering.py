@@ -6,41 +6,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from support.pictures import photo
+from support.pictures import photo, view_of
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from clever.data import rendering
-from clever.data.augmentations import VIEW, MultiCropAugmentation
-from clever.data.rendering import (
-    JITTER_ORDERS,
-    choose_renderer,
-    elastic_noise,
-    render_batch,
-    render_view,
-    renderer_line,
-    resolve_renderer,
-    smoothing_matrix,
-)
+from clever.data.augmentations import MultiCropAugmentation
+from clever.data.rendering import JITTER_ORDERS, render_view
 from clever.utils import InputError
 
 SIZE = 48
-GOLDEN_NOISE = [0.59936655, 0.95530933, -0.62264407]  # first numbers of elastic_noise(7, 2)
+GOLDEN_NOISE = [0.59936655, 0.95530933, -0.62264407]  # first numbers of rendering.elastic_noise(7, 2)
 
 
-def view_of(height=SIZE, width=SIZE, size=SIZE, **changes):
-    """A view of the whole image that changes nothing else, but for `changes`."""
-    view = np.zeros((), VIEW)
-    values = {"height": height, "width": width, "resized_height": size, "resized_width": size, "size": size, "bicubic": 1}
-    neutral = {"brightness": 1, "contrast": 1, "saturation": 1}
-    for name, value in (values | neutral | changes).items():
-        view[name] = value
-    return view
-
-
-def render(image, **changes):
+def render(image, size=SIZE, **changes):
     """The view as a Pillow image."""
-    pixels = render_view(np.array(image), view_of(image.height, image.width, **changes))
+    pixels = render_view(np.array(image), view_of(image.height, image.width, size, **changes)[0])
     assert pixels.dtype == np.uint8 and pixels.shape[0] == 3
     return Image.fromarray(pixels.transpose(1, 2, 0).copy())
 
@@ -54,14 +35,10 @@ def assert_equal(a, b):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_nothing_changes_nothing(image):
-    assert_equal(render(image), image)
-
-
 @pytest.mark.parametrize("bicubic", [0, 1])
 def test_crop_and_resize_are_pillows(bicubic):
-    image, box = photo(120, 90), {"top": 10, "left": 20, "height": 70, "width": 80}
-    found = render_view(np.array(image), view_of(**box, size=32, bicubic=bicubic))
+    image = photo(120, 90)
+    found = render_view(np.array(image), view_of(70, 80, 32, top=10, left=20, bicubic=bicubic)[0])
     mode = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
     expected = np.asarray(image.crop((20, 10, 100, 80)).resize((32, 32), mode)).transpose(2, 0, 1)
     assert np.abs(found.astype(int) - expected).max() <= 1  # torchvision rounds otherwise than Pillow
@@ -69,23 +46,20 @@ def test_crop_and_resize_are_pillows(bicubic):
 
 def test_a_window_is_cut_out_of_the_resized_box():
     image = photo(120, 90)
-    geometry = {"height": 90, "width": 120, "resized_height": 48, "resized_width": 64}
-    found = render_view(np.array(image), view_of(**geometry, y=8, x=16, size=32))
+    view = view_of(90, 120, 32, resized_height=48, resized_width=64, y=8, x=16)[0]
+    found = render_view(np.array(image), view)
     whole = v2.Resize(48, v2.InterpolationMode.BICUBIC, antialias=True)(F.pil_to_tensor(image))
     assert_equal(found, whole[:, 8:40, 16:48])
 
 
 def test_flip_rotation_grey_and_solarize_are_exact(image):
+    assert_equal(render(image), image)
     assert_equal(render(image, flip=1), ImageOps.mirror(image))
     assert_equal(render(image, angle=33.5), image.rotate(33.5))
     assert_equal(render(image, angle=90), image.rotate(90))
     assert_equal(render(image, grey=1), image.convert("L").convert("RGB"))
     assert_equal(render(image, solarize=1), ImageOps.solarize(image, 128))
     assert_equal(render(image, blur=1.3), image.filter(ImageFilter.GaussianBlur(1.3)))
-
-
-def test_rotation_leaves_black_corners(image):
-    assert np.asarray(render(image, angle=45))[0, 0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("order", [0, 7, 23])
@@ -115,50 +89,40 @@ def test_operations_come_in_their_order(image):
     assert outside.any() and (corner[1][outside] == 0).all() and (corner[0][outside] > 0).all()
 
 
-# --- elastic distortion --------------------------------------------------------------------------------------------------
-
-
 def test_elastic_noise_is_uniform_and_golden():
-    noise = elastic_noise(7, 96)
+    noise = rendering.elastic_noise(7, 96)
     assert noise.shape == (2, 96, 96) and noise.dtype == np.float32
     assert noise.min() >= -1 and noise.max() <= 1 and abs(noise.mean()) < 0.02 and abs(noise.std() - 3**-0.5) < 0.01
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.03
-    assert abs(np.corrcoef(noise[0].ravel(), elastic_noise(8, 96)[0].ravel())[0, 1]) < 0.03
-    assert np.allclose(elastic_noise(7, 2).ravel()[:3], GOLDEN_NOISE, atol=1e-7)
+    assert abs(np.corrcoef(noise[0].ravel(), rendering.elastic_noise(8, 96)[0].ravel())[0, 1]) < 0.03
+    assert np.allclose(rendering.elastic_noise(7, 2).ravel()[:3], GOLDEN_NOISE, atol=1e-7)
 
 
-@pytest.mark.parametrize("size", [16, 96])
-def test_elastic_distortion_is_torchvisions(size, monkeypatch):
+def test_elastic_distortion_is_torchvisions(monkeypatch):
     """The field that ElasticTransform makes of the same noise, and its image."""
-    image, noise = photo(size, size), elastic_noise(3, size)
+    image, noise = photo(96, 96), rendering.elastic_noise(3, 96)
     directions = iter(torch.from_numpy((noise + 1) / 2))
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: next(directions).reshape(shape))
-    if size > 20:  # torchvision cannot pad by more than the image
-        expected = v2.ElasticTransform(alpha=100.0, sigma=5.0)(F.pil_to_tensor(image))
-        found = F.pil_to_tensor(render(image, size=size, elastic_alpha=100, elastic_seed=3))
-        assert (found.int() - expected.int()).abs().max() <= 1 and not torch.equal(found, F.pil_to_tensor(image))
-    else:
-        assert render(image, size=size, elastic_alpha=100, elastic_seed=3).size == (size, size)
+    expected = v2.ElasticTransform(alpha=100.0, sigma=5.0)(F.pil_to_tensor(image))
+    found = F.pil_to_tensor(render(image, size=96, elastic_alpha=100, elastic_seed=3))
+    assert (found.int() - expected.int()).abs().max() <= 1 and not torch.equal(found, F.pil_to_tensor(image))
 
 
-@pytest.mark.parametrize("size", [1, 2, 16, 20, 21, 64])
+@pytest.mark.parametrize("size", [1, 2, 16, 21])
 def test_smoothing_reflects_as_often_as_needed(size):
     """Padding longer than the side (20 for sigma 5) is reflected repeatedly, as in numpy.pad."""
     noise = np.random.default_rng(0).standard_normal(size)
     taps = np.exp(-0.5 * (np.arange(-20, 21) / 5.0) ** 2)
     expected = np.convolve(np.pad(noise, 20, mode="reflect"), taps / taps.sum(), mode="valid")
-    smoothed = smoothing_matrix(size, 5.0).double().numpy() @ noise
+    smoothed = rendering.smoothing_matrix(size, 5.0).double().numpy() @ noise
     np.testing.assert_allclose(smoothed, expected, atol=1e-6)
-
-
-# --- batches and choice --------------------------------------------------------------------------------------------------
 
 
 def test_batches_hold_one_tensor_per_resolution():
     images = [np.array(photo(80 + i, 60, seed=i)) for i in range(3)]
     augment = MultiCropAugmentation("aug1_4_2", local_crops_number=3, global_crops_size=32, local_crops_size=16)
     views = augment.draw_seeded([1, 2, 3], [60] * 3, [80, 81, 82])
-    large, small = render_batch(images, views, "torchvision")
+    large, small = rendering.render_batch(images, views, "torchvision")
     assert large.shape == (2, 3, 3, 32, 32) and small.shape == (3, 3, 3, 16, 16)
     assert large.dtype == torch.uint8
     for b in range(3):
@@ -169,13 +133,11 @@ def test_batches_hold_one_tensor_per_resolution():
 
 def test_the_choice_says_why(monkeypatch):
     monkeypatch.setattr(rendering.rendering_cpp, "unavailable_reason", lambda: "no compiler here")
-    assert choose_renderer("auto") == choose_renderer("torchvision") == "torchvision"
-    assert "no compiler here" in renderer_line("torchvision")
+    assert rendering.choose_renderer("auto") == rendering.choose_renderer("torchvision") == "torchvision"
+    assert "no compiler here" in rendering.renderer_line("torchvision")
     with pytest.raises(InputError, match="--views cpp: no compiler here"):
-        choose_renderer("cpp")
+        rendering.choose_renderer("cpp")
     monkeypatch.setattr(rendering.rendering_cpp, "unavailable_reason", lambda: None)
-    assert [choose_renderer(name) for name in ("auto", "cpp", "torchvision")] == ["cpp", "cpp", "torchvision"]
-    assert resolve_renderer(argparse.Namespace(views="auto", seed=1)) == argparse.Namespace(views="cpp", seed=1)
-    assert "cpp" in renderer_line("cpp") and "--views cpp" in renderer_line("torchvision")
-    with pytest.raises(InputError, match="--views 'gpu': must be one of auto, torchvision, cpp"):
-        choose_renderer("gpu")
+    assert [rendering.choose_renderer(name) for name in ("auto", "cpp", "torchvision")] == ["cpp", "cpp", "torchvision"]
+    assert rendering.resolve_renderer(argparse.Namespace(views="auto", seed=1)) == argparse.Namespace(views="cpp", seed=1)
+    assert "cpp" in rendering.renderer_line("cpp") and "--views cpp" in rendering.renderer_line("torchvision")
