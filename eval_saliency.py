@@ -36,7 +36,7 @@ from clever.evaluation.saliency.data import LAYOUTS, Pair, SaliencyDataset, data
 from clever.evaluation.saliency.detection import FEATURES, Detector
 from clever.evaluation.saliency.pictures import MASK_FOLDERS, save_masks, save_overview
 from clever.evaluation.saliency.results import Row, result_row, save_table, set_means
-from clever.progress import Progress
+from clever.progress import progress
 from clever.utils import InputError
 
 MAX_PATCHES_PER_SIDE = 100  # the attention of 100 x 100 patches takes 2.4 GB in a ViT-S
@@ -113,15 +113,15 @@ def build_loader(args: argparse.Namespace, pretrained: Pretrained, pairs: list[P
 def evaluate(detector: Detector, loader: DataLoader, output: Path) -> list[Row]:
     """Detect, save and score the objects of this process's images; returns the rows of all processes, sorted by name."""
     rows: list[Row] = []
-    progress = Progress("saliency", len(loader))
-    for example in loader:
-        if example.error:
-            rows.append({"image": example.pair.name, "error": example.error})
-        else:
-            detection = detector(example)
-            save_masks(detection, output, example.pair.name)
-            rows.append(result_row(example, detection))
-        progress.advance()
+    with progress("saliency", len(loader)) as bar:
+        for example in loader:
+            if example.error:
+                rows.append({"image": example.pair.name, "error": example.error})
+            else:
+                detection = detector(example)
+                save_masks(detection, output, example.pair.name)
+                rows.append(result_row(example, detection))
+            bar.update()
     return sorted((row for part in distributed.all_gather_objects(rows) for row in part), key=lambda row: row["image"])
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from clever import arguments, distributed, utils
 from clever.arguments import bool_flag
@@ -36,7 +37,7 @@ from clever.evaluation.video.masks import write_mask
 from clever.evaluation.video.metrics import VideoScores
 from clever.evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
 from clever.locking import locked
-from clever.progress import Progress
+from clever.progress import progress
 from clever.utils import InputError, plural, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
@@ -104,18 +105,19 @@ def open_videos(data_path: str, names: list[str], all_annotations: bool) -> tupl
     return videos, failures
 
 
-def make_masks(segmenter: Segmenter, video: Video, folder: Path, settings: dict[str, Any], progress: Progress) -> None:
+def make_masks(segmenter: Segmenter, video: Video, folder: Path, settings: dict[str, Any], bar: tqdm) -> None:
     """Write the masks of all frames, unless the folder has them; that of the first frame is its annotation."""
     settings = settings | {"files": video.fingerprint()}
     if is_finished(folder, video, settings):
         print(f"{video.name}: kept")
+        bar.update(len(video.frames))
         return
     with whole_folder(folder) as scratch:
         shutil.copyfile(video.annotations[0], scratch / video.mask_names[0])
-        progress.advance()
+        bar.update()
         for name, labels in zip(video.mask_names[1:], segmenter.segment(video), strict=True):
             write_mask(labels, scratch / name)
-            progress.advance()
+            bar.update()
         utils.save_json(settings, scratch / SETTINGS_FILE)
 
 
@@ -125,18 +127,14 @@ def evaluate(
     """Masks and scores of this process's videos; returns those of all processes, and {name: error} of the videos that fail."""
     scores, failures = [], {}
     own = videos[distributed.get_rank() :: distributed.get_world_size()]
-    progress = Progress("", sum(len(video.frames) for video in own), unit="frames")
     for i, video in enumerate(own, 1):
-        progress.header = f"video {i}/{len(own)} {video.name}"
-        before = progress.done
         try:
-            make_masks(segmenter, video, output / video.name, settings, progress)
+            with progress(f"video {i}/{len(own)} {video.name}", len(video.frames), unit="frames") as bar:
+                make_masks(segmenter, video, output / video.name, settings, bar)
             if score:
                 scores.append(davis.score_video(video, output / video.name))
         except InputError as error:
             failures[video.name] = str(error)
-        progress.total -= len(video.frames) - (progress.done - before)  # frames that are kept, or lost by an error
-        progress.print_line()
     parts = distributed.all_gather_objects((scores, failures))
     order = [video.name for video in videos]
     scores = sorted((each for part, _ in parts for each in part), key=lambda each: order.index(each.video))

@@ -34,7 +34,7 @@ from clever.evaluation.images import check_failures, images_by_name, natural_ord
 from clever.evaluation.pretrained import add_backbone_arguments, load_pretrained
 from clever.evaluation.video.files import DEFAULT_FPS, FORMATS, extract_frames, import_pyav, write_video
 from clever.locking import locked
-from clever.progress import Progress
+from clever.progress import progress
 from clever.utils import InputError
 
 
@@ -120,14 +120,14 @@ def save_pictures(image: torch.Tensor, attention: torch.Tensor, output: Path, ar
 
 def draw(backbone: nn.Module, loader: DataLoader, outputs: dict[str, Path], args: argparse.Namespace) -> dict[str, str]:
     """Draw the attention of this process's images; returns {path: reason} of the images of all processes that failed."""
-    failures, progress = {}, Progress("attention", len(loader))
-    device = next(backbone.parameters()).device
-    for path, image in loader:
-        if isinstance(image, str):
-            failures[path] = image
-        else:
-            save_pictures(image, cls_attention(backbone, image[None].to(device))[0], outputs[path], args)
-        progress.advance()
+    failures, device = {}, next(backbone.parameters()).device
+    with progress("attention", len(loader)) as bar:
+        for path, image in loader:
+            if isinstance(image, str):
+                failures[path] = image
+            else:
+                save_pictures(image, cls_attention(backbone, image[None].to(device))[0], outputs[path], args)
+            bar.update()
     return {path: reason for part in distributed.all_gather_objects(failures) for path, reason in part.items()}
 
 

@@ -18,7 +18,7 @@ from clever.data.files import Sample, decode_error, labelled_samples, list_image
 from clever.data.rendering import render_batch
 from clever.data.shards import file_of
 from clever.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
-from clever.progress import Progress
+from clever.progress import progress
 from clever.signals import ignore_signals
 from clever.utils import InputError, atomic_file
 
@@ -179,13 +179,12 @@ def check_images(paths: Sequence[str], threads: int = 8, record: CheckRecord | N
     own = paths[get_rank() :: get_world_size()]
     keys = np.array([record.key(path) for path in own], np.uint64)
     new = [own[i] for i in np.flatnonzero(~np.isin(keys, record.known))]
-    meter = Progress("checking images", len(new), silent_if_quick=True)
     bad: dict[str, str] = {}
-    with ThreadPool(max(1, threads)) as pool:
+    with ThreadPool(max(1, threads)) as pool, progress("checking images", len(new), silent_if_quick=True) as bar:
         for path, reason in zip(new, pool.imap(decode_error, new, chunksize=16), strict=True):
             if reason:
                 bad[path] = reason
-            meter.advance()
+            bar.update()
     shares = all_gather_objects((bad, keys[[path not in bad for path in own]]))
     record.readable = np.unique(np.concatenate([record.readable, *(readable for _, readable in shares)]))
     return {path: reason for share, _ in shares for path, reason in share.items()}

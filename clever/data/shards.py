@@ -20,7 +20,7 @@ from collections import ChainMap
 from collections.abc import Iterator
 
 from clever.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
-from clever.progress import Progress
+from clever.progress import progress
 from clever.utils import InputError, describe_error
 
 MAX_OPEN_FILES = 64  # of a process
@@ -53,11 +53,11 @@ def list_members(shards: list[str], suffixes: tuple[str, ...]) -> list[Member]:
     Raises InputError for a file that is damaged, truncated or compressed, that has no images, or has two images of one name.
     """
     own = shards[get_rank() :: get_world_size()]
-    meter = Progress("listing tar files", len(own), unit="files", silent_if_quick=True)
     found: dict[str, tuple[list[Member], int]] = {}
-    for path in own:
-        found[path] = _members_of(path, suffixes)
-        meter.advance()
+    with progress("listing tar files", len(own), unit="files", silent_if_quick=True) as bar:
+        for path in own:
+            found[path] = _members_of(path, suffixes)
+            bar.update()
     of_all = ChainMap(*all_gather_objects(found))
     left_out = sum(of_all[path][1] for path in shards)
     if left_out and is_main_process():

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from clever.distributed import all_reduce_sum, get_world_size
-from clever.progress import open_bar, time_left
+from clever.distributed import all_reduce_sum, get_world_size, is_main_process
+from clever.progress import redraws, time_left
 from clever.utils import write_text_atomically
 
 LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
@@ -43,7 +44,8 @@ class TrainingProgress:
     ) -> None:
         self.header, self.total, self.images, self.print_freq = header, total, images, print_freq
         self.epochs_after = epochs_after
-        self.bar = open_bar(total)
+        has_bar, shape = redraws() and is_main_process(), "{bar:10} {desc}"
+        self.bar = tqdm(total=total, file=sys.stdout, dynamic_ncols=True, leave=False, bar_format=shape, disable=not has_bar)
         self.delay = 1 if device.type == "cuda" else 0
         self.totals: dict[str, float] = {}
         self.done = 0
@@ -59,8 +61,7 @@ class TrainingProgress:
         self.done = done
         self.totals = {name: total * done / state["done"] for name, total in state["totals"].items()}
         self.start -= state["seconds"]
-        if self.bar is not None:
-            self.bar.update(done)
+        self.bar.update(done)
 
     def update(self, **values: torch.Tensor) -> None:
         """Record the values of one batch, 0-dim tensors."""
@@ -77,8 +78,7 @@ class TrainingProgress:
         """TrainingProgress over all batches."""
         while self._unread:
             self._read()
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         return {name: total / max(self.done, 1) for name, total in self.totals.items()}
 
     @property
@@ -97,7 +97,7 @@ class TrainingProgress:
         for name, value in values.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
         self.done += 1
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_description_str(self._line(values), refresh=False)
             self.bar.update()
         elif self.done % self.print_freq == 0 or self.done == self.total:

@@ -107,7 +107,7 @@ def test_lines_fit_120_columns(capsys):
 # A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
 SCRIPT = """
 import time, torch
-from clever.progress import Progress
+from clever.progress import progress as bar
 from clever.training.telemetry import TrainingProgress
 for epoch in range(2):
     progress = TrainingProgress(f"epoch {epoch}/2", 30, 8, torch.device("cpu"), 10, epochs_after=1)
@@ -116,10 +116,10 @@ for epoch in range(2):
         progress.update(loss=torch.tensor(float(step)), normalized_loss=torch.tensor(0.5))
     progress.finish()
     print(f"epoch {epoch} done")
-meter = Progress("features", 30)
-for _ in range(30):
-    time.sleep(0.02)
-    meter.advance()
+with bar("features", 30) as meter:
+    for _ in range(30):
+        time.sleep(0.02)
+        meter.update()
 """
 
 
@@ -150,7 +150,7 @@ def test_on_a_terminal_one_line_redraws_itself(columns):
     if columns == 200:
         assert re.search(r"  \d+ img/s  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
     final = [line.split("\r")[-1] for line in text.split("\r\n")]  # what remains: bars are wiped out
-    assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30  \d+ img/s  left 0:00:00", final[2])
+    assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30 +[\d.]+ img/s  left 00:00", final[2])
     assert len(final) == 4 and final[3] == ""
 
 
