@@ -1,10 +1,12 @@
 """The selective scan of every backend that can run here against the step-by-step reference in float64."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from support import scans
+from support.cuda_emulation import emulate_cuda, needs_compiler
 from support.scans import (
     EXTREMES,
     assert_as_exact_as_plain_torch,
@@ -25,21 +27,34 @@ from vmamba.scan_reference import cross_merge, cross_scan, selective_scan_2d_ref
 from vmamba.selective_scan import BACKENDS, choose_backend, scan_flops, selective_scan, selective_scan_2d
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 
 
 def _backend(name: str, quick: bool):
-    """Name and device of a backend; skipped where it cannot run, and slow where Triton is interpreted unless `quick`."""
-    device = "cpu" if name == "cpp" else DEVICE
-    reason = BACKENDS[name].unavailable_reason(torch.device(device))
+    """A backend; skipped where it cannot run, and slow where Triton is interpreted unless `quick`."""
+    reason = BACKENDS[name].unavailable_reason(torch.device("cuda" if GPU and name != "cpp" else "cpu"))
+    if name == "cuda" and not GPU:
+        return pytest.param(name, marks=needs_compiler, id=name)  # emulated
     marks = [pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")]
     if name == "triton" and not GPU and not quick:
         marks.append(pytest.mark.slow)
-    return pytest.param(name, device, marks=marks, id=name)
+    return pytest.param(name, marks=marks, id=name)
 
 
-every_backend = pytest.mark.parametrize(("backend", "device"), [_backend(name, quick=False) for name in BACKENDS])
-every_backend_quickly = pytest.mark.parametrize(("backend", "device"), [_backend(name, quick=True) for name in BACKENDS])
+every_backend = pytest.mark.parametrize("backend", [_backend(name, quick=False) for name in BACKENDS])
+every_backend_quickly = pytest.mark.parametrize("backend", [_backend(name, quick=True) for name in BACKENDS])
+
+
+@pytest.fixture
+def device(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the backend runs. Without a GPU `cuda` runs on a CPU, emulated."""
+    if backend != "cuda" or GPU:
+        yield "cuda" if GPU and backend != "cpp" else "cpu"
+        return
+    emulate_cuda(monkeypatch)
+    yield "cpu"
+    choose_backend.cache_clear()
+
+
 assert_close = partial(scans.assert_close, y=1e-5, gradients=1e-4)
 
 
@@ -94,11 +109,13 @@ def test_hand_computed() -> None:
 IMAGES = [  # batch, H, W, D, R, N
     (1, 1, 1, 2, 1, 1),
     (2, 3, 4, 6, 2, 1),
-    (1, 7, 9, 24, 3, 2),
+    (2, 5, 9, 18, 40, 3),
     (2, 1, 13, 16, 6, 1),
-    (1, 12, 1, 34, 5, 16),
+    (1, 23, 1, 34, 5, 16),
     (2, 6, 5, 96, 6, 1),
     (1, 17, 19, 40, 12, 1),
+    (1, 9, 11, 4, 2, 17),
+    (1, 41, 40, 2, 6, 1),
 ]
 
 
