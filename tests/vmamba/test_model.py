@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from support.golden import DATA, fill_, rel_error, tensor
 from torch import nn
 
-from clever.models.backbones import synchronize_batch_norm
 from clever.models.weights import load_backbone_file
 from vmamba import VSSMConfig, build_vssm
 from vmamba.model import MLP, PatchMerging
@@ -40,14 +39,11 @@ VARIANTS = [
     {"downsample": "v2"},
     {"patchembed": "v1", "patch_norm": False},
     {"gmlp": True},
-    {"mlp_ratio": 0.0},
     {"ssm_forwardtype": "v05"},
     {"ssm_forwardtype": "v0", "norm_layer": "ln", "ssm_ratio": 2.0},
     {"ssm_d_state": 16, "ssm_conv_bias": True},
     {"ssm_conv": -1, "ssm_act_layer": "gelu", "mlp_act_layer": "silu"},
-    {"ssm_conv": 5, "ssm_act_layer": "relu", "mlp_act_layer": "relu"},
     {"ssm_dt_rank": 3, "ssm_ratio": 1.5, "embed_dim": (8, 24, 20)},
-    {"ssm_drop_rate": 0.2, "mlp_drop_rate": 0.2},
 ]
 
 
@@ -174,10 +170,6 @@ def test_initialisation():
     assert torch.equal(op.Ds, torch.ones(4 * 320))
     assert op.dt_projs_weight.abs().max().item() == pytest.approx(10**-0.5, rel=0.01)
     assert op.x_proj_weight.abs().max().item() == pytest.approx(320**-0.5, rel=0.01)
-    for module in small().modules():
-        if isinstance(module, nn.Linear):
-            assert 0.015 < module.weight.std() < 0.025
-            assert module.bias is None or not module.bias.any()
 
 
 @torch.no_grad()
@@ -227,12 +219,6 @@ def test_ln_and_ln2d_are_the_same():
     assert torch.equal(small(norm_layer="ln").eval()(IMAGES), small(norm_layer="ln2d").eval()(IMAGES))
 
 
-@torch.no_grad()
-def test_one_position_has_nothing_before_it():
-    """A feature map of one position, which all four directions see alike."""
-    assert small().eval()(IMAGES[:, :, :1, :1]).isfinite().all()
-
-
 @pytest.mark.parametrize("norm", ["ln2d", "bn"])
 def test_checkpointing_changes_no_number(norm):
     results = []
@@ -273,17 +259,6 @@ def test_a_network_in_half_precision(changes, dtype, tolerance):
     assert features.dtype == dtype and rel_error(features.float(), exact) < tolerance
     features.float().pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
-@torch.no_grad()
-def test_synchronised_batch_norm(monkeypatch):
-    network = fill_(small(norm_layer="bn")).eval()
-    expected = network(IMAGES)
-    monkeypatch.setattr("clever.models.backbones.is_distributed", lambda: True)
-    (network,) = synchronize_batch_norm([network], TINY, torch.device("cuda"))
-    network.eval()
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
-    assert torch.allclose(network(IMAGES), expected, atol=1e-6)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------
