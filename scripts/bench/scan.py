@@ -90,14 +90,6 @@ def loop_2d(x: Tensor, *rest: Tensor, backend: str = "") -> Tensor:
     return scan_reference.selective_scan_2d_reference(x.permute(0, 2, 3, 1), *rest).permute(0, 3, 1, 2)
 
 
-def seconds_of(
-    forward: dict[str, Callable[[], object]], backward: dict[str, Callable[[], object]], args: argparse.Namespace
-) -> dict[str, list[float]]:
-    """[forward, backward] seconds of each name."""
-    forward, backward = (fastest(functions, args.repeats, args.device) for functions in (forward, backward))
-    return {name: [forward[name], backward[name]] for name in forward}
-
-
 def time_scan(
     functions: dict[str, Callable[..., Tensor]], inputs: list[Tensor], args: argparse.Namespace
 ) -> dict[str, list[float]]:
@@ -111,7 +103,8 @@ def time_scan(
     forward = {name: lambda f=function: no_grad(f) for name, function in functions.items()}
     ys = {name: function(*inputs) for name, function in functions.items()}
     backward = {name: lambda y=y: torch.autograd.grad(y, inputs, gy, retain_graph=True) for name, y in ys.items()}
-    return seconds_of(forward, backward, args)
+    forward, backward = (fastest(functions, args.repeats, args.device) for functions in (forward, backward))
+    return {name: [forward[name], backward[name]] for name in functions}
 
 
 def time_kernel(backend: str, inputs: list[Tensor], args: argparse.Namespace) -> list[float]:
@@ -120,7 +113,7 @@ def time_kernel(backend: str, inputs: list[Tensor], args: argparse.Namespace) ->
     tensors = (x.permute(0, 2, 3, 1).contiguous(), *rest)
     gy, saved = module.forward_2d(*tensors)
     forward, backward = lambda: module.forward_2d(*tensors), lambda: module.backward_2d(gy, tensors, saved)
-    return seconds_of({"kernel": forward}, {"kernel": backward}, args)["kernel"]
+    return [fastest({"kernel": call}, args.repeats, args.device)["kernel"] for call in (forward, backward)]
 
 
 def memory_limit(inputs: list[Tensor], rate: float) -> list[float]:

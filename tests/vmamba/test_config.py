@@ -73,13 +73,10 @@ def test_contents_that_are_not_a_configuration(contents, message):
         parse_config(contents)
 
 
-@pytest.mark.parametrize("text", [b"MODEL: [1, 2\n", b"\xff\xfe\x00", None])
-def test_files_that_are_not_a_configuration_are_named(tmp_path, text):
-    path = tmp_path / "broken.yaml"
-    if text is not None:
-        path.write_bytes(text)
+def test_a_file_that_is_not_yaml_is_named(tmp_path):
+    (tmp_path / "broken.yaml").write_bytes(b"MODEL: [1, 2\n")
     with pytest.raises(InputError, match="broken.yaml: cannot be read as YAML") as error:
-        read_config(path)
+        read_config(tmp_path / "broken.yaml")
     assert "\n" not in str(error.value)
 
 
