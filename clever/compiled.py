@@ -18,15 +18,8 @@ class Unavailable(RuntimeError):
 
 
 def build_info(folder: Path) -> dict:
-    """Contents of build.json: compiler, instruction sets, CUDA architectures, and why a library was not built.
-
-    Empty if the file is damaged.
-    """
-    try:
-        info = json.loads((folder / "build.json").read_text())
-    except ValueError:
-        return {}
-    return info if isinstance(info, dict) else {}
+    """Contents of build.json: compiler, instruction sets, CUDA architectures, and why a library was not built."""
+    return json.loads((folder / "build.json").read_text())
 
 
 class CompiledPackage:
@@ -34,7 +27,7 @@ class CompiledPackage:
 
     Args:
         title: what the libraries are, for messages.
-        prefix: of the names of libraries and functions; `<prefix>_abi_version()` returns the version of the interface.
+        prefix: of the names of functions; `<prefix>_abi_version()` returns the version of the interface.
         sources: folder of the sources, relative to the root of the repository.
         package: name of the Python package that holds the libraries.
         abi_version: version of the interface that the calling code needs.
@@ -47,7 +40,7 @@ class CompiledPackage:
         if not (ROOT / sources).is_dir():  # this is the installed package, which has no sources
             self.build_command = f"in a clone of the repository, pip install ./{sources}"
         self.reinstall_command = f"pip install --force-reinstall ./{sources}"  # for an installed package
-        self.found: dict[str, tuple[ctypes.CDLL | None, str | None]] = {}
+        self.found: dict[str, ctypes.CDLL | str] = {}  # the libraries, or why they cannot be used
 
     def build_folders(self) -> list[Path]:
         """Folders that hold a build, in order of preference."""
@@ -55,56 +48,43 @@ class CompiledPackage:
         installed = [Path(location) for location in spec.submodule_search_locations or []] if spec else []
         return [folder for folder in dict.fromkeys([self.in_place, *installed]) if (folder / "build.json").is_file()]
 
-    def open_library(self, folder: Path, name: str) -> ctypes.CDLL:
-        """Loads lib<name>.so from a folder.
-
-        Raises:
-            Unavailable: it was not built, does not load, or has another interface version.
-        """
+    def _open(self, folder: Path, name: str) -> ctypes.CDLL | str:
+        """lib<name>.so of a folder, or the reason why it cannot be used."""
         path = folder / f"lib{name}.so"
-        if not path.is_file():
-            reason = build_info(folder).get("not_built", {}).get(name, f"{path} is missing")
-            raise Unavailable(f"the build in {folder} has no {name} library: {reason}")
+        if reason := build_info(folder)["not_built"].get(name):
+            return f"the build in {folder} has no {name} library: {reason}"
         try:
             library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise Unavailable(f"{path} does not load: {' '.join(str(error).split())}") from error
-        function = f"{self.prefix}_abi_version"
-        if not hasattr(library, function):
-            kind = self.title.replace(" ", "-")
-            raise Unavailable(f"{path} is not a {kind} library (it has no {function}); {self.build_command} --force")
-        version = getattr(library, function)()
+            version = getattr(library, f"{self.prefix}_abi_version")()
+        except (OSError, AttributeError) as error:  # missing, damaged, for another machine, or another library
+            return f"{path} does not load ({' '.join(str(error).split())}); {self.build_command} --force"
         if version != self.abi_version:
             versions = f"has interface version {version}, this code needs {self.abi_version}"
-            raise Unavailable(f"{path} {versions}; {self.build_command} --force")
+            return f"{path} {versions}; {self.build_command} --force"
         return library
 
-    def find(self, name: str) -> tuple[ctypes.CDLL | None, str | None]:
-        """The library and None, or None and the reasons why it cannot be used. Searched once."""
-        if name not in self.found:
-            self.found[name] = self._search(name)
-        return self.found[name]
-
-    def _search(self, name: str) -> tuple[ctypes.CDLL | None, str | None]:
+    def _find(self, name: str) -> ctypes.CDLL | str:
+        """The library of the first folder that has a usable one, or the reasons why none can be used. Searched once."""
+        if name in self.found:
+            return self.found[name]
         reasons = []
         for folder in self.build_folders():
-            try:
-                return self.open_library(folder, name), None
-            except Unavailable as error:
-                reasons.append(str(error))
-        return None, "; ".join(reasons) or f"the compiled {self.title} is not built: {self.build_command}"
+            opened = self._open(folder, name)
+            if not isinstance(opened, str):
+                self.found[name] = opened
+                break
+            reasons.append(opened)
+        else:
+            self.found[name] = "; ".join(reasons) or f"the compiled {self.title} is not built: {self.build_command}"
+        return self.found[name]
 
     def unavailable_reason(self, name: str) -> str | None:
         """None if the library, such as `scan_cpu`, can be used, otherwise the reason in one line."""
-        return self.find(name)[1]
+        found = self._find(name)
+        return found if isinstance(found, str) else None
 
     def load(self, name: str) -> ctypes.CDLL:
-        """The library, such as `scan_cpu`. Loaded once.
-
-        Raises:
-            Unavailable: it cannot be used.
-        """
-        library, reason = self.find(name)
-        if library is None:
+        """The library, such as `scan_cpu`; raises Unavailable if it cannot be used."""
+        if reason := self.unavailable_reason(name):
             raise Unavailable(reason)
-        return library
+        return self._find(name)

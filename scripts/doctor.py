@@ -17,7 +17,7 @@ from clever.arguments import ArgumentParser
 from clever.compiled import build_info
 from clever.data import rendering_cpp
 from clever.entry import run_entry_point
-from csrc.selective_scan import build_tool
+from csrc import build_tool
 from vmamba import extension, scan_cpp
 from vmamba.selective_scan import BACKENDS, PREFERENCE
 
@@ -42,23 +42,12 @@ def show_tools() -> tuple[bool, bool]:
     """Returns whether there are a C++ compiler and nvcc."""
     try:
         compiler = build_tool.find_compiler(os.environ)
+        row("C++ compiler", " ".join(compiler))
     except build_tool.BuildError as error:
         compiler = None
         row("C++ compiler", str(error))
-    else:
-        openmp = "with OpenMP" if build_tool.openmp_flags(compiler) else "without OpenMP: the CPU scan will use one thread"
-        row("C++ compiler", f"{' '.join(compiler)}, {openmp}")
     nvcc = build_tool.find_nvcc(os.environ)
-    if nvcc is None:
-        row("nvcc", "none (looked in CUDA_HOME, on PATH and in /usr/local/cuda): no CUDA library can be built here")
-    else:
-        try:
-            version = build_tool.toolkit_version(build_tool.run([nvcc, "--version"]))
-            capabilities = build_tool.architectures(version, os.environ.get("TORCH_CUDA_ARCH_LIST"))
-        except build_tool.BuildError as error:
-            row("nvcc", f"{nvcc}: {str(error).splitlines()[0]}")
-        else:
-            row("nvcc", f"{nvcc}, CUDA {version[0]}.{version[1]}, would compile for {' '.join(capabilities)}")
+    row("nvcc", nvcc or "none (looked in CUDA_HOME, on PATH and in /usr/local/cuda): no CUDA library can be built here")
     return compiler is not None, nvcc is not None
 
 

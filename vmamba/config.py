@@ -14,6 +14,7 @@ import yaml
 from clever.utils import InputError, error_prefix, short_repr
 
 CONFIGS = Path(__file__).parent / "configs"
+Check = tuple[str, str, Callable[[Any], bool]]  # names of values, what they must be, the test of it
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class VSSMConfig:
         InputError: a value has the wrong type or is out of range.
     """
 
-    depths: tuple[int, ...]  # blocks per stage
+    depths: tuple[int, ...] = ()  # blocks per stage; required
     drop_path_rate: float = 0.1  # stochastic depth rate of the last block
     patch_size: int = 4
     in_chans: int = 3
@@ -48,14 +49,11 @@ class VSSMConfig:
     gmlp: bool = False  # the gated form of the MLP
 
     def __post_init__(self) -> None:
-        for name, (is_valid, expected) in CHECKS.items():
-            value = getattr(self, name)
-            if not is_valid(value):
-                raise InputError(f"{name.upper()} {short_repr(value)}: must be {expected}")
-        if not isinstance(self.embed_dim, int) and len(self.embed_dim) != len(self.depths):
-            raise InputError(f"EMBED_DIM {self.embed_dim!r}: must be one number, or one for each of {len(self.depths)} stages")
-        if self.ssm_ratio * min(self.dims) < 1:
-            raise InputError(f"SSM_RATIO {self.ssm_ratio!r}: must be enough for a channel, EMBED_DIM is {self.embed_dim!r}")
+        checks = [*CHECKS, ("embed_dim", "one number, or one for each stage", lambda _: len(self.dims) == len(self.depths))]
+        for names, expected, is_valid in checks:
+            for name in names.split():
+                if not is_valid(getattr(self, name)):
+                    raise InputError(f"{name.upper()} {short_repr(getattr(self, name))}: must be {expected}")
 
     @property
     def dims(self) -> list[int]:
@@ -77,45 +75,28 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: not isinstance(value, bool) and value in choices, " or ".join(map(str, choices))
+def _one_of(names: str, *choices: Any) -> Check:
+    return names, " or ".join(map(str, choices)), lambda value: not isinstance(value, bool) and value in choices
 
 
-RATE = (lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1)"
-FLAG = (lambda value: isinstance(value, bool)), "true or false"
-COUNT = (lambda value: _is_int(value, 1)), "a whole number of 1 or more"
-ACTIVATION = _one_of("silu", "gelu", "relu")
-
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "depths": (lambda value: _are_ints(value, 1), "a list of whole numbers of 1 or more"),
-    "drop_path_rate": RATE,
-    "patch_size": _one_of(4),
-    "in_chans": COUNT,
-    "embed_dim": (
-        lambda value: _is_int(value, 2) or _are_ints(value, 2),
-        "a whole number of 2 or more, or a list of them",
-    ),
-    "ssm_d_state": COUNT,
-    "ssm_ratio": (lambda value: _is_number(value) and value > 0, "a number greater than 0"),
-    "ssm_dt_rank": (lambda value: value == "auto" or _is_int(value, 1), "auto, or a whole number of 1 or more"),
-    "ssm_act_layer": ACTIVATION,
-    "ssm_conv": (
-        lambda value: _is_int(value) and (value <= 1 or value % 2 == 1),
-        "an odd whole number, or 1 or less for no convolution",
-    ),
-    "ssm_conv_bias": FLAG,
-    "ssm_drop_rate": RATE,
-    "ssm_init": _one_of("v0"),
-    "ssm_forwardtype": _one_of("v0", "v05", "v05_noz"),
-    "mlp_ratio": (lambda value: _is_number(value) and value >= 0, "a number of 0 or more"),
-    "mlp_act_layer": ACTIVATION,
-    "mlp_drop_rate": RATE,
-    "patch_norm": FLAG,
-    "norm_layer": _one_of("ln", "ln2d", "bn"),
-    "downsample": _one_of("v1", "v2", "v3"),
-    "patchembed": _one_of("v1", "v2"),
-    "gmlp": FLAG,
-}
+CHECKS: list[Check] = [
+    ("depths", "a list of whole numbers of 1 or more", lambda value: _are_ints(value, 1)),
+    ("embed_dim", "a whole number of 2 or more, or a list of them", lambda value: _is_int(value, 2) or _are_ints(value, 2)),
+    ("in_chans ssm_d_state", "a whole number of 1 or more", lambda value: _is_int(value, 1)),
+    ("ssm_ratio", "a number greater than 0", lambda value: _is_number(value) and value > 0),
+    ("ssm_dt_rank", "auto, or a whole number of 1 or more", lambda value: value == "auto" or _is_int(value, 1)),
+    ("ssm_conv", "an odd whole number, or 1 or less", lambda value: _is_int(value) and (value <= 1 or value % 2 == 1)),
+    ("mlp_ratio", "a number of 0 or more", lambda value: _is_number(value) and value >= 0),
+    ("drop_path_rate ssm_drop_rate mlp_drop_rate", "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    ("ssm_conv_bias patch_norm gmlp", "true or false", lambda value: isinstance(value, bool)),
+    _one_of("patch_size", 4),
+    _one_of("ssm_act_layer mlp_act_layer", "silu", "gelu", "relu"),
+    _one_of("ssm_init", "v0"),
+    _one_of("ssm_forwardtype", "v0", "v05", "v05_noz"),
+    _one_of("norm_layer", "ln", "ln2d", "bn"),
+    _one_of("downsample", "v1", "v2", "v3"),
+    _one_of("patchembed", "v1", "v2"),
+]
 
 
 def parse_config(content: Any) -> VSSMConfig:
@@ -126,12 +107,8 @@ def parse_config(content: Any) -> VSSMConfig:
     """
     model = _mapping("the file", content, {"MODEL"}).get("MODEL")
     model = _mapping("MODEL", model, {"DROP_PATH_RATE", "VSSM", "TYPE", "NAME"})  # the original's files have a type and a name
-    if model.get("TYPE", "vssm") != "vssm":
-        raise InputError(f"MODEL.TYPE {model['TYPE']!r}: must be vssm")
     known = {field.name.upper() for field in fields(VSSMConfig)} - {"DROP_PATH_RATE"}
     values = dict(_mapping("MODEL.VSSM", model.get("VSSM"), known))
-    if "DEPTHS" not in values:
-        raise InputError("MODEL.VSSM.DEPTHS is missing: the blocks per stage, such as [2, 2, 8, 2]")
     if "DROP_PATH_RATE" in model:
         values["DROP_PATH_RATE"] = model["DROP_PATH_RATE"]
     return VSSMConfig(**{key.lower(): tuple(value) if isinstance(value, list) else value for key, value in values.items()})
@@ -139,12 +116,9 @@ def parse_config(content: Any) -> VSSMConfig:
 
 def _mapping(where: str, content: Any, known: set[str]) -> dict[str, Any]:
     """Returns `content`; raises InputError unless it is a mapping with known keys only."""
-    choices = ", ".join(sorted(known))
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: must be a mapping with keys among {choices}, not {short_repr(content)}")
-    for key in content:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; choose among {choices}")
+    unknown = [key for key in content if key not in known] if isinstance(content, dict) else content
+    if unknown or not isinstance(content, dict):
+        raise InputError(f"{where}: must be a mapping with keys among {', '.join(sorted(known))}, not {short_repr(unknown)}")
     return content
 
 
@@ -153,10 +127,8 @@ def read_config(path: str | Path) -> VSSMConfig:
     with error_prefix(str(path)):
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot be read ({error})") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"is not YAML: {' '.join(str(error).split())}") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"cannot be read as YAML ({' '.join(str(error).split())})") from error
         return parse_config(content)
 
 

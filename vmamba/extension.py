@@ -3,20 +3,24 @@
 import ctypes
 
 import torch
+from torch import Tensor
 
-from clever.compiled import CompiledPackage, Unavailable, build_info
+from clever.compiled import CompiledPackage, build_info
 
-__all__ = ["Unavailable", "build_info"]
+__all__ = ["build_info"]
 
-ABI_VERSION = 1  # SCAN_ABI_VERSION of scan.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
-
-SCAN = CompiledPackage("selective scan", "scan", "csrc/selective_scan", "clever_selective_scan", ABI_VERSION)
+SCAN = CompiledPackage("selective scan", "scan", "csrc/selective_scan", "clever_selective_scan", abi_version=1)
 IN_PLACE, BUILD, REINSTALL = SCAN.in_place, SCAN.build_command, SCAN.reinstall_command
 build_folders, unavailable_reason, load = SCAN.build_folders, SCAN.unavailable_reason, SCAN.load
 
 
-def structure(name: str, sizes: str, pointers: str) -> type[ctypes.Structure]:
+def fields(sizes: str, pointers: str) -> list[tuple[str, type]]:
     """ctypes form of a struct of scan.h or scan_cuda.h: 64-bit sizes, then pointers, in the order of the header."""
-    fields = [(size, ctypes.c_int64) for size in sizes.split()] + [(pointer, ctypes.c_void_p) for pointer in pointers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+    return [(name, ctypes.c_int64) for name in sizes.split()] + [(name, ctypes.c_void_p) for name in pointers.split()]
+
+
+def set_pointers(args: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
+    """Sets the pointers of a struct to the tensors of these names; None becomes null."""
+    for name, tensor in tensors.items():
+        setattr(args, name, None if tensor is None else tensor.data_ptr())

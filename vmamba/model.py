@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clever.models.layers import StochasticDepth, checkpointed
-from clever.utils import InputError
 from vmamba.config import VSSMConfig, load_config
 from vmamba.ss2d import ACTIVATIONS, SS2D, Conv2d, at_least_float32
 
@@ -148,9 +147,6 @@ class VSSM(nn.Module):
             configuration's.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         backend: backend of the selective scan: auto, torch, cpp, triton or cuda.
-
-    Raises:
-        InputError: an image given to the network is smaller than `min_size` pixels.
     """
 
     def __init__(
@@ -165,7 +161,6 @@ class VSSM(nn.Module):
         rate = config.drop_path_rate if drop_path_rate is None else drop_path_rate
         drop_paths = iter([rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.embed_dim = dims[-1]
-        self.min_size = _min_size(config)
 
         self.patch_embed = _patch_embed(config.patchembed, config.in_chans, dims[0], norm if config.patch_norm else None)
         downsample = partial(_downsample, config.downsample, norm=norm)
@@ -179,9 +174,6 @@ class VSSM(nn.Module):
         self.register_load_state_dict_pre_hook(_convert_before_loading)
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[-2:]
-        if min(H, W) < self.min_size:
-            raise InputError(f"image size {H}x{W}: too small, this VMamba needs {self.min_size} pixels or more")
         x = self.patch_embed(x.permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
         for layer in self.layers:
             x = layer(x)  # [B, H/32, W/32, D] after the last
@@ -237,12 +229,6 @@ def _downsample(version: str, dim: int, out_dim: int, norm: Callable[[int], nn.M
         return PatchMerging(dim, out_dim, norm)
     kernel = {"kernel_size": 2} if version == "v2" else {"kernel_size": 3, "padding": 1}
     return ConvNorm(_1=Conv2d(dim, out_dim, stride=2, **kernel), _3=norm(out_dim))
-
-
-def _min_size(config: VSSMConfig) -> int:
-    """Smallest height and width in pixels that leave one position: patch embedding v1 and down-sampling v2 round down."""
-    positions = 2 ** (len(config.depths) - 1) if config.downsample == "v2" else 1  # after the patch embedding
-    return 4 * positions if config.patchembed == "v1" else 4 * (positions - 1) + 1
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from einops import einsum
 from torch import Tensor
 from torch.nn.functional import softplus
 
+import vmamba.selective_scan  # noqa: F401  registers the operator that an export replaces by this graph
 from vmamba.scan_reference import compute_dtype, cross_merge, cross_scan
 
 

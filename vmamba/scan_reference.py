@@ -21,6 +21,10 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn.functional import softplus
 
+# x [B, H, W, D], proj [B, H, W, 4, R + 2N], dt_weight [4, D, R], A [4*D, N], D and dt_bias [4*D] or None: the inputs of a 2D
+# scan as `selective_scan_2d_reference` explains them, or their gradients.
+ScanInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 def selective_scan_reference(
     u: Tensor,

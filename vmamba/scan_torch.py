@@ -1,4 +1,5 @@
-"""The backend `torch`: the selective scan in plain PyTorch, chunked over positions and with its own backward pass.
+"""The selective scan in plain PyTorch, chunked over positions and with its own backward pass: the backend `torch` of the 2D
+scan, and the scan of sequences.
 
 It runs everywhere and computes what `scan_reference` defines. It works on one direction at a time, [B, L, D], and on one state
 after the other, so that the tensors stay in cache. Nothing is kept for the backward pass but the inputs: it scans again.
@@ -9,9 +10,10 @@ Shapes: K directions, D channels of a direction, L = H*W positions, N states of 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear, softplus
 
-from vmamba.scan_reference import compute_dtype
+from vmamba.scan_reference import ScanInputs, compute_dtype
 
 CHUNK = 8  # positions of a chunk; one Python step handles one position of every chunk
 
@@ -99,33 +101,31 @@ def _scan_backward(
     return ddelta_u.mul_(delta), ddelta, dA, dB, dC
 
 
-def unavailable_reason(device: torch.device | None = None) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """This backend runs everywhere."""
     return None
 
 
-def saved_states_shape(batch: int, directions: int, channels: int, length: int, states: int) -> tuple[int, ...]:
+def saved_states_shape(batch: int, channels: int, length: int, states: int) -> tuple[int, ...]:
     """Shape of the states that forward keeps for backward: none, backward scans again."""
     return (0,)
 
 
-def _split_directions(tensor: Tensor, directions: int, dtype: torch.dtype) -> list[Tensor]:
-    """[B, K*D, L] or [B, K, N, L] -> K contiguous tensors [B, L, D or N]."""
-    parts = tensor.to(dtype).chunk(directions, dim=1)  # [B, D, L] or [B, 1, N, L]
-    return [part.flatten(1, -2).transpose(1, 2).contiguous() for part in parts]
+class DirectionScan(torch.autograd.Function):
+    """`_scan` of u, delta, A, B, C, from the first position to the last, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return _scan(*inputs, reverse=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gy: Tensor) -> tuple[Tensor, ...]:
+        return _scan_backward(gy.contiguous(), *ctx.saved_tensors, reverse=False)
 
 
-def _join_directions(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The inverse of `_split_directions`, in the shape and type of `like`."""
-    return torch.stack([part.transpose(1, 2) for part in parts], dim=1).reshape(like.shape).to(like.dtype)
-
-
-def _before_softplus(delta: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """delta + bias, [B, K*D, L]."""
-    return delta.to(dtype) if bias is None else delta.to(dtype) + bias[:, None]
-
-
-def forward(
+def scan_sequences(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -134,53 +134,23 @@ def forward(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """y, [B, K*D, L], and the states that backward needs: none. Arguments: see `scan_reference`."""
-    K, dtype = B.shape[1], compute_dtype(u)
-    delta = _before_softplus(delta, delta_bias, dtype)
-    us, deltas, Bs, Cs = (
-        _split_directions(tensor, K, dtype) for tensor in (u, softplus(delta) if delta_softplus else delta, B, C)
-    )
-    ys = [_scan(*direction, reverse=False) for direction in zip(us, deltas, A.chunk(K), Bs, Cs, strict=True)]
-    y = _join_directions(ys, u.to(dtype))
-    return (y if D is None else y.addcmul_(u.to(dtype), D[:, None])), y.new_empty(0)
-
-
-def backward(
-    gy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients for u, delta, A, B, C, D, delta_bias."""
-    K, dtype = B.shape[1], compute_dtype(u)
-    raw_delta = _before_softplus(delta, delta_bias, dtype)
-    tensors = (gy, u, softplus(raw_delta) if delta_softplus else raw_delta, B, C)
-    gys, us, deltas, Bs, Cs = (_split_directions(tensor, K, dtype) for tensor in tensors)
-    directions = zip(gys, us, deltas, A.chunk(K), Bs, Cs, strict=True)
-    gradients = [_scan_backward(*direction, reverse=False) for direction in directions]
-    du, ddelta, dA, dB, dC = (list(parts) for parts in zip(*gradients, strict=True))
-    du, ddelta = _join_directions(du, u.to(dtype)), _join_directions(ddelta, u.to(dtype))
-    dD = None if D is None else (gy * u).sum((0, 2))
-    if D is not None:
-        du.addcmul_(gy, D[:, None])
+) -> Tensor:
+    """y, [B, K*D, L]. Arguments: see `scan_reference.selective_scan_reference`."""
+    dtype, K = compute_dtype(u), B.shape[1]
+    u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)[:, None]
     if delta_softplus:
-        ddelta.mul_(torch.sigmoid(raw_delta))
-    return (
-        du.to(u.dtype),
-        ddelta.to(u.dtype),
-        torch.cat(dA),
-        _join_directions(dB, B),
-        _join_directions(dC, C),
-        dD,
-        None if delta_bias is None else ddelta.sum((0, 2)),
-    )
+        delta = softplus(delta)
+
+    def directions(tensor: Tensor) -> list[Tensor]:
+        """[B, K*D, L] or [B, K, N, L] -> K contiguous tensors [B, L, D or N]."""
+        parts = tensor.chunk(K, dim=1)  # [B, D, L] or [B, 1, N, L]
+        return [part.flatten(1, -2).transpose(1, 2).contiguous() for part in parts]
+
+    inputs = zip(directions(u), directions(delta), A.chunk(K), directions(B), directions(C), strict=True)
+    y = torch.cat([DirectionScan.apply(*each).transpose(1, 2) for each in inputs], dim=1)  # [B, K*D, L]
+    return y if D is None else y + D.to(dtype)[:, None] * u
 
 
 def _transpose_image(tensor: Tensor) -> Tensor:
@@ -191,7 +161,7 @@ def _transpose_image(tensor: Tensor) -> Tensor:
 def forward_2d(
     x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, [B, H, W, D], and the states that backward needs: none. Arguments: see `scan_reference`.
+    """y, [B, H, W, D], and the states that backward needs: none. Shapes of the arguments: `ScanInputs`.
 
     Directions 2 and 3 scan the sequences of 0 and 1 backwards, without a reversed copy.
     """
@@ -215,17 +185,9 @@ def forward_2d(
     return y, y.new_empty(0)
 
 
-def backward_2d(
-    gy: Tensor,
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    saved: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients for x, proj, dt_weight, A, D, dt_bias."""
+def backward_2d(gy: Tensor, inputs: ScanInputs, saved: Tensor) -> ScanInputs:
+    """Gradients of the inputs of `forward_2d` for the gradient gy [B, H, W, D] of y."""
+    x, proj, dt_weight, A, D, dt_bias = inputs
     channels = x.shape[-1]
     dtype, rank, states = compute_dtype(x), dt_weight.shape[-1], A.shape[-1]
     image, proj_image = x.to(dtype), proj.to(dtype)

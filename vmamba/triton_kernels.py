@@ -1,12 +1,12 @@
-"""Triton kernels of the selective scan; `vmamba/scan_triton.py` launches them and imports this file only when it runs.
+"""Triton kernels of the 2D selective scan; `vmamba/scan_triton.py` launches them and imports this file only when it runs.
 
-A program handles one sample, one block of channels, and one direction (or the four directions of an image one after another,
-so that their sum needs no atomics). It walks over the sequence in tiles of S chunks of T positions, as tensors [T, S, R]:
+A program handles one sample and one block of channels, in the four directions one after another, so that their sum needs no
+atomics. It walks over the image in tiles of S chunks of T positions, as tensors [T, S, R]:
 position s*T + t of the tile is element (t, s). A thread holds all T steps of its chunks in registers, so the scan over t is
 plain arithmetic; only the S chunks are scanned across threads. A run of positions is an affine map of the state, h -> P h + q;
 runs are joined by composing their maps.
 
-Shapes: K directions, D channels, L = H*W positions, N states, T steps of a chunk, S chunks of a tile, R channels of a block
+Shapes: D channels of a direction, L = H*W positions, N states, T steps of a chunk, S chunks of a tile, R channels of a block
 (BC in the code).
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-SIZES = ["L", "height", "width", "tiles"]  # one compiled kernel serves all image sizes
+SIZES = ["batches", "L", "height", "width", "tiles"]  # one compiled kernel serves all image sizes
 
 
 @triton.jit
@@ -116,12 +116,9 @@ def _channel_parameters(D, bias, first, c, inside_c):
 
 
 @triton.jit
-def _time_steps(delta, bias, inside, SOFTPLUS: tl.constexpr):
+def _time_steps(delta, bias, inside):
     """Time steps, softplus(delta + bias), and the derivative of softplus. A step outside is 0, so its map is the identity."""
-    dt = tl.load(delta, mask=inside, other=0.0).to(tl.float32) + bias
-    slope = tl.full(dt.shape, 1.0, tl.float32)
-    if SOFTPLUS:
-        dt, slope = _softplus(dt)
+    dt, slope = _softplus(tl.load(delta, mask=inside, other=0.0).to(tl.float32) + bias)
     return tl.where(inside, dt, 0.0), slope
 
 
@@ -159,11 +156,10 @@ def _state_gradients(a, dh, P_chunk, r_in, t, s, T: tl.constexpr, S: tl.constexp
 
 
 @triton.jit
-def _store_sum(value, total, result, inside, turn, DIRECTIONS: tl.constexpr):
+def _store_sum(value, total, result, inside, direction):
     """Adds `value` to the sum over directions; the last direction writes it to `result`, the others to `total`."""
-    if DIRECTIONS > 1:
-        value += tl.load(total, mask=inside & (turn > 0), other=0.0)
-    if turn == DIRECTIONS - 1:
+    value += tl.load(total, mask=inside & (direction > 0), other=0.0)
+    if direction == 3:
         tl.store(result, value, mask=inside)
     else:
         tl.store(total, value, mask=inside)
@@ -179,38 +175,35 @@ def _store_parameter_gradients(channel, inside_c, n_row, dA_c, dD_c, dbias_c, dA
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     x, delta, A, B, C, D, bias, y, states,
-    L, height, width, channels, tiles, all_directions,
-    x_batch, x_direction, delta_batch, delta_direction,
+    batches, L, height, width, channels, tiles,
     bc_batch, bc_direction, bc_state, bc_position,
-    N: tl.constexpr, N_POWER: tl.constexpr, DIRECTIONS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
+    N: tl.constexpr, N_POWER: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y, and the state that enters each tile, [B, K, tiles, N, D]. Grid: (B * channel blocks, K / DIRECTIONS).
+    """y, and the state that enters each tile, [B, 4, tiles, N, D]. Grid: B * channel blocks.
 
-    x, delta, y: [L, D] for each sample and direction, at the given strides (y at those of x); B, C likewise [N, L].
+    x, y: [B, L, D]; delta: [4, B, L, D]; B, C: [B, 4, N, L] at the given strides. `batches`: B.
     """
     batch, block, c, inside_c = _program(channels, BC)
     t = tl.arange(0, T)[:, None, None]
     s = tl.arange(0, S)[:, None]
     n_row = tl.arange(0, N_POWER)[:, None]
+    x_b = batch * L * channels
 
-    for turn in range(DIRECTIONS):
-        k = tl.program_id(1).to(tl.int64) * DIRECTIONS + turn
-        D_c, bias_c = _channel_parameters(D, bias, k * channels, c, inside_c)
+    for direction in range(4):
+        D_c, bias_c = _channel_parameters(D, bias, direction * channels, c, inside_c)
         carry = tl.zeros([N_POWER, BC], tl.float32)
-        x_k = batch * x_batch + k * x_direction
-        delta_k = delta + batch * delta_batch + k * delta_direction
-        bc_k = batch * bc_batch + k * bc_direction
-        states_k = states + (batch * all_directions + k) * tiles * N * channels
+        delta_k = delta + (direction * batches + batch) * L * channels
+        bc_k = batch * bc_batch + direction * bc_direction
+        states_k = states + (batch * 4 + direction) * tiles * N * channels
         for tile in range(tiles):
-            position, inside_order, at, inside = _tile(tile, turn, c, inside_c, L, height, width, channels, T, S, BC)
+            position, inside_order, at, inside = _tile(tile, direction, c, inside_c, L, height, width, channels, T, S, BC)
             at_bc = position * bc_position  # [T, S]
-            x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
-            dt, slope = _time_steps(delta_k + at, bias_c, inside, SOFTPLUS)
+            x_tile = tl.load(x + x_b + at, mask=inside, other=0.0).to(tl.float32)
+            dt, slope = _time_steps(delta_k + at, bias_c, inside)
             dtx = dt * x_tile
             y_tile = D_c * x_tile
             for n in range(N):
-                A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0) * LOG2E  # [R]
+                A_n = tl.load(A + (direction * channels + c) * N + n, mask=inside_c, other=0.0) * LOG2E  # [R]
                 at_n = bc_k + n * bc_state  # a scalar: offsets of elements stay in 32 bits
                 B_n, C_n = _load_bc(B + at_n + at_bc, inside_order), _load_bc(C + at_n + at_bc, inside_order)
                 h_in = _select(carry, n_row == n)  # [R]
@@ -218,52 +211,48 @@ def forward(
                 h, h_out = _states(tl.exp2(dt * A_n), B_n * dtx, h_in, t, s, T, S)
                 carry = tl.where(n_row == n, h_out, carry)
                 y_tile += C_n * h
-            if DIRECTIONS > 1:
-                y_tile += tl.load(y + x_k + at, mask=inside & (turn > 0), other=0.0)
-            tl.store(y + x_k + at, y_tile, mask=inside)
-        if DIRECTIONS > 1:
-            tl.debug_barrier()  # other threads read this y in the next direction
+            y_tile += tl.load(y + x_b + at, mask=inside & (direction > 0), other=0.0)
+            tl.store(y + x_b + at, y_tile, mask=inside)
+        tl.debug_barrier()  # other threads read this y in the next direction
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     gy, x, delta, A, B, C, D, bias, states, sum_dx, dx, ddelta, dA, dD, dbias, dB, dC,
-    L, height, width, channels, tiles, all_directions,
-    x_batch, x_direction, delta_batch, delta_direction,
+    batches, L, height, width, channels, tiles,
     bc_batch, bc_direction, bc_state, bc_position, dbc_block, dbc_batch, dbc_direction,
-    N: tl.constexpr, N_POWER: tl.constexpr, DIRECTIONS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
+    N: tl.constexpr, N_POWER: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients. With a_l = exp(delta_l A), the gradient of h_l is g_l = C_l gy_l + r_{l+1}, and r_l = a_l g_l.
 
-    dA [B, K*D, N], dD and dbias [B, K*D] are those of one sample; dB and dC [blocks, B, K, N, L] those of a block of channels.
+    dA [B, 4*D, N], dD and dbias [B, 4*D] are those of one sample; dB and dC [blocks, B, 4, N, L] those of a block of channels.
     dx is written by the last direction; until then sum_dx (float32) holds the sum over directions.
     """
     batch, block, c, inside_c = _program(channels, BC)
     t = tl.arange(0, T)[:, None, None]
     s = tl.arange(0, S)[:, None]
     n_row = tl.arange(0, N_POWER)[:, None]
+    x_b = batch * L * channels
 
-    for turn in range(DIRECTIONS):
-        k = tl.program_id(1).to(tl.int64) * DIRECTIONS + turn
-        D_c, bias_c = _channel_parameters(D, bias, k * channels, c, inside_c)
+    for direction in range(4):
+        D_c, bias_c = _channel_parameters(D, bias, direction * channels, c, inside_c)
         carry = tl.zeros([N_POWER, BC], tl.float32)  # r of the tile behind
         dA_c = tl.zeros([N_POWER, BC], tl.float32)
         dD_c, dbias_c = tl.zeros([S, BC], tl.float32), tl.zeros([S, BC], tl.float32)
-        x_k, delta_k = batch * x_batch + k * x_direction, batch * delta_batch + k * delta_direction
-        bc_k = batch * bc_batch + k * bc_direction
-        dbc_k = block.to(tl.int64) * dbc_block + batch * dbc_batch + k * dbc_direction
-        row = batch * all_directions + k
+        delta_k = (direction * batches + batch) * L * channels
+        bc_k = batch * bc_batch + direction * bc_direction
+        dbc_k = block.to(tl.int64) * dbc_block + batch * dbc_batch + direction * dbc_direction
+        row = batch * 4 + direction
         for reversed_tile in range(tiles):
             tile = tiles - 1 - reversed_tile
-            position, inside_order, at, inside = _tile(tile, turn, c, inside_c, L, height, width, channels, T, S, BC)
+            position, inside_order, at, inside = _tile(tile, direction, c, inside_c, L, height, width, channels, T, S, BC)
             at_bc = position * bc_position  # [T, S]
-            x_tile = tl.load(x + x_k + at, mask=inside, other=0.0).to(tl.float32)
-            gy_tile = tl.load(gy + x_k + at, mask=inside, other=0.0)
-            dt, slope = _time_steps(delta + delta_k + at, bias_c, inside, SOFTPLUS)
+            x_tile = tl.load(x + x_b + at, mask=inside, other=0.0).to(tl.float32)
+            gy_tile = tl.load(gy + x_b + at, mask=inside, other=0.0)
+            dt, slope = _time_steps(delta + delta_k + at, bias_c, inside)
             gBx, g_dt = tl.zeros([T, S, BC], tl.float32), tl.zeros([T, S, BC], tl.float32)  # gBx: sum over n of g B
             for n in range(N):
-                A_n = tl.load(A + (k * channels + c) * N + n, mask=inside_c, other=0.0)  # [R]
+                A_n = tl.load(A + (direction * channels + c) * N + n, mask=inside_c, other=0.0)  # [R]
                 at_n = bc_k + n * bc_state  # a scalar: offsets of elements stay in 32 bits
                 B_n, C_n = _load_bc(B + at_n + at_bc, inside_order), _load_bc(C + at_n + at_bc, inside_order)
                 h_in = tl.load(states + ((row * tiles + tile) * N + n) * channels + c, mask=inside_c, other=0.0)  # [R]
@@ -280,9 +269,8 @@ def backward(
                 dA_c += tl.where(n_row == n, tl.sum(tl.sum(gah * dt, 0), 0), 0.0)
             g_dt = (g_dt + gBx * x_tile) * slope
             tl.store(ddelta + delta_k + at, g_dt, mask=inside)
-            _store_sum(gBx * dt + D_c * gy_tile, sum_dx + x_k + at, dx + x_k + at, inside, turn, DIRECTIONS)
+            _store_sum(gBx * dt + D_c * gy_tile, sum_dx + x_b + at, dx + x_b + at, inside, direction)
             dD_c += tl.sum(gy_tile * x_tile, 0)
             dbias_c += tl.sum(tl.where(inside, g_dt, 0.0), 0)
         _store_parameter_gradients(row * channels + c, inside_c, n_row, dA_c, dD_c, dbias_c, dA, dD, dbias, N)
-        if DIRECTIONS > 1:
-            tl.debug_barrier()  # other threads read this sum_dx in the next direction
+        tl.debug_barrier()  # other threads read this sum_dx in the next direction

@@ -56,7 +56,7 @@ class Scan2d {
   ScanStatus backward() {
     const int64_t blocks = model.blocks(), size = 4 * model.gradient_size();
     const int64_t sample_stride = round_up(length * 4 * width + LANES, 16);  // Tile: zeros may be added after the end
-    const Split groups = split(task_count(elements()), args.batch, blocks, 1, args.batch * sample_stride, blocks * size);
+    const Split groups = split(task_count(elements()), args.batch, blocks, args.batch * sample_stride, blocks * size);
     const int64_t group_stride = args.batch * sample_stride;
     const int64_t pieces = (groups.samples.count > 1 ? groups.samples.count : 1) * blocks;
     const int64_t chunk = divide_up(4096, width), chunk_bytes = round_up((chunk * width + LANES) * sizeof(float), 64);
@@ -104,8 +104,7 @@ class Scan2d {
           for (int64_t i = 0; i < width; i += LANES) store_some(to + i, load(row + i), width - i);
       }
     });
-    finish_gradients(model, dparameters, groups.samples.count, 4, args.threads, args.ddt_weight, args.dA, args.dD,
-                     args.ddt_bias);
+    finish_gradients(model, dparameters, groups.samples.count, args.threads, args.ddt_weight, args.dA, args.dD, args.ddt_bias);
     return SCAN_OK;
   }
 

@@ -1,4 +1,4 @@
-// Shared by the 2D scan and the scan of sequences: memory, threads, packing of parameters, sums over tasks.
+// What the 2D scan needs around its tiles: memory, threads, packing of parameters, sums over tasks.
 //
 // A task scans one group of channel blocks of one group of samples. The number of groups depends on the shapes alone, not on
 // the number of threads, and sums over groups are taken in their order: results always have the same bits.
@@ -79,7 +79,7 @@ void parallel(int64_t tasks, int64_t threads, const Body& body) {
 #endif
 }
 
-// Number of tasks to aim at for a scan of B * K * D * L elements: enough to keep the cores of a machine busy, fewer for small
+// Number of tasks to aim at for a scan of B * 4 * D * L elements: enough to keep the cores of a machine busy, fewer for small
 // scans, because adding up the groups costs time.
 inline int64_t task_count(int64_t elements) { return elements < 1 << 19 ? 8 : elements < 1 << 20 ? 16 : 32; }
 
@@ -95,12 +95,12 @@ struct Split {
 
 // Divides the work into enough tasks, such that the least has to be added up afterwards: `block_cost` floats for every group
 // of blocks, `sample_cost` floats for every group of samples.
-inline Split split(int64_t tasks, int64_t batch, int64_t blocks, int64_t directions, int64_t block_cost, int64_t sample_cost) {
+inline Split split(int64_t tasks, int64_t batch, int64_t blocks, int64_t block_cost, int64_t sample_cost) {
   Split best = {};
   int64_t least = INT64_MAX;
   for (int64_t groups = 1; groups <= blocks; ++groups) {
-    const int64_t samples = at_most(divide_up(tasks, groups * directions), batch);
-    const int64_t missing = tasks - at_most(samples * groups * directions, tasks);
+    const int64_t samples = at_most(divide_up(tasks, groups), batch);
+    const int64_t missing = tasks - at_most(samples * groups, tasks);
     const int64_t cost = groups * block_cost + samples * sample_cost + (missing << 40);
     if (cost < least) {
       least = cost;
@@ -110,7 +110,7 @@ inline Split split(int64_t tasks, int64_t batch, int64_t blocks, int64_t directi
   return best;
 }
 
-// Sizes and pointers of the parameters. `weight`, D and bias may be null.
+// Sizes and pointers of the parameters. D and bias may be null.
 struct Model {
   int64_t channels, rank, states;
   const float *weight, *A, *D, *bias;
@@ -149,12 +149,12 @@ inline Gradients gradients(const Model& m, float* piece) {
 
 inline float* gradient_of_D(const Model& m, float* piece) { return piece + (m.rank + 1 + m.states) * BLOCK; }
 
-// Adds the pieces [groups, blocks, directions] over the groups of samples and writes the gradients of the parameters.
-inline void finish_gradients(const Model& m, float* pieces, int64_t groups, int64_t directions, int64_t threads, float* dweight,
-                             float* dA, float* dD, float* dbias) {
-  const int64_t size = m.gradient_size(), stride = m.blocks() * directions * size;
-  parallel(m.blocks() * directions, threads, [&](int64_t task, int) {
-    const int64_t channel = task / directions * BLOCK, first = task % directions * m.channels + channel;
+// Adds the pieces [groups, blocks, 4] over the groups of samples and writes the gradients of the parameters.
+inline void finish_gradients(const Model& m, float* pieces, int64_t groups, int64_t threads, float* dweight, float* dA, float* dD,
+                             float* dbias) {
+  const int64_t size = m.gradient_size(), stride = m.blocks() * 4 * size;
+  parallel(m.blocks() * 4, threads, [&](int64_t task, int) {
+    const int64_t channel = task / 4 * BLOCK, first = task % 4 * m.channels + channel;
     const int64_t count = at_most(m.channels - channel, BLOCK);
     float* const sum = pieces + task * size;
     for (int64_t group = 1; group < groups; ++group)
@@ -168,8 +168,7 @@ inline void finish_gradients(const Model& m, float* pieces, int64_t groups, int6
 }
 
 // to[i] = sum over groups of from[group * stride + i]
-template <typename T>
-void add_groups(const float* from, int64_t groups, int64_t stride, int64_t count, T* to) {
+inline void add_groups(const float* from, int64_t groups, int64_t stride, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += LANES) {
     Vec sum = {};
     for (int64_t group = 0; group < groups; ++group) sum += load_some(from + group * stride + i, count - i);

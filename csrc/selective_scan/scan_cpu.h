@@ -4,9 +4,6 @@
 #include "scan.h"
 
 struct ScanKernels {
-  ScanStatus (*forward)(const ScanArgs*);
-  ScanStatus (*backward)(const ScanArgs*);
-  ScanStatus (*forward_2d)(const Scan2dArgs*);
-  ScanStatus (*backward_2d)(const Scan2dArgs*);
-  ScanStatus (*arithmetic)(int64_t rank, int64_t states, int64_t with_backward, int64_t elements, int64_t threads);
+  ScanStatus (*forward)(const Scan2dArgs*);
+  ScanStatus (*backward)(const Scan2dArgs*);
 };

@@ -2,7 +2,6 @@
 
 #include "images_backward.cuh"
 #include "images_forward.cuh"
-#include "sequences.cuh"
 
 namespace {
 
@@ -40,17 +39,11 @@ ImagePlan plan_images(const ScanCudaImages& args, bool backward, int limit) {
 }
 
 using ImageKernel = void (*)(const ScanCudaImages, const ImagePlan);
-using SequenceKernel = void (*)(const ScanCudaSequences);
 
 template <typename T>
 ImageKernel image_kernel(bool backward, bool one_state) {
   if (backward) return one_state ? images_backward<T, true> : images_backward<T, false>;
   return one_state ? images_forward<T, true> : images_forward<T, false>;
-}
-
-template <typename T>
-SequenceKernel sequence_kernel(bool backward) {
-  return backward ? sequences_backward<T> : sequences_forward<T>;
 }
 
 const char* run_images(ScanCudaImages args, bool backward) {
@@ -78,29 +71,12 @@ const char* run_images(ScanCudaImages args, bool backward) {
   return words(cudaGetLastError());
 }
 
-const char* run_sequences(const ScanCudaSequences& args, bool backward) {
-  const int64_t slots = SEQUENCE_THREADS / args.lanes;
-  const int64_t blocks = args.batch * args.directions * divide_up(args.channels, slots);
-  if ((args.length + SEQUENCE_THREADS) >> 31 || blocks >> 31) return TOO_LARGE;
-  if (blocks == 0) return nullptr;
-  if (const cudaError_t error = cudaSetDevice(int(args.device))) return words(error);
-  SequenceKernel kernel = nullptr;
-  if (args.type == SCAN_FLOAT32) kernel = sequence_kernel<float>(backward);
-  if (args.type == SCAN_BFLOAT16) kernel = sequence_kernel<Bfloat16>(backward);
-  if (args.type == SCAN_FLOAT16) kernel = sequence_kernel<Float16>(backward);
-  const int bytes = backward ? 2 * SEQUENCE_THREADS * STEPS * int(sizeof(float)) : 0;
-  LAUNCH(kernel, unsigned(blocks), SEQUENCE_THREADS, bytes, static_cast<cudaStream_t>(args.stream), args);
-  return words(cudaGetLastError());
-}
-
 }  // namespace
 
 extern "C" {
 
 const char* scan_cuda_images_forward(const ScanCudaImages* args) { return run_images(*args, false); }
 const char* scan_cuda_images_backward(const ScanCudaImages* args) { return run_images(*args, true); }
-const char* scan_cuda_sequences_forward(const ScanCudaSequences* args) { return run_sequences(*args, false); }
-const char* scan_cuda_sequences_backward(const ScanCudaSequences* args) { return run_sequences(*args, true); }
 
 const char* scan_cuda_unavailable(int64_t device) {
   cudaFuncAttributes attributes;

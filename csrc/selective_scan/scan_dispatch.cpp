@@ -45,13 +45,5 @@ EXPORT int scan_abi_version() { return SCAN_ABI_VERSION; }
 // The instruction set in use.
 EXPORT const char* scan_isa() { return variant.name; }
 
-EXPORT int scan_forward(const ScanArgs* args) { return variant.kernels->forward(args); }
-EXPORT int scan_backward(const ScanArgs* args) { return variant.kernels->backward(args); }
-EXPORT int scan_forward_2d(const Scan2dArgs* args) { return variant.kernels->forward_2d(args); }
-EXPORT int scan_backward_2d(const Scan2dArgs* args) { return variant.kernels->backward_2d(args); }
-
-// Does the arithmetic of a scan of `elements` = B * K * D * L elements on data that stays in the first-level cache: the time
-// that a scan would take if memory were infinitely fast.
-EXPORT int scan_arithmetic(int64_t rank, int64_t states, int64_t with_backward, int64_t elements, int64_t threads) {
-  return variant.kernels->arithmetic(rank, states, with_backward, elements, threads);
-}
+EXPORT int scan_forward_2d(const Scan2dArgs* args) { return variant.kernels->forward(args); }
+EXPORT int scan_backward_2d(const Scan2dArgs* args) { return variant.kernels->backward(args); }

@@ -249,8 +249,7 @@ INLINE Vec lane_sums(Vec* v) {
   return v[0];
 }
 
-template <typename From, typename To>
-INLINE void transpose_square(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride,
+INLINE void transpose_square(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride,
                              float scale) {
   Vec v[LANES] = {};
   for (int64_t i = 0; i < rows; ++i) v[i] = load_some(from + i * from_stride, columns) * scale;
@@ -259,12 +258,12 @@ INLINE void transpose_square(const From* from, int64_t from_stride, int64_t rows
 }
 
 // to[column][row] = scale * from[row][column]; strides in elements.
-template <typename From, typename To>
-void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride, float scale) {
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride,
+                      float scale) {
   for (int64_t row = 0; row < rows; row += LANES)
     for (int64_t column = 0; column < columns; column += LANES) {
-      const From* const a = from + row * from_stride + column;
-      To* const b = to + column * to_stride + row;
+      const float* const a = from + row * from_stride + column;
+      float* const b = to + column * to_stride + row;
       if (row + LANES <= rows && column + LANES <= columns)  // all sizes are constants: stays in registers
         transpose_square(a, from_stride, LANES, LANES, b, to_stride, scale);
       else

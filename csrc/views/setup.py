@@ -3,19 +3,15 @@
 python csrc/views/setup.py build_ext --inplace    into this folder, unless it is up to date there (--force: anyway)
 pip install ./csrc/views                          into the active environment
 
-The library has a plain C interface (views.h) and needs neither torch nor Python's headers: one build serves every version of
-both. The build tool is that of the selective scan, beside this folder. Environment:
-
-CXX    C++17 compiler; default: the first of g++, c++, clang++ on PATH
+The library has a plain C interface (views.h): one build serves every version of Python. Environment: see csrc/build_tool.py.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "selective_scan"))  # the build tool
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the build tool
 
-from build_tool import VIEWS  # noqa: E402
-from setup_commands import setup_library  # noqa: E402
+from build_tool import VIEWS, main  # noqa: E402
 
 if __name__ == "__main__":
-    setup_library(VIEWS)
+    main(VIEWS)

@@ -1,38 +1,32 @@
-"""Times the 2D selective scan with every backend that can run here, and compares with a plain loop and the hardware's limits.
+"""Times the 2D selective scan with every backend that can run here, and compares with a plain loop and the memory's limit.
 
     python -m scripts.bench.scan                                  # stages of VMamba-Tiny: batch 2 of 224 px, batch 8 of 96 px
     python -m scripts.bench.scan --device cuda --batch 64 64 --dtype bf16 --no-loop
-    python -m scripts.bench.scan --no-model --backends cpp torch  # the scans alone
+    python -m scripts.bench.scan --backends cpp torch
 
 Columns of the tables, in milliseconds of forward + backward:
 - cuda, triton, cpp, torch: backends, called as a network calls them.
 - loop: one Python step per position, plain autograd (`vmamba.scan_reference`).
-- copies: the fastest backend's scan of sequences, between a cross-scan and a cross-merge that copy the image four times.
 - kernel: the fastest backend without PyTorch's work around an operator and its gradient.
 - memory: lower bound of the time to move the data (x, dt, B, C and y once each; in the backward pass their gradients too), at
   the rate of a copy measured in the same run.
-- arithmetic: time of the same arithmetic on data that stays in the first-level cache (`cpp` only).
-- limit: the larger of these two bounds, as a percentage of the kernel's time.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from clever import arguments, utils
 from clever.entry import run_entry_point
-from vmamba import build_vssm, scan_cpp, scan_reference
-from vmamba.selective_scan import BACKENDS, choose_backend, selective_scan, selective_scan_2d
+from vmamba import scan_reference
+from vmamba.selective_scan import BACKENDS, choose_backend, selective_scan_2d
 
 STAGES = ((96, 4, 2), (192, 8, 2), (384, 16, 8), (768, 32, 2))  # channels, pixels per position, blocks of VMamba-Tiny
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODEL = "vssm2-vmambav2_tiny_224"
 
 
 def get_args() -> argparse.Namespace:
@@ -40,11 +34,10 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96], help="image sizes in pixels")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="images per batch, one number for each size")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the scan's input and of the model's autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the scan's input")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="backends to time; not given: all that can run here")
     parser.add_argument("--repeats", type=int, default=10, help="repetitions on a CPU; the fastest counts")
     parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=True, help="time the loop over positions too")
-    parser.add_argument("--model", action=argparse.BooleanOptionalAction, default=True, help="time the whole model too")
     parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
     args = parser.parse_args()
     if len(args.batch) != len(args.sizes):
@@ -97,21 +90,6 @@ def loop_2d(x: Tensor, *rest: Tensor, backend: str = "") -> Tensor:
     return scan_reference.selective_scan_2d_reference(x.permute(0, 2, 3, 1), *rest).permute(0, 3, 1, 2)
 
 
-def copies_2d(
-    x: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, backend: str = "auto"
-) -> Tensor:
-    """The 2D scan by four reordered copies of x and proj, the scan of sequences, and the sum of four results."""
-    height, width = x.shape[2:]
-    rank = dt_weight.shape[-1]
-    sequences = torch.stack([scan_reference.cross_scan(proj[..., k, :])[:, k] for k in range(4)], dim=1)  # [B, 4, R + 2N, L]
-    dt, B, C = sequences.split([rank, A.shape[1], A.shape[1]], dim=2)
-    delta = torch.einsum("kdr,bkrl->bkdl", dt_weight.to(dt.dtype), dt).flatten(1, 2)
-    u = scan_reference.cross_scan(x.permute(0, 2, 3, 1)).flatten(1, 2)
-    y = selective_scan(u, delta, A, B, C, D, dt_bias, backend=backend)
-    y = rearrange(y, "b (k d) l -> b k d l", k=4)
-    return scan_reference.cross_merge(y, height, width).permute(0, 3, 1, 2)
-
-
 def time_scan(
     functions: dict[str, Callable[..., Tensor]], inputs: list[Tensor], args: argparse.Namespace
 ) -> dict[str, list[float]]:
@@ -125,23 +103,17 @@ def time_scan(
     forward = {name: lambda f=function: no_grad(f) for name, function in functions.items()}
     ys = {name: function(*inputs) for name, function in functions.items()}
     backward = {name: lambda y=y: torch.autograd.grad(y, inputs, gy, retain_graph=True) for name, y in ys.items()}
-    forward, backward = fastest(forward, args.repeats, args.device), fastest(backward, args.repeats, args.device)
+    forward, backward = (fastest(functions, args.repeats, args.device) for functions in (forward, backward))
     return {name: [forward[name], backward[name]] for name in functions}
 
 
-def time_kernel(backend: str, inputs: list[Tensor], args: argparse.Namespace) -> dict[str, list[float]]:
-    """[forward, backward] seconds of the backend's own functions and of the `arithmetic` of `cpp`, run in turn."""
+def time_kernel(backend: str, inputs: list[Tensor], args: argparse.Namespace) -> list[float]:
+    """[forward, backward] seconds of the backend's own functions."""
     module, (x, *rest) = BACKENDS[backend], (each.detach() for each in inputs)
-    x = x.permute(0, 2, 3, 1).contiguous()
-    gy, saved = module.forward_2d(x, *rest)
-    forward = {"kernel": lambda: module.forward_2d(x, *rest)}
-    backward = {"kernel": lambda: module.backward_2d(gy, x, *rest, saved)}
-    if args.device == "cpu" and scan_cpp.unavailable_reason() is None:
-        sizes = (4 * x.numel(), rest[1].shape[-1], 1)
-        forward["arithmetic"] = lambda: scan_cpp.arithmetic(*sizes, with_backward=False)
-        backward["arithmetic"] = lambda: scan_cpp.arithmetic(*sizes, with_backward=True)
-    forward, backward = fastest(forward, args.repeats, args.device), fastest(backward, args.repeats, args.device)
-    return {name: [forward[name], backward[name]] for name in forward}
+    tensors = (x.permute(0, 2, 3, 1).contiguous(), *rest)
+    gy, saved = module.forward_2d(*tensors)
+    forward, backward = lambda: module.forward_2d(*tensors), lambda: module.backward_2d(gy, tensors, saved)
+    return [fastest({"kernel": call}, args.repeats, args.device)["kernel"] for call in (forward, backward)]
 
 
 def memory_limit(inputs: list[Tensor], rate: float) -> list[float]:
@@ -157,7 +129,6 @@ def scan_functions(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]
     available = [name for name in BACKENDS if BACKENDS[name].unavailable_reason(torch.device(args.device)) is None]
     names = sorted(args.backends or available, key=lambda name: name != selected)
     functions = {name: lambda *inputs, name=name: selective_scan_2d(*inputs, backend=name) for name in names}
-    functions["copies"] = lambda *inputs: copies_2d(*inputs, backend=names[0])
     if args.loop:
         functions["loop"] = loop_2d
     return functions
@@ -167,53 +138,19 @@ def bench_scans(args: argparse.Namespace) -> list[dict]:
     """One row for each size and stage."""
     rate, functions = copy_rate(args.device), scan_functions(args)
     print(f"memory: {rate / 1e9:.1f} GB/s (copy); forward + backward in milliseconds\n")
-    print(" " * 22 + "".join(f"{name:>19}" for name in [*functions, "kernel", "memory", "arithmetic", "limit"]))
+    print(" " * 22 + "".join(f"{name:>19}" for name in [*functions, "kernel", "memory"]))
     rows = []
     for size, batch in zip(args.sizes, args.batch, strict=True):
         for stage in STAGES:
             inputs = scan_input(size, batch, stage, args.device, DTYPES[args.dtype])
             times = time_scan(functions, inputs, args)
-            kernel = time_kernel(next(iter(times)), inputs, args)
-            times["kernel"] = kernel.pop("kernel")
-            bounds = {"memory": memory_limit(inputs, rate), **kernel}
-            fraction = [max(bound[i] for bound in bounds.values()) / times["kernel"][i] for i in range(2)]
-            numbers = {"seconds": times, "limits": bounds, "share": fraction}
-            rows.append({"size": size, "batch": batch, "channels": stage[0], **numbers})
-            cells = [f"{1e3 * f:.2f} + {1e3 * b:.2f}" for f, b in [*times.values(), *bounds.values()]]
-            cells += ["-"] * (2 - len(bounds)) + [" + ".join(f"{each:.0%}" for each in fraction)]
+            times["kernel"] = time_kernel(next(iter(times)), inputs, args)
+            times["memory"] = memory_limit(inputs, rate)
+            rows.append({"size": size, "batch": batch, "channels": stage[0], "seconds": times})
+            cells = [f"{1e3 * f:.2f} + {1e3 * b:.2f}" for f, b in times.values()]
             side = size // stage[1]
             name = f"{size} px {batch} x {side}x{side}x{stage[0]}"
             print(f"{name:>22}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
-    return rows
-
-
-def bench_model(args: argparse.Namespace) -> list[dict]:
-    """Seconds of VMamba-Tiny, forward and backward, with each scan."""
-    functions, rows = scan_functions(args), []
-    print(f"\n{MODEL}, {args.dtype}: milliseconds of inference, of a training step (forward and backward); images per second")
-    for size, batch in zip(args.sizes, args.batch, strict=True):
-        torch.manual_seed(0)
-        model = build_vssm(MODEL, drop_path_rate=0.0).to(args.device)
-        images = torch.randn(batch, 3, size, size, device=args.device)
-
-        def run(scan: Callable[..., Tensor], backward: bool, model=model, images=images) -> None:
-            autocast = torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
-            patched = mock.patch("vmamba.ss2d.selective_scan_2d", lambda *inputs, backend: scan(*inputs))
-            with patched, autocast, torch.set_grad_enabled(backward):
-                features = model(images)
-            if backward:
-                features.float().square().sum().backward()
-
-        forward = fastest({n: lambda f=f: run(f, False) for n, f in functions.items()}, args.repeats, args.device)
-        both = fastest({n: lambda f=f: run(f, True) for n, f in functions.items()}, args.repeats, args.device)
-        rows.append({"size": size, "batch": batch, "inference": forward, "training": both})
-        base = "loop" if args.loop else "copies"
-        for name, seconds in both.items():
-            print(
-                f"{size} px, batch {batch}: {name:>7} {1e3 * forward[name]:9.0f} {1e3 * seconds:9.0f}"
-                f"{batch / seconds:9.1f} images/s, {both[base] / seconds:5.1f} times as fast as {base}",
-                flush=True,
-            )
     return rows
 
 
@@ -222,8 +159,6 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {device}, {args.dtype}")
     results = {"device": device, "torch": torch.__version__, "dtype": args.dtype, "scans": bench_scans(args)}
-    if args.model:
-        results["model"] = bench_model(args)
     if args.output:
         utils.save_json(results, args.output)
 

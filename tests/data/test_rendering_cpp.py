@@ -15,8 +15,8 @@ from support.processes import ROOT
 from clever.data import rendering_cpp
 from clever.data.augmentations import MultiCropAugmentation
 from clever.data.rendering import render_view
-from csrc.selective_scan import build_tool
-from csrc.selective_scan.build_tool import VIEWS, BuildError
+from csrc import build_tool
+from csrc.build_tool import VIEWS, BuildError
 
 OPERATION_BOUND, RECIPE_BOUND = 1.5, 2.5  # mean absolute difference, of 255
 

@@ -146,15 +146,9 @@ inline bool release(unsigned begin, unsigned end, State state) {
 
 inline std::string stuck() {
   std::string text = "emulation: threads wait for others that do not come:";
-  for (unsigned i = 0; i < blockDim.x; ++i) {
-    const Fiber& fiber = machine.fibers[i];
-    if (i % WARP_SIZE == 0 || fiber.state != machine.fibers[i - 1].state || fiber.line != machine.fibers[i - 1].line)
-      text += " " + std::to_string(i) +
-              (fiber.state == State::FINISHED ? " finished"
-                                              : (fiber.state == State::AT_WARP ? " in its warp" : " at a barrier") +
-                                                    std::string(" on line ") + std::to_string(fiber.line));
-    if (text.size() > 500) break;
-  }
+  for (unsigned i = 0; i < blockDim.x && text.size() < 500; ++i)
+    if (machine.fibers[i].state != State::FINISHED)
+      text += " " + std::to_string(i) + " on line " + std::to_string(machine.fibers[i].line);
   return text;
 }
 
@@ -233,23 +227,17 @@ inline void __syncthreads(int line = __builtin_LINE()) { emulation::wait(emulati
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) { emulation::exchange(mask, 0, 0, line); }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int from, int width = 32, int line = __builtin_LINE()) {
+T __shfl_up_sync(unsigned mask, T value, unsigned away, int line = __builtin_LINE()) {
   const unsigned lane = emulation::lane();
-  return emulation::exchange(mask, value, (lane & ~(width - 1)) + (from & (width - 1)), line);
+  return emulation::exchange(mask, value, lane >= away ? lane - away : lane, line);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned away, int width = 32, int line = __builtin_LINE()) {
+T __shfl_down_sync(unsigned mask, T value, unsigned away, int line = __builtin_LINE()) {
   const unsigned lane = emulation::lane();
-  return emulation::exchange(mask, value, (lane & (width - 1)) >= away ? lane - away : lane, line);
+  return emulation::exchange(mask, value, lane + away < emulation::WARP_SIZE ? lane + away : lane, line);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned away, int width = 32, int line = __builtin_LINE()) {
-  const unsigned lane = emulation::lane();
-  return emulation::exchange(mask, value, (lane & (width - 1)) + away < unsigned(width) ? lane + away : lane, line);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, int line = __builtin_LINE()) {
-  if (bits >= width) emulation::machine.error = "emulation: a shuffle that leaves its part of the warp";
+T __shfl_xor_sync(unsigned mask, T value, int bits, int line = __builtin_LINE()) {
   return emulation::exchange(mask, value, emulation::lane() ^ bits, line);
 }
 

@@ -1,7 +1,7 @@
 """Inputs of the selective scan, and comparisons with its reference that the tests of every backend share.
 
-Lists of tensors are in the order of the arguments of the operators: u, delta, A, B, C, D, delta_bias for sequences, and
-x [B, H, W, D], proj, dt_weight, A, D, dt_bias for images. D and the bias may be None.
+Lists of tensors are in the order of the arguments: u, delta, A, B, C, D, delta_bias for sequences, and x [B, H, W, D], proj,
+dt_weight, A, D, dt_bias for images. D and the bias may be None.
 """
 
 import json
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from support.golden import DATA, rel_error, tensor
 from torch import Tensor
 
-SEQUENCE_INPUTS, IMAGE_INPUTS = (0, 1, 3, 4), (0, 1)  # the tensors that may be half precision; the others are parameters
+from vmamba.scan_reference import selective_scan_2d_reference
+
 EXTREMES = [(delta, A) for delta in (-1e4, -100.0, 0.0, 30.0, 1e4) for A in (-1e4, -1.0, -1e-8)]
 
 
@@ -34,14 +35,10 @@ def draw_images(batch: int, height: int, width: int, channels: int, rank: int, s
     return [x, proj, dt_weight, A, draw((4 * channels,), 5), draw((4 * channels,), 6, 0.5) - 1]
 
 
-def extreme_inputs(delta: float, A: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Sequences and images with this delta (images: bias of delta) and this A everywhere."""
-    sequences, images = draw_sequences(1, 2, 9, 1, 12), draw_images(1, 3, 4, 9, 2, 1)
-    sequences[1].fill_(delta)
-    sequences[2].fill_(A)
-    images[5].fill_(delta)
-    images[3].fill_(A)
-    return sequences, images
+def extreme_images(delta: float, A: float) -> list[Tensor]:
+    """Images with this bias of delta and this A everywhere."""
+    x, proj, dt_weight, As, D, bias = draw_images(1, 3, 4, 10, 2, 1)
+    return [x, proj, dt_weight, As.fill_(A), D, bias.fill_(delta)]
 
 
 def without(tensors: list[Tensor], *indices: int) -> list[Tensor | None]:
@@ -49,9 +46,9 @@ def without(tensors: list[Tensor], *indices: int) -> list[Tensor | None]:
     return [None if index in indices else each for index, each in enumerate(tensors)]
 
 
-def cast(tensors: list[Tensor | None], dtype: torch.dtype, indices: tuple[int, ...]) -> list[Tensor | None]:
-    """The tensors at these indices in another type."""
-    return [each.to(dtype) if index in indices else each for index, each in enumerate(tensors)]
+def halve(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Images with x and proj in half precision."""
+    return [*(each.to(dtype) for each in tensors[:2]), *tensors[2:]]
 
 
 def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor | None], device: str = "cpu") -> list[Tensor]:
@@ -67,21 +64,11 @@ def exactly(function: Callable[..., Tensor], tensors: list[Tensor | None]) -> li
     return with_gradients(function, [None if each is None else each.cpu().double() for each in tensors])
 
 
-def run_sequences(backend: ModuleType, tensors: list[Tensor | None], delta_softplus: bool = True) -> list[Tensor]:
-    """y and the gradients of the tensors that are not None, by a backend's own functions."""
-    y, saved = backend.forward(*tensors, delta_softplus)
-    gradients = backend.backward(draw(tuple(y.shape), 9).to(y), *tensors, saved, delta_softplus)
-    return _checked(tensors, y, gradients)
-
-
 def run_images(backend: ModuleType, tensors: list[Tensor | None]) -> list[Tensor]:
+    """y and the gradients of the tensors that are not None, by a backend's own functions; checks shapes, types and layouts."""
     y, saved = backend.forward_2d(*tensors)
-    return _checked(tensors, y, backend.backward_2d(draw(tuple(y.shape), 9).to(y), *tensors, saved))
-
-
-def _checked(tensors: list[Tensor | None], y: Tensor, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """Asserts that shapes, types and memory layouts are as the operators promise."""
     assert y.dtype == torch.float32 and y.is_contiguous()
+    gradients = backend.backward_2d(draw(tuple(y.shape), 9).to(y), tuple(tensors), saved)
     for argument, gradient in zip(tensors, gradients, strict=True):
         assert (argument is None) == (gradient is None)
         if argument is not None:
@@ -99,14 +86,10 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], y: float, gradien
 
 
 def assert_as_exact_as_plain_torch(
-    scan: Callable[[list[Tensor]], list[Tensor]],
-    plain: Callable[..., Tensor],
-    tensors: list[Tensor],
-    dtype: torch.dtype,
-    inputs: tuple[int, ...],
+    scan: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor], dtype: torch.dtype
 ) -> None:
-    """Error against float64 on the unrounded input: at most twice that of the plain form on the same rounded input."""
-    rounded = cast(tensors, dtype, inputs)
+    """Error against float64 on the unrounded images: at most twice that of the reference on the same rounded images."""
+    rounded, plain = halve(tensors, dtype), selective_scan_2d_reference
     for index, (got, bound, want) in enumerate(
         zip(scan(rounded), with_gradients(plain, rounded), exactly(plain, tensors), strict=True)
     ):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,14 +12,11 @@ from safetensors.torch import load_file
 from support.golden import DATA, fill_, rel_error, tensor
 from torch import nn
 
-import vmamba.ss2d
-from clever.models.backbones import build_backbone, synchronize_batch_norm
-from clever.models.weights import load_backbone_file, load_backbone_weights
-from clever.utils import InputError
+from clever.models.weights import load_backbone_file
 from vmamba import VSSMConfig, build_vssm
-from vmamba.model import MLP, PatchMerging, VSSBlock
+from vmamba.model import MLP, PatchMerging
 from vmamba.scan_reference import selective_scan_reference
-from vmamba.selective_scan import BACKENDS
+from vmamba.selective_scan import BACKENDS, selective_scan_2d
 from vmamba.ss2d import SS2D
 
 VMAMBA = json.loads((DATA / "vmamba.json").read_text())
@@ -39,24 +35,15 @@ SMALL = VSSMConfig(
 IMAGES = tensor("image.33x47", (2, 3, 33, 47))
 VARIANTS = [
     {},
-    {"norm_layer": "ln"},
-    {"norm_layer": "bn"},
     {"norm_layer": "bn", "downsample": "v1", "patchembed": "v1"},
-    {"downsample": "v1"},
     {"downsample": "v2"},
-    {"patchembed": "v1"},
     {"patchembed": "v1", "patch_norm": False},
-    {"patch_norm": False},
     {"gmlp": True},
-    {"mlp_ratio": 0.0},
     {"ssm_forwardtype": "v05"},
     {"ssm_forwardtype": "v0", "norm_layer": "ln", "ssm_ratio": 2.0},
     {"ssm_d_state": 16, "ssm_conv_bias": True},
     {"ssm_conv": -1, "ssm_act_layer": "gelu", "mlp_act_layer": "silu"},
-    {"ssm_conv": 5, "ssm_act_layer": "relu", "mlp_act_layer": "relu"},
     {"ssm_dt_rank": 3, "ssm_ratio": 1.5, "embed_dim": (8, 24, 20)},
-    {"ssm_drop_rate": 0.2, "mlp_drop_rate": 0.2},
-    {"in_chans": 1},
 ]
 
 
@@ -121,8 +108,7 @@ def test_golden_at_96_pixels_module_by_module_and_gradients(tiny, golden):
 
 @torch.no_grad()
 def test_golden_at_224_pixels(tiny, golden):
-    features = tiny(tensor("image.224x224", (2, 3, 224, 224)))
-    assert rel_error(features, golden["vssm_tiny.224x224.features"]) < 1e-4
+    assert rel_error(tiny(tensor("image.224x224", (2, 3, 224, 224))), golden["vssm_tiny.224x224.features"]) < 1e-4
 
 
 @pytest.mark.parametrize("arch", LAYOUTS)
@@ -135,12 +121,8 @@ def test_names_and_shapes_are_the_originals(arch):
         assert own == expected
     assert sorted(own) == sorted(expected)
     assert network.embed_dim == expected[-1][1][0]
-
-
-def test_number_of_parameters():
-    with torch.device("meta"):
-        network = build_vssm(TINY)
-    assert sum(p.numel() for p in network.parameters()) == VMAMBA["vssm_tiny_params_without_head"] == 29_480_064
+    if arch == TINY:
+        assert sum(p.numel() for p in network.parameters()) == VMAMBA["vssm_tiny_params_without_head"] == 29_480_064
 
 
 # --- parts, against their definition -----------------------------------------------------------------------------------
@@ -185,16 +167,8 @@ def test_initialisation():
     assert dt.log().mean().item() == pytest.approx(math.log(0.01), abs=0.2)  # log-uniform
     assert torch.allclose(op.A_logs.exp(), torch.tensor([1.0, 2.0, 3.0]).expand(4 * 320, 3))
     assert torch.equal(op.Ds, torch.ones(4 * 320))
-    assert op.dt_projs_weight.shape == (4, 320, 10)
     assert op.dt_projs_weight.abs().max().item() == pytest.approx(10**-0.5, rel=0.01)
     assert op.x_proj_weight.abs().max().item() == pytest.approx(320**-0.5, rel=0.01)
-    network = small()
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            assert 0.015 < module.weight.std() < 0.025
-            assert module.bias is None or not module.bias.any()
-        if isinstance(module, nn.LayerNorm):
-            assert module.eps == 1e-5
 
 
 @torch.no_grad()
@@ -225,16 +199,6 @@ def test_drop_path_rises_linearly_to_the_configs_rate():
     assert blocks_of(build_vssm(SMALL, 0.6))[1].drop_path.p == pytest.approx(0.2)
 
 
-def test_drop_path_drops_whole_branches_of_a_sample():
-    torch.manual_seed(0)
-    block = fill_(VSSBlock(replace(SMALL, mlp_ratio=0.0), 8, drop_path=0.5, backend="auto")).train()
-    x = tensor("block.x", (64, 2, 3, 8))
-    change, kept = block(x) - x, block.eval()(x) - x
-    dropped = change.flatten(1).abs().amax(1) == 0
-    assert 16 < dropped.sum() < 48
-    assert torch.allclose(change[~dropped], 2 * kept[~dropped], atol=1e-5)
-
-
 # --- every variant -----------------------------------------------------------------------------------------------------
 
 
@@ -242,8 +206,7 @@ def test_drop_path_drops_whole_branches_of_a_sample():
 def test_every_variant_runs_forward_and_backward(changes):
     """With an odd size that is not square. Every parameter has a gradient that is not zero."""
     network = small(**changes).train()
-    images = IMAGES[:, : changes.get("in_chans", 3)]
-    features = network(images)
+    features = network(IMAGES)
     assert features.shape == (2, network.embed_dim) and features.isfinite().all()
     (features * tensor("variant.weights", features.shape)).sum().backward()
     for name, p in network.named_parameters():
@@ -253,26 +216,6 @@ def test_every_variant_runs_forward_and_backward(changes):
 @torch.no_grad()
 def test_ln_and_ln2d_are_the_same():
     assert torch.equal(small(norm_layer="ln").eval()(IMAGES), small(norm_layer="ln2d").eval()(IMAGES))
-
-
-@pytest.mark.parametrize(
-    "changes, smallest",
-    [({}, 1), ({"patchembed": "v1"}, 4), ({"downsample": "v2"}, 13), ({"patchembed": "v1", "downsample": "v2"}, 16)],
-    ids=str,
-)
-@torch.no_grad()
-def test_smallest_images(changes, smallest):
-    network = small(**changes).eval()
-    assert network(torch.ones(1, 3, smallest, 20)).isfinite().all()
-    with pytest.raises(InputError, match=f"image size 20x{smallest - 1}: too small, .* {smallest} pixels"):
-        network(torch.ones(1, 3, 20, smallest - 1))
-
-
-@torch.no_grad()
-def test_one_position_has_nothing_before_it():
-    """A feature map of one position, which all four directions see alike."""
-    network = small().eval()
-    assert network(IMAGES[:, :, :1, :1]).isfinite().all()
 
 
 @pytest.mark.parametrize("norm", ["ln2d", "bn"])
@@ -288,41 +231,24 @@ def test_checkpointing_changes_no_number(norm):
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*results, strict=True))
 
 
-def test_checkpointing_keeps_fewer_tensors():
-    counts = []
-    for checkpointing in (False, True):
-        network, kept = build_vssm(SMALL, 0.0, checkpointing).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
-            network(IMAGES)
-        counts.append(sum(kept))
-    assert counts[1] < counts[0] / 3
-
-
-@pytest.mark.parametrize("forward_type", ["v0", "v05", "v05_noz"])
+@pytest.mark.parametrize("forward_type", ["v0", "v05_noz"])
 def test_autocast_keeps_the_scan_in_float32(forward_type, monkeypatch):
-    calls = []
+    network, calls = fill_(small(ssm_forwardtype=forward_type)).train(), []
 
     def scan(*tensors, backend):
         calls.append([each.dtype for each in tensors])
-        return vmamba.selective_scan.selective_scan_2d(*tensors, backend=backend)
+        return selective_scan_2d(*tensors, backend=backend)
 
-    monkeypatch.setattr(vmamba.ss2d, "selective_scan_2d", scan)
-    network, results = fill_(small(ssm_forwardtype=forward_type)).train(), []
-    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        with context:
-            features = network(IMAGES)
-        assert features.dtype == torch.float32 and features.isfinite().all()
-        network.zero_grad()
-        features.pow(2).sum().backward()
-        results.append((features.detach(), blocks_of(network)[0].op.A_logs.grad))
-    assert rel_error(results[1][0], results[0][0]) < 0.02
-    assert results[1][1].dtype == torch.float32 and rel_error(results[1][1], results[0][1]) < 0.1
-    inputs, parameters = calls[-1][:2], calls[-1][2:]
-    assert set(inputs) == {torch.float32 if forward_type == "v0" else torch.bfloat16}
-    assert set(parameters) == {torch.float32}
+    monkeypatch.setattr("vmamba.ss2d.selective_scan_2d", scan)
+    exact = network(IMAGES).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = network(IMAGES)
+    assert features.dtype == torch.float32 and rel_error(features, exact) < 0.02
+    assert set(calls[-1][:2]) == {torch.float32 if forward_type == "v0" else torch.bfloat16}
+    assert set(calls[-1][2:]) == {torch.float32}  # the parameters
 
 
-@pytest.mark.parametrize("changes", [{}, {"ssm_forwardtype": "v0"}, {"ssm_forwardtype": "v05", "norm_layer": "bn"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"ssm_forwardtype": "v0"}], ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)], ids=str)
 def test_a_network_in_half_precision(changes, dtype, tolerance):
     """Converted as a whole, it computes and learns in its type."""
@@ -332,17 +258,6 @@ def test_a_network_in_half_precision(changes, dtype, tolerance):
     assert features.dtype == dtype and rel_error(features.float(), exact) < tolerance
     features.float().pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-
-@torch.no_grad()
-def test_synchronised_batch_norm(monkeypatch):
-    network = fill_(small(norm_layer="bn")).eval()
-    expected = network(IMAGES)
-    monkeypatch.setattr("clever.models.backbones.is_distributed", lambda: True)
-    (network,) = synchronize_batch_norm([network], TINY, torch.device("cuda"))
-    network.eval()
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
-    assert torch.allclose(network(IMAGES), expected, atol=1e-6)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------
@@ -366,12 +281,12 @@ def as_convolutions(state):
     return {name: value[..., None, None] if linear.search(name) else value for name, value in state.items()}
 
 
-FILES = [dict, with_classifier, as_convolutions, lambda state: as_old(with_classifier(state)), as_old]
+FILES = [dict, as_convolutions, lambda state: as_old(with_classifier(state))]
 
 
-@pytest.mark.parametrize("convert", FILES, ids=["own", "classifier", "1x1", "old, classifier", "old"])
-@pytest.mark.parametrize("changes", [{"patchembed": "v1", "downsample": "v1"}, {"mlp_ratio": 0.0, "patchembed": "v1"}])
-def test_weights_of_every_layout_load(tmp_path, convert, changes):
+@pytest.mark.parametrize("convert", FILES, ids=["own", "1x1", "old, classifier"])
+def test_weights_of_every_layout_load(tmp_path, convert):
+    changes = {"patchembed": "v1", "downsample": "v1"}
     source, path = fill_(small(**changes)), tmp_path / "released.pth"
     torch.save({"model": convert(source.state_dict())}, path)
     network, wrapped = small(**changes), nn.ModuleDict({"backbone": small(**changes)})
@@ -380,19 +295,3 @@ def test_weights_of_every_layout_load(tmp_path, convert, changes):
     for name, value in source.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
         assert torch.equal(wrapped["backbone"].state_dict()[name], value), name
-
-
-def test_weights_of_another_configuration_are_an_error_and_nothing_is_loaded():
-    network = small()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    for changes, message in [
-        ({"depths": (1, 3, 1)}, "18 unexpected: layers.1.blocks.2.norm.weight"),
-        ({"depths": (1, 1, 1)}, "missing: layers.1.blocks.1.norm.weight"),
-        ({"ssm_d_state": 16}, r"of another shape: .*A_logs \(\[64, 16\] in the file, \[64, 1\] in the backbone\)"),
-        ({"downsample": "v1"}, "missing: layers.0.downsample.1.weight.*unexpected: .*reduction"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            load_backbone_weights(network, fill_(small(**changes)).state_dict())
-    with pytest.raises(InputError, match="missing"):
-        load_backbone_weights(network, build_backbone("vit_micro").state_dict())
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

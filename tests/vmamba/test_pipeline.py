@@ -1,20 +1,17 @@
-"""VMamba in the pipeline: pretraining, exact resume, probes of every part, evaluation on perturbed images."""
-
-import json
+"""VMamba in the pipeline: pretraining, exact resume, probes of every part on perturbed images."""
 
 import pytest
 import torch
-from support.in_process import pretrain, probe
+from support.in_process import probe
 from support.processes import run, write_images, write_labelled_images
 
 from clever.checkpoint import load_checkpoint
 
-ARCH = "vssm2-vmambav2_micro"
 FLAGS = (
-    "--net", "CLeVER", "--arch", ARCH, "--global_crops_size", 32, "--local_crops_size", 17, "--local_crops_number", 2,
-    "--out_dim", 64, "--DVR_out_dim", 32, "--head_hidden_dim", 64, "--head_bottleneck_dim", 32, "--use_fp16", "false",
-    "--warmup_epochs", 1, "--print_freq", 1, "--drop_path_rate", 0.2, "--lr", 0.032, "--batch_size_per_gpu", 4,
-    "--num_workers", 0, "--epochs", 3,
+    "--net", "CLeVER", "--arch", "vssm2-vmambav2_micro", "--global_crops_size", 32, "--local_crops_size", 17,
+    "--local_crops_number", 2, "--out_dim", 64, "--DVR_out_dim", 32, "--head_hidden_dim", 64, "--head_bottleneck_dim", 32,
+    "--use_fp16", "false", "--warmup_epochs", 1, "--print_freq", 1, "--drop_path_rate", 0.2, "--lr", 0.032,
+    "--batch_size_per_gpu", 4, "--num_workers", 0, "--epochs", 3,
 )  # fmt: skip
 
 
@@ -33,8 +30,6 @@ def checkpoint(images, tmp_path_factory):
 def test_pretraining_moves_every_parameter_of_the_backbone(checkpoint):
     state = load_checkpoint(checkpoint)
     student, teacher = state["student"], state["teacher"]
-    names = [name for name in student if name.startswith("backbone.") and "A_logs" in name]
-    assert len(names) == 3
     for name in student:
         assert torch.isfinite(student[name]).all(), name
         if name.startswith("backbone."):
@@ -51,23 +46,10 @@ def test_a_killed_run_ends_in_the_same_bits(checkpoint, images, tmp_path):
         assert all(torch.equal(resumed[key][name], tensor) for name, tensor in whole[key].items()), key
 
 
-@pytest.mark.parametrize(("part", "width"), [("ALL", 128), ("main_part", 102), ("else_part", 26)])
-def test_probe_and_perturbed_evaluation(checkpoint, tmp_path, part, width):
+def test_probe_and_perturbed_evaluation(checkpoint, tmp_path):
     data = write_labelled_images(tmp_path / "labelled", train=4, val=2)
-    flags = ("--else_part", part, "--batch_size_per_gpu", 4, "--lr", 0.1)
+    flags = ("--else_part", "main_part", "--batch_size_per_gpu", 4, "--lr", 0.1)
     outcome = probe(checkpoint, data, tmp_path / "probe", *flags)
-    assert outcome.status == 0, outcome.stderr
-    assert f"{width} " in outcome.stdout or str(width) in outcome.stdout
+    assert outcome.status == 0 and "102" in outcome.stdout, outcome.stderr  # width of the part
     outcome = probe(checkpoint, data, tmp_path / "probe", *flags, "--evaluate", "--test_aug_type", "aug1_2")
-    assert outcome.status == 0, outcome.stderr
-    assert "Accuracy of the network on the" in outcome.stdout
-
-
-def test_the_default_rate_of_stochastic_depth_is_the_configurations(images, tmp_path):
-    rates = {}
-    for arch, extra in ((ARCH, ()), ("vit_micro", ("--patch_size", 8))):
-        outcome = pretrain(images, tmp_path / arch, "--arch", arch, "--net", "dino", *extra)
-        assert outcome.status == 0, outcome.stderr
-        rates[arch] = load_checkpoint(tmp_path / arch / "checkpoint.pth")["args"]["drop_path_rate"]
-    assert rates == {ARCH: 0.0, "vit_micro": 0.1}
-    assert json.loads((tmp_path / ARCH / "log.txt").read_text().splitlines()[0])["epoch"] == 0
+    assert outcome.status == 0 and "Accuracy of the network on the" in outcome.stdout, outcome.stderr

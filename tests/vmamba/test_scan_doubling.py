@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.scans import EXTREMES, assert_close, draw_images, extreme_inputs, without
+from support.scans import EXTREMES, assert_close, draw_images, extreme_images, without
 
 from vmamba.scan_doubling import linear_recurrence, selective_scan_2d_doubling
 from vmamba.scan_reference import selective_scan_2d_reference
@@ -27,7 +27,7 @@ def test_as_the_reference(size, missing):
 
 @pytest.mark.parametrize("delta, A", EXTREMES)
 def test_extreme_decays_stay_exact(delta, A):
-    _, tensors = extreme_inputs(delta, A)
+    tensors = extreme_images(delta, A)
     expected = selective_scan_2d_reference(*(tensor.double() for tensor in tensors))
     found = selective_scan_2d_doubling(*tensors)
     assert found.isfinite().all()

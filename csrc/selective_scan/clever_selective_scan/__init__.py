@@ -1,1 +1,1 @@
-"""The compiled selective scans, as shared libraries beside this file. compiled.py loads them."""
+"""The compiled selective scan, as shared libraries beside this file. clever.compiled loads them."""

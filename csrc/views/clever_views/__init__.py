@@ -1,1 +1,1 @@
-"""The compiled renderer of views, a shared library beside this file. views_cpp.py loads it."""
+"""The compiled renderer of views, a shared library beside this file. clever.data.rendering_cpp loads it."""
