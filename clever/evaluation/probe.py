@@ -10,6 +10,7 @@ Shapes: D width of the features, C classes, M images.
 import argparse
 import datetime
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clever import arguments, signals, utils
-from clever.checkpoint import (
-    load_checkpoint,
-    save_atomically,
-    strip_prefix,
-    valid_state,
-)
+from clever.checkpoint import load_checkpoint, save_atomically, strip_prefix, valid_state
 from clever.data.datasets import ImageDataset, make_loader, shard
 from clever.distributed import (
     all_reduce_sum,
@@ -59,6 +55,16 @@ class LinearClassifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)  # B, C
+
+
+def existing_probe(path: Path, pattern: str) -> Path:
+    """`path`; if there is no such file but a single one beside it whose whole name matches the pattern, that one."""
+    if not path.exists():
+        found = [other for other in path.parent.glob("*.pth.tar") if re.fullmatch(pattern, other.name)]
+        if len(found) == 1:
+            print(f"there is no {path.name}: taking {found[0]}, the only probe of this part and trial name")
+            return found[0]
+    return path
 
 
 @dataclass(eq=False)
@@ -94,8 +100,6 @@ class Probe:
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.0}, init=False)
     result: dict[str, float] = field(default_factory=dict, init=False)
 
-    # --- training ---
-
     def start(self, epochs: int) -> None:
         """Prepare for training with a cosine schedule to 0 over `epochs`, from the checkpoint if there is one."""
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs, eta_min=0)
@@ -121,12 +125,8 @@ class Probe:
         """Advance the schedule and write the checkpoint, in the first process."""
         self.scheduler.step()
         self.epoch = epoch + 1
-        if is_main_process():
-            self._save()
-
-    # --- files ---
-
-    def _save(self) -> None:
+        if not is_main_process():
+            return
         state = {
             "epoch": self.epoch, "state_dict": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(), "args": self.arguments, **self.identity,
@@ -139,16 +139,8 @@ class Probe:
     def _resume(self) -> None:
         """Load the checkpoint to continue its training. Raises InputError if it was made differently."""
         state = self.load(self.path)
-        missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
-        if missing:
-            raise InputError(f"probe checkpoint {self.path}: cannot be resumed, lacks {', '.join(sorted(missing))}")
         stored = arguments.plain_args(state["args"]) if isinstance(state.get("args"), (dict, argparse.Namespace)) else {}
-        for name in self.fixed_arguments:
-            if name in stored and stored[name] != self.arguments[name]:
-                raise InputError(
-                    f"--{name} {self.arguments[name]}: the probe {self.path} was trained with {stored[name]}; continue it with "
-                    "that, or give another --output_dir or --trial_name"
-                )
+        self._check_same(self.path, stored, {f: self.arguments[f] for f in self.fixed_arguments}, "--")
         with valid_state(self.path):
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -162,29 +154,28 @@ class Probe:
         """
         checkpoint = load_checkpoint(path)
         state = strip_prefix(checkpoint["state_dict"]) if isinstance(checkpoint.get("state_dict"), dict) else {}
-        sizes = [value.ndim if isinstance(value, torch.Tensor) else None for value in state.values()]
-        if set(state) != {"linear.weight", "linear.bias"} or sorted(sizes, key=str) != [1, 2]:
+        weight = state.get("linear.weight")
+        if set(state) != {"linear.weight", "linear.bias"} or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             raise InputError(f"probe checkpoint {path}: contains no linear classifier")
-        found = checkpoint | dict(zip(("num_labels", "dim"), state["linear.weight"].shape, strict=True))
-        for name, value in self.identity.items():
-            if name in found and found[name] != value:
-                why = f"its {name} is {found[name]}, here it is {value}"
-                if name == "backbone":
-                    why = "was trained on other backbone weights; delete it, or move it away"
-                elif name == "classes":
-                    why = "was trained on other classes; to train one for these, give another --output_dir or --trial_name"
-                elif name == "images_per_step":  # only the identity of a probe to be trained has it
-                    batch = self.arguments["batch_size_per_gpu"]
-                    why = (f"was trained with {found[name]} images per step, not {value} (--batch_size_per_gpu {batch} times "
-                           "processes); continue it with that, or give another --output_dir or --trial_name")  # fmt: skip
-                raise InputError(f"probe checkpoint {path}: {why}")
+        self._check_same(path, checkpoint | dict(zip(("num_labels", "dim"), weight.shape, strict=True)), self.identity)
+        if self.extractor.train_backbone != ("state_dict_model" in checkpoint):
+            raise InputError(f"checkpoint {path}: must have been trained in the same mode, with or without the backbone")
         with valid_state(path):
             self.classifier.load_state_dict(state)
         if self.extractor.train_backbone:
-            load_trained_backbone(path, checkpoint, self.extractor.backbone)
-        elif "state_dict_model" in checkpoint:
-            raise InputError(f"checkpoint {path}: contains a fine-tuned backbone; evaluate it in the mode it was trained in")
+            with utils.error_prefix(f"checkpoint {path}"):
+                backbone = self.extractor.backbone
+                load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model", backbone.state_dict()))
         return checkpoint
+
+    @staticmethod
+    def _check_same(path: str | Path, found: dict[str, Any], expected: dict[str, Any], dashes: str = "") -> None:
+        for name, value in expected.items():
+            if name in found and found[name] != value:
+                raise InputError(
+                    f"{dashes}{name} {value}: the probe {path} was trained with {name} {found[name]}; take that, or another "
+                    "--output_dir or --trial_name"
+                )
 
 
 @dataclass
@@ -238,8 +229,7 @@ class ProbeGroup:
         """Features of each part, and labels. Those of a frozen backbone are kept until another data set is given."""
         if self._kept is not None and self._kept[0] is test:
             return self._kept[1]
-        own = shard(test, get_rank(), get_world_size())
-        loader = make_loader(own, self.batch_size, num_workers=self.num_workers)
+        loader = make_loader(shard(test, get_rank(), get_world_size()), self.batch_size, num_workers=self.num_workers)
         found = extract_parts(self.extractors, loader, self.device, "test images")
         self._kept = None if self.train_backbone else (test, found)
         return found
@@ -267,39 +257,35 @@ class ProbeGroup:
         """This process's share of the training images, shuffled.
 
         If the backbone's batch norms are trained and the last batch would be a single image, which has no statistics of its
-        own, this batch is left out; it is another image in every epoch. Raises InputError if all batches are single images.
+        own, this batch is left out; it is another image in every epoch.
         """
         sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
         trains_batch_norms = self.train_backbone and has_batch_norm(self.backbone)
-        if trains_batch_norms and min(len(sampler), self.batch_size) == 1:
-            raise InputError(
-                f"--batch_size_per_gpu {self.batch_size}, {len(sampler)} training images per process: the backbone's batch "
-                "norms need batches of 2 images or more"
-            )
         drop_last = trains_batch_norms and len(sampler) % self.batch_size == 1
         return make_loader(train, self.batch_size, sampler, self.num_workers, drop_last)
 
     def _run_epoch(self, active: list[Probe], loader: DataLoader, test: ImageDataset, epoch: int) -> None:
         """Train the active probes for one epoch, validate them if it is time, and write their checkpoints."""
         start = time.perf_counter()
-        self._start_epoch(loader, epoch)
-        losses = self.train_one_epoch(active, loader, epoch)
-        validated = (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs
-        results = self.evaluate(test) if validated else {}
-        left = round((time.perf_counter() - start) * (self.epochs - epoch - 1))
-        with signals.deferred():
-            for probe, loss in zip(active, losses, strict=True):
-                if validated:
-                    probe.record(results[probe])
-                    self._print_epoch(probe, epoch, loss, left)
-                probe.end_epoch(epoch)
-
-    def _start_epoch(self, loader: DataLoader, epoch: int) -> None:
-        """Random numbers, the order of the images and their views depend on the seed and the epoch alone."""
+        # Random numbers, the order of the images and their views depend on the seed and the epoch alone.
         utils.seed_everything(self.seed, epoch, get_rank())
         loader.sampler.set_epoch(epoch)
         loader.dataset.set_epoch(epoch)
         self.backbone.train(self.train_backbone)
+        losses = self.train_one_epoch(active, loader, epoch)
+        validated = (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs
+        results = self.evaluate(test) if validated else {}
+        left = datetime.timedelta(seconds=round((time.perf_counter() - start) * (self.epochs - epoch - 1)))
+        with signals.deferred():
+            for probe, loss in zip(active, losses, strict=True):
+                if validated:
+                    probe.record(results[probe])
+                    prefix, count = self.prefix(probe), probe.result["num_test_images"]
+                    print(f"{prefix}Accuracy at epoch {epoch} of the network on the {count} test images: "
+                          f"{probe.result['accuracy']:.2f}%")  # fmt: skip
+                    best = probe.best["accuracy"]
+                    print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {loss:.4f}, left {left}", flush=True)
+                probe.end_epoch(epoch)
 
     def train_one_epoch(self, active: list[Probe], loader: DataLoader, epoch: int) -> list[float]:
         """One pass over the training images for the active probes; the mean loss of each."""
@@ -329,20 +315,6 @@ class ProbeGroup:
         """Names the probe's part in printed lines, if there are several probes."""
         return f"{probe.identity['part']}: " if len(self.probes) > 1 else ""
 
-    def _print_epoch(self, probe: Probe, epoch: int, train_loss: float, seconds_left: int) -> None:
-        prefix, left = self.prefix(probe), datetime.timedelta(seconds=seconds_left)
-        accuracy, count, best = probe.result["accuracy"], probe.result["num_test_images"], probe.best["accuracy"]
-        print(f"{prefix}Accuracy at epoch {epoch} of the network on the {count} test images: {accuracy:.2f}%")
-        print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {train_loss:.4f}, left {left}", flush=True)
-
-
-def load_trained_backbone(path: str | Path, checkpoint: dict[str, Any], backbone: nn.Module) -> None:
-    """Load the fine-tuned backbone of a classifier's checkpoint. Raises InputError if there is none, or another one."""
-    if "state_dict_model" not in checkpoint:
-        raise InputError(f"checkpoint {path}: contains no fine-tuned backbone, only a classifier")
-    with utils.error_prefix(f"checkpoint {path}"):
-        load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model", backbone.state_dict()))
-
 
 @torch.no_grad()
 def top1_hits(classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -362,8 +334,6 @@ def accuracies(
     Raises FloatingPointError if the classifier has diverged.
     """
     logits = classifier(features)  # M, C
-    if not logits.isfinite().all():
-        raise FloatingPointError("outputs of the classifier for test images")
     num_labels = logits.shape[1]
     hits = logits.topk(min(5, num_labels)).indices == labels[:, None]  # M, 5
     loss = F.cross_entropy(logits, labels, reduction="sum")
