@@ -1,8 +1,6 @@
 """Downstream classification: golden values, what each mode trains, processes, resume, evaluation."""
 
 import math
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +17,8 @@ from torchvision.ops import StochasticDepth
 import eval_linear_ds as ds
 from clever.checkpoint import load_checkpoint
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.pretrained import Pretrained
-from clever.evaluation.probe import LinearClassifier, ProbeGroup
+from clever.evaluation.probe import ProbeGroup
 from clever.models.backbones import build_backbone
 from vmamba import load_config
 

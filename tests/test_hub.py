@@ -66,13 +66,6 @@ def test_images_of_any_mode_are_accepted(world, mode):
     torch.testing.assert_close(transform(image)[:, 16, 16], expected)
 
 
-def test_the_transform_draws_no_random_numbers(world):
-    transform = load_backbone(world.root / "clever.pth").transform
-    before = torch.get_rng_state()
-    transform(Image.new("RGB", (48, 40)))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_split_gives_ir_and_ef(world):
     split = load_backbone(world.root / "clever.pth").split
     z = torch.arange(2 * 128.0).view(2, 128)
@@ -89,7 +82,7 @@ def test_what_the_checkpoint_does_not_say_is_given(world):
 
 
 def test_errors_are_input_errors(world):
-    with pytest.raises(InputError, match="dino network has no IR and EF"):
+    with pytest.raises(InputError, match="a dino network .* has no IR and EF"):
         load_backbone(world.root / "dino.pth").split(torch.zeros(1, 128))
     with pytest.raises(InputError, match="no such file"):
         load_backbone(world.root / "absent.pth")
@@ -125,6 +118,3 @@ def test_torch_hub_loads_it_in_one_line_from_any_folder(world):
         torch.testing.assert_close(found, expected)
 
 
-def test_importing_a_light_module_of_the_package_does_not_import_torch():
-    code = "import sys, clever, clever.evaluation.names; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

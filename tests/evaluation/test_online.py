@@ -101,7 +101,7 @@ def test_a_subset_is_drawn_once_and_in_order(data):
         (("--probe_freq", 0), "--probe_freq 0: must be greater than 0"),
         (("--probe_images", 9), "--probe_images 9: must be 10 or more"),
         (("--probe_data", "absent"), "absent/train: does not exist"),
-        (("--probe_data", "few"), "few/val: has only 3 images, needs 5"),
+        (("--probe_data", "few"), "few: train/ and val/ need 5 images each"),
     ],
 )
 def test_bad_input(data, tmp_path, monkeypatch, flags, mentioned):

@@ -48,15 +48,6 @@ def test_ridge_equals_scikit_learns(strength, columns, monkeypatch):
     np.testing.assert_allclose(found[0], expected, rtol=1e-8)
 
 
-def test_each_target_has_its_own_strength():
-    x, y = linear_data(50, noise=1)
-    columns, ridge = torch.arange(6), Ridge(x, y)
-    both = ridge.predict(x, columns, torch.tensor([[0.1, 10.0]]))
-    for target, strength in enumerate((0.1, 10.0)):
-        alone = ridge.predict(x, columns, torch.full((1, 2), strength))
-        assert torch.equal(both[..., target], alone[..., target])
-
-
 @pytest.mark.parametrize("value", [0.0, 3.3, -1e4])
 def test_constant_columns_are_ignored(value):
     x, y = linear_data(50, noise=1)
