@@ -12,7 +12,6 @@ Several processes: torchrun --nproc_per_node=2 embed.py ..., or torch.distribute
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +28,11 @@ from clever.evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embed
 from clever.evaluation.equivariance import extract_views
 from clever.evaluation.features import FeatureExtractor, extract_all
 from clever.evaluation.names import PARTS, part_flag
-from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained
+from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained, result_record
 from clever.evaluation.transforms import TRANSFORMS, TransformDataset
 from clever.locking import locked
 from clever.utils import InputError, printable
 
-COLOURS = ("class", "rotation")
 MIN_POINTS = 4  # of a picture
 
 
@@ -46,8 +44,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out", required=True, help=f"file to write, {', '.join(WRITERS)}")
     add("--else_part", type=part_flag, default="ALL", choices=PARTS, help="the whole representation, its IR or its EF")
     add("--plot", choices=REDUCTIONS, help="also draw the embeddings in two dimensions: <out without suffix>.<plot>.png")
-    add("--colour", default="class", choices=COLOURS, help="of the points: the class of the image, or the angle of a rotation, "
-        "for which --plot_images images are rotated at random by up to 90 degrees, and cut to a disc")  # fmt: skip
+    add("--colour", default="class", choices=["class", "rotation"], help="of the points: the image's class, or the angle of a "
+        "rotation, for which --plot_images images are rotated at random by up to 90 degrees, and cut to a disc")  # fmt: skip
     add("--plot_images", type=int, default=2000, help="number of images in the picture, drawn at random")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process and pass of the network")
     add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, and leave unreadable ones out")
@@ -56,10 +54,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_renderer_argument(parser)
     distributed.add_distributed_arguments(parser)
     return parser
-
-
-def picture_path(args: argparse.Namespace) -> Path:
-    return Path(args.out).with_suffix(f".{args.plot}.png")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -74,7 +68,7 @@ def check_args(args: argparse.Namespace) -> None:
     arguments.check_positive(args, "batch_size_per_gpu", "plot_images")
     arguments.check_not_negative(args, "num_workers", "seed")
     arguments.check_writable(Path(args.out).parent, "--out")
-    arguments.check_outputs(args, [Path(args.out), *([picture_path(args)] if args.plot else [])])
+    arguments.check_outputs(args, [Path(args.out), *([Path(args.out).with_suffix(f".{args.plot}.png")] if args.plot else [])])
 
 
 def class_of(path: str) -> str | None:
@@ -102,14 +96,9 @@ def embed(args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDatase
     extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
     features, _ = extract_all(extractor, dataset, device, args.batch_size_per_gpu, args.num_workers, "embeddings")  # M, D
     paths = [printable(relative(path, args.data_path)) for path, _ in dataset.samples]
-    about: dict[str, Any] = pretrained.record() | {
-        "kind": "embeddings", "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "mean": list(pretrained.mean),
-        "std": list(pretrained.std), "args": arguments.plain_args(args),
-    }  # fmt: skip
+    about = result_record("embeddings", pretrained.record(), args, hp1=float(pretrained.hp1), img_size=pretrained.img_size,
+                          mean=list(pretrained.mean), std=list(pretrained.std))  # fmt: skip
     return Embeddings(paths, [class_of(path) for path in paths], split_parts(args, pretrained, features), about)
-
-
-# --- the picture -------------------------------------------------------------------------------------------------------
 
 
 def check_picture(args: argparse.Namespace, dataset: ImageDataset) -> None:
@@ -142,8 +131,9 @@ def draw(
         sin, cos = targets[:, 0].cpu().numpy().T
         parts, colours = split_parts(args, pretrained, features[:, 1]), {"angles": np.rad2deg(np.arctan2(sin, cos))}
     if distributed.is_main_process():
-        plot(parts, args.plot, picture_path(args), title, args.seed, **colours)
-        print(f"wrote {picture_path(args)}")
+        picture = Path(args.out).with_suffix(f".{args.plot}.png")
+        plot(parts, args.plot, picture, title, args.seed, **colours)
+        print(f"wrote {picture}")
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 Regressors are fitted to frozen features of transformed views, and tell on other images how each view was transformed:
     python eval_equivariance.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R
     python eval_equivariance.py ... --transforms rotation crop --head linear mlp --input pair single
-    python eval_equivariance.py ... --protocol sie --transforms rotation
 --data_path is any folder of images; labels are not used. All numbers stand beside controls: the same network without training,
 shuffled targets, and as many random dimensions as the EF has. Several processes: torchrun --nproc_per_node=2 ...
 """
@@ -50,14 +49,11 @@ from clever.evaluation.transforms import TRANSFORMS, TransformDataset, with_half
 from clever.models.heads import Split
 from clever.utils import InputError
 
-INPUTS = ("pair", "single")
-HEADS = ("linear", "mlp")
 # What a protocol sets, unless a flag sets it. SIE's is an MLP on pairs.
 PROTOCOLS = {
     "own": {"head": ["linear"], "input": ["pair"], "mlp_epochs": 50},
     "sie": {"head": ["mlp"], "input": ["pair"], "mlp_epochs": 300},
 }
-MIN_TRAIN, MIN_TEST = HELD_OUT, 2  # images; a cosine gap needs another image
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -100,16 +96,13 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
             setattr(args, name, value)
     usable = [name for name, transform in TRANSFORMS.items() if set(args.input) & set(transform.inputs)]
     args.transforms = usable if args.transforms is None else args.transforms
-    for name, choices in (("head", HEADS), ("input", INPUTS), ("transforms", usable), ("parts", PARTS)):
+    for name, choices in (("head", ("linear", "mlp")), ("input", ("pair", "single")), ("transforms", usable), ("parts", PARTS)):
         arguments.check_choices(name, getattr(args, name) or [], choices)
     arguments.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
     arguments.check_not_negative(args, "num_images", "random_subspaces", "num_workers", "seed")
     check_trial_name(args.trial_name)
     arguments.check_writable(args.output_dir)
     return args
-
-
-# --- what is measured ----------------------------------------------------------------------------------------------------
 
 
 def choose_images(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -123,9 +116,9 @@ def choose_images(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         is_test = rng.permutation(len(paths)) < round(len(paths) / 5)
         train, test = ([path for path, chosen in zip(paths, is_test, strict=True) if chosen == part] for part in (False, True))
     train, test = (draw_images(paths, args, rng) for paths in (train, test))
-    if len(train) < MIN_TRAIN or len(test) < MIN_TEST:
+    if len(train) < HELD_OUT or len(test) < 2:  # a cosine gap needs another image
         raise InputError(f"--data_path {args.data_path}: {len(train)} images to fit regressors to, {len(test)} to test them "
-                         f"on; at least {MIN_TRAIN} and {MIN_TEST} are needed")  # fmt: skip
+                         f"on; at least {HELD_OUT} and 2 are needed")  # fmt: skip
     return train, test
 
 
@@ -134,8 +127,8 @@ def draw_images(paths: list[str], args: argparse.Namespace, rng: np.random.Gener
     if 0 < args.num_images < len(paths):
         paths = [paths[i] for i in np.sort(rng.permutation(len(paths))[: args.num_images])]
     if args.skip_bad_images and paths:
-        samples = [(path, UNLABELLED) for path in paths]
-        return [path for path, _ in keep_readable(samples, skip_bad_images=True, threads=args.num_workers)]
+        samples = keep_readable([(path, UNLABELLED) for path in paths], skip_bad_images=True, threads=args.num_workers)
+        paths = [path for path, _ in samples]
     return paths
 
 
@@ -161,9 +154,7 @@ def measure(
     make = partial(TransformDataset, transform=transform, size=size, seed=args.seed, renderer=args.views)
     train, test = (make(paths, views=args.views_per_image, stream=stream) for stream, paths in enumerate(images))
     alike = make(images[1], views=GRAM_VIEWS, stream=2, images_per_draw=GRAM_IMAGES)
-    extract = partial(
-        extract_views, networks, device=device, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers
-    )
+    extract = partial(extract_views, networks, device=device, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
     fitted, tested = extract(train, header=f"{name}, training images"), extract(test, header=f"{name}, test images")
     for (_, targets), kind in ((fitted, "training images"), (tested, "test images")):
         check_targets(name, list(transform.targets), targets, kind)
@@ -202,15 +193,10 @@ def main() -> None:
     spaces = choose_subspaces(args, pretrained)
     backbones = [pretrained.backbone, *([pretrained.untrained(args.seed)] if args.untrained else [])]
     networks = [FeatureExtractor(backbone, stats=pretrained.stats) for backbone in backbones]
-    print(
-        f"{pretrained.net} {pretrained.arch}, {networks[0].dim} dimensions, images of {pretrained.img_size} pixels; "
-        f"{len(images[0])} training images, {len(images[1])} test images, {args.views_per_image} views of each", flush=True
-    )  # fmt: skip
-    results, gaps = [], []
-    for name in args.transforms:
-        found = measure(name, args, networks, spaces, images, pretrained.img_size, device)
-        results += found[0]
-        gaps += found[1]
+    counts = f"{len(images[0])} training images, {len(images[1])} test images, {args.views_per_image} views of each"
+    print(f"{pretrained.net} {pretrained.arch}, images of {pretrained.img_size} pixels; {counts}", flush=True)
+    found = [measure(name, args, networks, spaces, images, pretrained.img_size, device) for name in args.transforms]
+    results, gaps = (sum(records, []) for records in zip(*found, strict=True))
     if distributed.is_main_process():
         write_results(args, pretrained, results, gaps, images)
 

@@ -88,9 +88,6 @@ def check_args(args: argparse.Namespace) -> None:
         arguments.check_writable(args.dump_features)
 
 
-# --- features ----------------------------------------------------------------------------------------------------------
-
-
 def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, FeatureSet]:
     """Features of the images below --data_path from the network of --pretrained_weights, for each perturbation.
 
@@ -133,17 +130,6 @@ def read_features(args: argparse.Namespace) -> FeatureSet:
     for part in args.else_part:
         check_part(PARTS[part], split_of(net, hp1, features.train.shape[1]))
     return features
-
-
-# --- classification ----------------------------------------------------------------------------------------------------
-
-
-def usable_neighbors(wanted: list[int], available: int) -> list[int]:
-    """The numbers of neighbours in increasing order, at most the `available` training images; prints which are reduced."""
-    for k in sorted(set(wanted)):
-        if k > available:
-            print(f"--nb_knn {k}: there are only {available} training images, all of them vote")
-    return sorted({min(k, available) for k in wanted})
 
 
 def classify(
@@ -201,7 +187,10 @@ def main() -> None:
         with locked(Path(args.dump_features) / "features"):
             if distributed.is_main_process():
                 save_features(sets["ori"], args.dump_features)
-    neighbors = usable_neighbors(args.nb_knn, len(next(iter(sets.values())).train))
+    available = len(next(iter(sets.values())).train)
+    for k in (k for k in args.nb_knn if k > available):
+        print(f"--nb_knn {k}: there are only {available} training images, all of them vote")
+    neighbors = sorted({min(k, available) for k in args.nb_knn})
     for perturbation, features in sets.items():
         for part in args.else_part:
             run = single_run(args, part, perturbation)

@@ -9,8 +9,6 @@ are those of separate runs:
     python eval_linear.py ... --else_part ALL main_part else_part
     python eval_linear.py ... --else_part ALL main_part else_part --evaluate --test_aug_type ori basic aug1 aug1_2 aug1_4_2
 Several processes: torchrun --nproc_per_node=2 eval_linear.py ..., or torch.distributed.launch.
-
-The classifiers, their training loop and their files are in clever/evaluation/probe.py.
 """
 
 import argparse
@@ -33,14 +31,11 @@ from clever.entry import run_entry_point
 from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.names import NUMBER, PARTS, classifier_name, linear_probe_name
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained, single_run
-from clever.evaluation.probe import ProbeGroup, existing_probe
+from clever.evaluation.probe import Probe, ProbeGroup, existing_probe, images_per_step
 from clever.evaluation.probe_arguments import (
     IMAGENET_CLASSES,
     add_probe_arguments,
-    build_probe,
     check_probe_args,
-    group_probes,
-    images_per_step,
     probe_dataset,
     write_result,
 )
@@ -80,16 +75,12 @@ def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDa
     return probe_dataset(args, *labelled_samples(folder), views, folder)
 
 
-def effective_lr(args: argparse.Namespace) -> float:
-    """--lr, which is given for 256 images per step, for those of this run."""
-    return args.lr * (images_per_step(args) / 256)
-
-
 def build_optimizer(args: argparse.Namespace, classifier: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or LARS; no weight decay."""
+    """SGD with momentum 0.9, or LARS; no weight decay. --lr is given for 256 images per step."""
+    lr = args.lr * (images_per_step(args) / 256)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(classifier.parameters(), lr=effective_lr(args), momentum=0.9, weight_decay=0)
-    return optim.LARS(classifier.parameters(), lr=effective_lr(args), adapt_1d=True)
+        return torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, weight_decay=0)
+    return optim.LARS(classifier.parameters(), lr=lr, adapt_1d=True)
 
 
 def build_probes(args: argparse.Namespace, pretrained: Pretrained, classes: list[str], device: torch.device) -> ProbeGroup:
@@ -108,17 +99,17 @@ def build_probes(args: argparse.Namespace, pretrained: Pretrained, classes: list
         if args.evaluate:
             pattern = linear_probe_name(part, NUMBER, NUMBER, NUMBER, re.escape(args.trial_name))
             path = Path(args.final_eval_weights or existing_probe(path, f"checkpoint_{pattern}.pth.tar"))
-        probe = build_probe(own, pretrained, extractor, classes, path, device, fixed_arguments=("optimizer",))
+        probe = Probe(own, pretrained, extractor, classes, path, fixed=("optimizer",))
         probe.optimizer = build_optimizer(args, probe.classifier)
         probes.append(probe)
-    return group_probes(args, probes, device)
+    return ProbeGroup(args, probes, device)
 
 
 def train(
     args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup, dataset: ImageDataset, test: ImageDataset
 ) -> None:
     """Train the probes, or resume their checkpoints; write their accuracies and effective learning rate."""
-    lr = effective_lr(args)
+    lr = args.lr * (images_per_step(args) / 256)
     for probe in group.probes:
         print(
             f"{probe.identity['part']}: {probe.extractor.dim} features, {len(test.classes)} classes, {len(dataset)} training "

@@ -32,16 +32,12 @@ from clever.evaluation.downstream_data import TORCHVISION, listed_samples, torch
 from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.names import NUMBER, PARTS, classifier_name, downstream_name
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained
-from clever.evaluation.probe import ProbeGroup, existing_probe
+from clever.evaluation.probe import Probe, ProbeGroup, existing_probe, images_per_step, short_hash
 from clever.evaluation.probe_arguments import (
     CLASSES,
     add_probe_arguments,
-    build_probe,
     check_probe_args,
-    group_probes,
-    images_per_step,
     probe_dataset,
-    short_hash,
     write_result,
 )
 from clever.locking import locked
@@ -127,9 +123,6 @@ def checkpoint_path(args: argparse.Namespace, hp1: float) -> Path:
     return existing_probe(path, pattern + re.escape(CHECKPOINT))
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
-
-
 def find_images(args: argparse.Namespace, split: str) -> tuple[list[str], list[tuple[str, int]]]:
     """Classes and samples (path, class) of `split`, train or test. Raises InputError if they are not there."""
     if args.dataset_type in TORCHVISION:
@@ -156,23 +149,11 @@ def build_dataset(args: argparse.Namespace, split: str, views: Views) -> ImageDa
     return probe_dataset(args, *find_images(args, split), views, folder)
 
 
-def describe_images(dataset: ImageDataset) -> str:
-    """The number of images, and a hash of their classes and file names that does not depend on the folder."""
-    names = sorted(f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in dataset.samples)
-    return f"{len(names)} images ({short_hash(names)})"
-
-
-# --- network -----------------------------------------------------------------------------------------------------------
-
-
 def build_extractor(args: argparse.Namespace, pretrained: Pretrained, device: torch.device) -> FeatureExtractor:
     """Features of --else_part, of a frozen backbone or, in the other modes, of one that is trained."""
-    train_backbone = args.ds_mode != "linear"
-    backbone = build_trained_backbone(pretrained, device) if train_backbone else pretrained.backbone
-    shape = args.n_last_blocks, args.avgpool_patchtokens
-    return FeatureExtractor(
-        backbone, PARTS[args.else_part], pretrained.split, *shape, train_backbone, stats=pretrained.stats
-    )
+    train, part, shape = args.ds_mode != "linear", PARTS[args.else_part], (args.n_last_blocks, args.avgpool_patchtokens)
+    backbone = build_trained_backbone(pretrained, device) if train else pretrained.backbone
+    return FeatureExtractor(backbone, part, pretrained.split, *shape, train, pretrained.stats)
 
 
 def build_trained_backbone(pretrained: Pretrained, device: torch.device) -> nn.Module:
@@ -204,15 +185,11 @@ def train(args: argparse.Namespace, group: ProbeGroup, dataset: ImageDataset, te
     probe.optimizer = build_optimizer(args, probe.classifier, backbone)
     names = ("effective_lr", "effective_backbone_lr")
     rates = dict(zip(names, (params["lr"] for params in probe.optimizer.param_groups), strict=False))
-    print(
-        f"{args.ds_mode} of {args.else_part}: {probe.extractor.dim} features, {len(test.classes)} classes, "
-        f"{len(dataset)} training images, {images_per_step(args)} per step, "
-        + ", ".join(f"{name.removeprefix('effective_')} {rate:.4g}" for name, rate in rates.items())
-    )
+    print(f"{args.ds_mode} of {args.else_part}: {probe.extractor.dim} features, {len(test.classes)} classes, {len(dataset)} "
+          f"training images, {images_per_step(args)} per step, rates {rates}")  # fmt: skip
     result = group.fit(dataset, test)[probe]
     print(f"Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
-    mean, best = result["mean_class_accuracy"], result["best_mean_class_accuracy"]
-    print(f"Mean accuracy per class: last {mean:.2f}%, best {best:.2f}%")
+    print("Mean accuracy per class: last {mean_class_accuracy:.2f}%, best {best_mean_class_accuracy:.2f}%".format(**result))
     return result | rates | {"num_train_images": len(dataset)}
 
 
@@ -229,11 +206,12 @@ def main() -> None:
     if not args.evaluate:
         dataset = build_dataset(args, "train", probe_train_transform(pretrained.img_size, args.crop_scale))
         check_same_classes(dataset, test)
-        identity["training_images"] = describe_images(dataset)
+        names = sorted(f"{Path(path).parent.name}/{Path(path).name} {label}" for path, label in dataset.samples)
+        identity["training_images"] = f"{len(names)} images ({short_hash(names)})"  # wherever the folder lies
     path = Path(args.evaluate and args.final_eval_weights or checkpoint_path(args, pretrained.hp1))
     fixed = ("lr", "backbone_lr", "weight_decay", "epochs")
-    probe = build_probe(args, pretrained, extractor, test.classes, path, device, fixed, **identity)
-    group = group_probes(args, [probe], device, per_class=True)
+    probe = Probe(args, pretrained, extractor, test.classes, path, fixed, **identity)
+    group = ProbeGroup(args, [probe], device, per_class=True)
     if args.evaluate:
         probe.load(path)
         result = group.evaluate(test)[probe]

@@ -31,6 +31,7 @@ from clever.locking import locked
 from clever.utils import InputError
 
 TOLERANCE = 1e-5  # largest difference of features, as a fraction of the largest feature
+ENDINGS = (".json", ".md", "")  # of the description, the model card, and the file itself
 BATCHES = (1, 3)  # numbers of random images to compare; programs are traced with another one
 
 
@@ -51,18 +52,9 @@ def check_args(args: argparse.Namespace) -> None:
     suffixes, suffix = FORMATS[args.format].suffixes, Path(args.out).suffix
     if suffix not in suffixes:
         raise InputError(f"--out {args.out}: with --format {args.format} its name must end with {' or '.join(suffixes)}")
-    modules = (*FORMATS[args.format].packages, *(("safetensors",) if suffix == ".safetensors" else ()))
-    arguments.check_installed(f"--format {args.format}", modules)
+    arguments.check_installed(f"--format {args.format}", FORMATS[args.format].packages)
     arguments.check_writable(Path(args.out).parent, "--out")
-    arguments.check_outputs(args, outputs(args.out))
-
-
-def outputs(out: str | Path) -> tuple[Path, Path, Path]:
-    """The file, its description and its model card."""
-    return Path(out), Path(f"{out}.json"), Path(f"{out}.md")
-
-
-# --- the description -----------------------------------------------------------------------------------------------------
+    arguments.check_outputs(args, [Path(args.out + ending) for ending in ENDINGS])
 
 
 def column_ranges(pretrained: Pretrained) -> dict[str, list[int]]:
@@ -127,15 +119,9 @@ images = transform(image.convert("RGB"))[None]  # of a PIL image: [1, 3, {img_si
 """
 
 
-# --- writing and checking ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def largest_difference(network: Network, usage: str) -> float:
-    """Largest difference between the features that the lines of a card compute for random images and those of the network.
-
-    It is relative to the largest feature.
-    """
+    """Largest difference of features by the lines of a card from the network's, for random images, by the largest feature."""
     generator, differences = torch.Generator().manual_seed(0), []
     for batch in BATCHES:
         scope = {"images": torch.randn(batch, 3, network.img_size, network.img_size, generator=generator)}
@@ -146,13 +132,10 @@ def largest_difference(network: Network, usage: str) -> float:
 
 
 def export(args: argparse.Namespace, network: Network, pretrained: Pretrained) -> float:
-    """Writes the file, reads it, compares; only then it gets its name. Returns the largest difference of the features.
-
-    Raises InputError if the format cannot hold the network or gives other features.
-    """
+    """Writes the file, reads it, compares; only then it gets its name. Returns the largest difference of the features."""
     out, target = Path(args.out), FORMATS[args.format]
     with utils.unfinished(out) as folder:
-        draft, draft_json, draft_card = outputs(folder / out.name)
+        draft = folder / out.name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporters warn about themselves; what they wrote is checked
             usage = target.usage(network, str(draft))
@@ -162,11 +145,11 @@ def export(args: argparse.Namespace, network: Network, pretrained: Pretrained) -
             raise InputError(f"--format {args.format}: {network.arch} has other features there (difference {difference:.1e} of "
                              "the largest); choose another format")  # fmt: skip
         record = describe(args, pretrained, network, difference)
-        utils.save_json(record, draft_json)
+        utils.save_json(record, f"{draft}.json")
         card = CARD.format(**record | record["input"], code="\n".join(record["usage"]))
-        utils.write_text_atomically(card, draft_card)
-        for source, final in zip((draft_json, draft_card, draft), (*outputs(out)[1:], out), strict=True):
-            source.replace(final)  # the file itself last
+        utils.write_text_atomically(card, f"{draft}.md")
+        for ending in ENDINGS:
+            Path(f"{draft}{ending}").replace(f"{out}{ending}")
     return difference
 
 
@@ -184,9 +167,7 @@ def main() -> None:
     network = Network(pretrained.backbone, pretrained.arch, pretrained.img_size, columns, description)
     with locked(args.out):
         difference = export(args, network, pretrained)
-    print(f"wrote {args.out}: {args.part} of {pretrained.net} {pretrained.arch}, format {args.format}; "
-          f"largest difference {difference:.1e} of the largest feature")  # fmt: skip
-    print(f"how to load it: {args.out}.md; everything about it: {args.out}.json")
+    print(f"wrote {args.out}: largest difference {difference:.1e} of the largest feature; how to load it: {args.out}.md")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def test_the_result_file_and_the_lines(world, tmp_path):
     assert {name: result[name] for name in expected} == expected and result["args"]["ds_mode"] == "ds_ft"
     assert {"accuracy", "mean_class_accuracy", "best_accuracy", "test_loss", "backbone"} <= set(result)
     assert "epoch 1/2 3/3  loss" in outcome.stdout and " img/s  left " in outcome.stdout
-    assert "26 features, 3 classes, 12 training images, 4 per step, " in outcome.stdout
+    assert "26 features, 3 classes, 12 training images, 4 per step, rates {" in outcome.stdout
 
 
 # --- processes, resume, evaluation -------------------------------------------------------------------------------------

@@ -40,17 +40,12 @@ GRAM_IMAGES, GRAM_VIEWS = 16, 2  # for the Gram gap, so many images are transfor
 
 @torch.no_grad()
 def extract_views(
-    networks: Sequence[FeatureExtractor],
-    dataset: TransformDataset,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
+    networks: Sequence[FeatureExtractor], dataset: TransformDataset, device: torch.device, batch_size: int, num_workers: int,
     header: str = "",
-) -> tuple[list[Tensor], Tensor]:
-    """Features [M, 1+V, D] of every network and targets [M, V, T], of all images on every process.
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Features [M, 1+V, D] of every network and targets [M, V, T], of all images on every process; they share the images.
 
-    The processes share the images; every view is rendered once for all networks. `batch_size` counts views. With a `header`,
-    progress is printed. Raises FloatingPointError if features are not finite.
+    `batch_size` counts views. With a `header`, progress is printed. Raises FloatingPointError if features are not finite.
     """
     own, V = shard(dataset, get_rank(), get_world_size()), len(dataset.views) - 1
     loader = make_loader(own, max(1, batch_size // (1 + V)), num_workers=num_workers)
@@ -86,19 +81,12 @@ def input_columns(columns: Tensor, dim: int, kind: str) -> Tensor:
 
 @dataclass
 class Subspace:
-    """Some columns of the representation of one network.
+    """Some columns of the representation of one network."""
 
-    Args:
-        part: ALL, IR or EF; EF also for the random subspaces, which have its width.
-        control: None, `random_subspace` or `untrained`.
-        network: 0 for the pretrained one, 1 for the untrained one.
-        columns: [d].
-    """
-
-    part: str
-    control: str | None
-    network: int
-    columns: Tensor
+    part: str  # ALL, IR or EF; EF also for the random subspaces, which have its width
+    control: str | None  # `random_subspace` or `untrained`
+    network: int  # 0: the pretrained one, 1: the untrained one
+    columns: Tensor  # d
 
 
 def subspaces(
@@ -142,14 +130,9 @@ def shuffle_by_image(targets: Tensor, seed: int) -> Tensor:
 
 
 def regress(
-    transform: Transform,
-    make_regressor: Callable[[Tensor, Tensor, Tensor], Any],
-    kind: str,
-    spaces: Sequence[Subspace],
-    train: tuple[Sequence[Tensor], Tensor],
-    test: tuple[Sequence[Tensor], Tensor],
-    seed: int,
-) -> list[dict[str, Any]]:
+    transform: Transform, make_regressor: Callable[[Tensor, Tensor, Tensor], Any], kind: str, spaces: Sequence[Subspace],
+    train: tuple[Sequence[Tensor], Tensor], test: tuple[Sequence[Tensor], Tensor], seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Scores of regressors on every subspace and, for the parts of the pretrained network, with shuffled targets.
 
     The processes share the subspaces; all get the same records, which have the fields of `score`, `part` and `control`.
@@ -242,12 +225,7 @@ def gram_gap(features: Tensor) -> float:
 
 
 def measure_gaps(spaces: Sequence[Subspace], test: Sequence[Tensor], alike: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Both gaps of every subspace.
-
-    Args:
-        test: features [M, 1+V, D] of each network.
-        alike: the same, of images that are transformed alike in groups.
-    """
+    """Both gaps of every subspace, from features [M, 1+V, D] of each network; `alike`: transformed alike in groups."""
     records = []
     for space in spaces:
         to_views, to_others = cosine_gap(test[space.network][..., space.columns])
@@ -261,16 +239,9 @@ def measure_gaps(spaces: Sequence[Subspace], test: Sequence[Tensor], alike: Sequ
 
 
 def linear_r2(
-    backbone: nn.Module,
-    train: TransformDataset,
-    test: TransformDataset,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-    stats: tuple[Sequence[float], Sequence[float]],
-    parts: Sequence[str],
-    split: Split | None,
-) -> dict[str, float]:
+    backbone: nn.Module, train: TransformDataset, test: TransformDataset, device: torch.device, batch_size: int,
+    num_workers: int, stats: tuple[Sequence[float], Sequence[float]], parts: Sequence[str], split: Split | None,
+) -> dict[str, float]:  # fmt: skip
     """Pooled R2 on the views of `test` of linear regressors that were fitted to those of `train`: {part: R2}.
 
     The backbone may be in training; it is left in the mode in which it was. The processes share the work.

@@ -46,9 +46,6 @@ class Network(nn.Module):
         return z[:, slice(*self.columns)] if self.columns else z
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
-
-
 def write_weights(network: Network, path: Path) -> None:
     """*.safetensors, with the arguments of the pretraining, or else a state dict of torch.save."""
     state = {name: value.contiguous() for name, value in network.backbone.state_dict().items()}
@@ -106,9 +103,6 @@ def safetensors_usage(network: Network, file: str) -> str:
             f"features = model(images){network.slice}")  # fmt: skip
 
 
-# --- programs ----------------------------------------------------------------------------------------------------------
-
-
 def trace(network: Network) -> torch.export.ExportedProgram:
     """The program that maps images [B, 3, S, S], for any B, to features [B, P], without operators of this repository."""
     images = torch.zeros(2, 3, network.img_size, network.img_size)
@@ -152,7 +146,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "timm": Format((".pth", ".safetensors"), write_weights, timm_usage, ("timm",)),
+    "timm": Format((".pth", ".safetensors"), write_weights, timm_usage, ("timm", "safetensors")),
     "torchvision": Format((".pth",), write_weights, torchvision_usage),
     "safetensors": Format((".safetensors",), write_weights, safetensors_usage, ("safetensors", "timm")),
     "onnx": Format((".onnx",), write_onnx, onnx_usage, ("onnx", "onnxruntime", "onnxscript"), True),

@@ -50,15 +50,10 @@ class FeatureExtractor(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        part: str = "ALL",
-        split: Split | None = None,
-        n_last_blocks: int = 1,
-        avgpool: bool = False,
-        train_backbone: bool = False,
+        self, backbone: nn.Module, part: str = "ALL", split: Split | None = None, n_last_blocks: int = 1,
+        avgpool: bool = False, train_backbone: bool = False,
         stats: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.is_vit = hasattr(backbone, "get_intermediate_layers") and hasattr(backbone, "get_last_selfattention")
         if avgpool and not self.is_vit:

@@ -59,18 +59,10 @@ def knn_hits(
 
 
 def knn_accuracies(
-    train_features: torch.Tensor,
-    train_labels: torch.Tensor,
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
-    device: torch.device,
-    neighbors: Sequence[int] = (20,),
-    temperatures: Sequence[float] = (0.07,),
-    search_device: torch.device | None = None,
-    per_image: bool = False,
-    header: str = "",
-) -> list[dict[str, Any]]:
+    train_features: torch.Tensor, train_labels: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, num_classes: int,
+    device: torch.device, neighbors: Sequence[int] = (20,), temperatures: Sequence[float] = (0.07,),
+    search_device: torch.device | None = None, per_image: bool = False, header: str = "",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Top-1 and top-5 accuracies, in percent, for each k and temperature.
 
     Every process has all features, [M, D] and [N, D], and classifies its share of the N test images. A class without votes is
@@ -108,16 +100,9 @@ def knn_accuracies(
 
 
 def knn_accuracy(
-    backbone: nn.Module,
-    train: ImageDataset,
-    val: ImageDataset,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-    stats: tuple[Sequence[float], Sequence[float]],
-    parts: Sequence[str] = ("ALL",),
-    split: Split | None = None,
-) -> dict[str, float]:
+    backbone: nn.Module, train: ImageDataset, val: ImageDataset, device: torch.device, batch_size: int, num_workers: int,
+    stats: tuple[Sequence[float], Sequence[float]], parts: Sequence[str] = ("ALL",), split: Split | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Top-1 accuracy, in percent, of a 20-NN classifier on each of `parts`: ALL, IR or EF. The processes share the images.
 
     The backbone may be in training; it is left in the mode in which it was.

@@ -49,15 +49,9 @@ class LoadedBackbone(NamedTuple):
 
 
 def load_backbone(
-    path: str | Path,
-    checkpoint_key: str = "teacher",
-    *,
-    arch: str | None = None,
-    patch_size: int | None = None,
-    net: str | None = None,
-    hp1: float | None = None,
-    img_size: int | None = None,
-) -> LoadedBackbone:
+    path: str | Path, checkpoint_key: str = "teacher", *, arch: str | None = None, patch_size: int | None = None,
+    net: str | None = None, hp1: float | None = None, img_size: int | None = None,
+) -> LoadedBackbone:  # fmt: skip
     """The pretrained backbone of a checkpoint, the transform of its images, and the split of its output.
 
         network, transform, split = load_backbone("results/photos/checkpoint.pth")

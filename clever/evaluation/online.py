@@ -80,10 +80,8 @@ class OnlineEvaluation:
 
     def is_due(self, epoch: int) -> bool:
         """Whether anything is measured after this epoch."""
-        return bool(
-            self.knn_data and self._is_due(epoch, self.args.knn_freq)
-            or self.probe_data and self._is_due(epoch, self.args.probe_freq)
-        )
+        kinds = (self.knn_data, self.args.knn_freq), (self.probe_data, self.args.probe_freq)
+        return any(data is not None and self._is_due(epoch, frequency) for data, frequency in kinds)
 
     def measure(self, backbone: nn.Module, epoch: int) -> dict[str, float]:
         """What is due after this epoch: values for log.txt. Those of --probe_data are also printed as one line.

@@ -31,34 +31,21 @@ MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
 
 @dataclass
 class Pretrained:
-    """A backbone in eval mode, and what its checkpoint says about it.
+    """A backbone in eval mode, and what its checkpoint says about it; None: it does not say."""
 
-    Args:
-        backbone: frozen, on the device, with the pretrained weights.
-        arch, net, hp1: of the pretraining; net is a key of METHODS.
-        img_size: side of the images to evaluate on, pixels.
-        mean, std: of the channels, for pixels in 0..1.
-        epochs: number of pretraining epochs so far, or None if the checkpoint does not say.
-        aug: recipe of the pretraining's views, or None.
-        fingerprint: hash of the weights.
-        options: patch_size and img_size, with which the backbone was built.
-        pretraining_seed: seed of the pretraining, or None if the checkpoint does not say.
-        training_args: arguments of the pretraining, as far as the checkpoint has them.
-    """
-
-    backbone: nn.Module
+    backbone: nn.Module  # frozen, on the device, with the pretrained weights
     arch: str
-    net: str
+    net: str  # a key of METHODS
     hp1: float
-    img_size: int
-    mean: tuple[float, ...]
+    img_size: int  # side of the images to evaluate on, pixels
+    mean: tuple[float, ...]  # of the channels, for pixels in 0..1
     std: tuple[float, ...]
-    epochs: int | None
-    aug: str | None
-    fingerprint: str
-    options: dict[str, int] = field(default_factory=dict)
+    epochs: int | None  # of the pretraining so far
+    aug: str | None  # recipe of the pretraining's views
+    fingerprint: str  # hash of the weights
+    options: dict[str, int] = field(default_factory=dict)  # patch_size and img_size, with which the backbone was built
     pretraining_seed: int | None = None
-    training_args: dict[str, Any] = field(default_factory=dict)
+    training_args: dict[str, Any] = field(default_factory=dict)  # of the pretraining, as far as the checkpoint has them
 
     @property
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -102,16 +102,9 @@ class TransformDataset(Dataset):
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        transform: Transform,
-        size: int,
-        views: int = 8,
-        seed: int = 0,
-        stream: int = 0,
-        renderer: str = "torchvision",
-        images_per_draw: int = 1,
-    ) -> None:
+        self, paths: Sequence[str], transform: Transform, size: int, views: int = 8, seed: int = 0, stream: int = 0,
+        renderer: str = "torchvision", images_per_draw: int = 1,
+    ) -> None:  # fmt: skip
         (clean,) = eval_transform("ori", size).distributions
         self.views = Views([clean, *[replace(clean, **transform.changes)] * views])
         self.paths, self.transform, self.size, self.renderer = list(paths), transform, size, renderer
