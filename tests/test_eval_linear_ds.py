@@ -87,14 +87,6 @@ def test_only_a_vmamba_is_fine_tuned_with_stochastic_depth(arch):
     assert rates == ([0, load_config(arch).drop_path_rate] if arch.startswith("vssm") else [0, 0])
 
 
-def test_defaults_of_the_original():
-    args = parse()
-    names = ("ds_mode", "epochs", "batch_size_per_gpu", "n_last_blocks", "val_freq", "checkpoint_key", "test_aug_type")
-    assert [getattr(args, name) for name in names] == ["linear", 100, 128, 4, 1, "teacher", "ori"]
-    assert args.lr == 0.001 and args.weight_decay == 0 and not args.download and args.else_part == "ALL"
-    assert parse("--ds_mode", "ds_ft").backbone_lr == 0.1
-
-
 # --- what is trained ---------------------------------------------------------------------------------------------------
 
 
@@ -164,20 +156,6 @@ def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
             parameters[name] = (p.detach() - rate * momentum[name]).requires_grad_()
     for name, p in watch.extractor.backbone.named_parameters():
         assert rel_error(p, parameters[f"0.backbone.{name}"]) < 1e-4, name
-
-
-def test_the_result_file_and_the_lines(world, tmp_path):
-    outcome = downstream(world, world.vit, tmp_path, "--ds_mode", "ds_ft", "--else_part", "else_part", "--backbone_lr", 0.001)
-    result = result_of(tmp_path)
-    expected = {
-        "kind": "downstream", "net": "CLeVER", "arch": "vit_micro", "part": "else_part", "hp1": 0.8, "ds_mode": "ds_ft",
-        "dataset": "data", "num_labels": 3, "num_train_images": 12, "num_test_images": 13, "test_aug_type": "ori",
-        "effective_lr": 0.5 * 4 / 256, "effective_backbone_lr": 0.001 * 4 / 256, "seed": 0,
-    }  # fmt: skip
-    assert {name: result[name] for name in expected} == expected and result["args"]["ds_mode"] == "ds_ft"
-    assert {"accuracy", "mean_class_accuracy", "best_accuracy", "test_loss", "backbone"} <= set(result)
-    assert "epoch 1/2 3/3  loss" in outcome.stdout and " img/s  left " in outcome.stdout
-    assert "26 features, 3 classes, 12 training images, 4 per step, rates {" in outcome.stdout
 
 
 # --- processes, resume, evaluation -------------------------------------------------------------------------------------
@@ -293,22 +271,3 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path, mode)
     before = snapshot(folder)
     start(folder)
     assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--seed 1", "--seed 1"),
-        ("--weight_decay 0.5", "--weight_decay 0.5"),
-        ("--semi_list {other}", "training_images 4 images"),
-        ("--pretrained_weights {dino} --net dino", "net dino: the probe"),
-    ],
-)
-def test_a_finished_run_is_not_passed_off_as_another(world, tmp_path, flags, words):
-    (tmp_path / "other").write_text("cyan/01.png\ncyan/02.png\ngrey/03.png\nred/01.png\n")
-    semi = ("--ds_mode", "semi_1", "--semi_list", world.listed, "--epochs", 1)
-    assert downstream(world, world.resnet, tmp_path / "out", *semi).status == 0
-    before = snapshot(tmp_path / "out")
-    more = flags.format(other=tmp_path / "other", dino=world.dino).split()
-    assert_refused(downstream(world, world.resnet, tmp_path / "out", *semi, *more), words)
-    assert snapshot(tmp_path / "out") == before

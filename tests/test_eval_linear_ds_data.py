@@ -120,14 +120,6 @@ def test_splits_of_flowers(flowers):
     assert found(flowers, "Flowers102", "test", "--train_on_val", "true") == splits[2]
 
 
-def test_a_run_on_pets(world, sets, tmp_path):
-    outcome = downstream(world, world.resnet, tmp_path, "--dataset_type", "OxfordIIITPet", "--data_path", sets, "--epochs", 1)
-    assert outcome.status == 0, outcome
-    result = result_of(tmp_path)
-    counts = [result[name] for name in ("num_labels", "num_train_images", "num_test_images", "dataset")]
-    assert counts == [37, 74, 37, "OxfordIIITPet"] and result["top5"] >= result["accuracy"]
-
-
 # --- bad input ---------------------------------------------------------------------------------------------------------
 
 # Flags that eval_linear.py has as well are refused by the same functions.
@@ -173,10 +165,3 @@ def test_refuses(bad, tmp_path, flags, mentioned):
     outcome = downstream(bad, bad.resnet, tmp_path / "out", *flags.format(**vars(bad)).split())
     assert_refused(outcome, *(text.format(**vars(bad)) for text in mentioned))
     assert not (tmp_path / "out").exists() and times(bad.root) == before
-
-
-def test_refuses_a_download_in_several_processes(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = downstream(world, world.resnet, tmp_path / "out", "--dataset_type", "Food101", "--download")
-    assert_refused(outcome, "--download", "with one process only")
-    assert not (tmp_path / "out").exists()

@@ -1,9 +1,6 @@
 """Lists of labelled images, and torchvision's datasets: what is found, and what is refused."""
 
-from pathlib import Path
-
 import pytest
-from torchvision import datasets as torchvision_datasets
 
 from clever.evaluation.downstream_data import listed_samples, torchvision_samples
 from clever.utils import InputError
@@ -60,17 +57,3 @@ def test_refuses_incomplete_datasets(tmp_path, name, folder):
             (tmp_path / folder / "annotations").mkdir()
         with pytest.raises(InputError, match=f"{name} in {tmp_path}/{folder}: cannot be read; --download fetches it"):
             torchvision_samples(name, tmp_path, "test")
-
-
-def test_downloads_only_on_request(monkeypatch, tmp_path):
-    requests = []
-
-    def food(root: Path, split: str, download: bool):
-        requests.append(download)
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(torchvision_datasets, "Food101", food)
-    for download in (False, True):
-        with pytest.raises(InputError, match="Food101.*no network"):
-            torchvision_samples("Food101", tmp_path, "train", download)
-    assert requests == [False, True]

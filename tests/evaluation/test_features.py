@@ -34,20 +34,6 @@ class CountingViT(nn.Module):
 # --- which columns -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part, width", [("ALL", 768), ("IR", 729), ("EF", 39)])
-def test_widths_of_vit_tiny(part, width):
-    torch.manual_seed(0)
-    backbone = build_backbone("vit_tiny", img_size=32).eval()
-    extractor = FeatureExtractor(backbone, part, Split(192, 0.8), n_last_blocks=4)
-    images = torch.randn(2, 3, 32, 32)
-    features = extractor(images)
-    assert extractor.dim == width and features.shape == (2, width)
-    cls = torch.cat([tokens[:, 0] for tokens in backbone.get_intermediate_layers(images, 4)], dim=1)  # B, n*D
-    expected = {"ALL": cls, "IR": cls[:, :729], "EF": cls[:, 729:]}[part]
-    assert torch.equal(features, expected)
-    assert torch.equal(cls[:, -192:], backbone(images))  # the last block stands last
-
-
 # Per width D and hp1 0.8: the columns of IR and of EF (design, the probe's parts).
 @pytest.mark.parametrize("dim, ir, ef", [(192, 153, 39), (384, 307, 77), (512, 409, 103), (768, 614, 154), (2048, 1638, 410)])
 def test_cut_of_each_width(dim, ir, ef):
@@ -56,11 +42,6 @@ def test_cut_of_each_width(dim, ir, ef):
     assert select_part(z, "IR", split)[0].tolist() == list(range(4 * dim - ef))
     assert select_part(z, "EF", split)[0].tolist() == list(range(4 * dim - ef, 4 * dim))
     assert select_part(z[:, :dim], "IR", split).shape == (1, ir)
-
-
-def test_tokens_stand_oldest_block_first():
-    features = FeatureExtractor(CountingViT(dim=3, depth=4), n_last_blocks=2)(torch.empty(2, 3, 8, 8))
-    assert features.tolist() == [[2000, 2001, 2002, 3000, 3001, 3002]] * 2
 
 
 # CountingViT, D 10, two patches: [CLS] of block 3 holds 3000.., the mean patch token 3150... With hp1 0.8 EF is 8 and 9.
@@ -155,26 +136,6 @@ def test_the_network_comes_from_its_checkpoint(checkpoint):
         assert torch.equal(value, saved[f"module.backbone.{name}"])
 
 
-def test_flags_that_agree_are_accepted_and_hp1_keeps_its_spelling(checkpoint):
-    flags = ("--arch", "vit_micro", "--patch_size", 8, "--net", "CLeVER", "--hp1", "0.80", "--img_size", 64)
-    pretrained = load(checkpoint, *flags)
-    assert pretrained.hp1 == 0.8 and str(pretrained.hp1) == f"{pretrained.hp1}" == "0.80" and pretrained.img_size == 64
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--arch", "vit_tiny"), "--arch vit_tiny: the checkpoint was made with arch vit_micro"),
-        (("--patch_size", 16), "--patch_size 16: the checkpoint was made with patch_size 8"),
-        (("--net", "dino"), "--net dino: the checkpoint was made with net CLeVER"),
-        (("--hp1", "0.5"), "--hp1 0.5: the checkpoint was made with hp1 0.8"),
-    ],
-)
-def test_flags_that_contradict_the_checkpoint_are_errors(checkpoint, flags, message):
-    with pytest.raises(InputError, match=message):
-        load(checkpoint, *flags)
-
-
 def test_a_bare_state_dict_needs_the_flags(checkpoint, tmp_path):
     torch.save(torch.load(checkpoint, weights_only=True)["teacher"], tmp_path / "bare.pth")
     flags = ("--arch", "vit_micro", "--patch_size", 8)
@@ -184,23 +145,6 @@ def test_a_bare_state_dict_needs_the_flags(checkpoint, tmp_path):
     assert load(tmp_path / "bare.pth", *flags, "--net", "CLeVER", "--hp1", 0.6).hp1 == 0.6
     with pytest.raises(InputError, match="give the pretraining's hp1"):
         load(tmp_path / "bare.pth", *flags, "--net", "CLeVER")
-
-
-def test_the_fingerprint_is_of_the_weights(checkpoint, tmp_path):
-    state = torch.load(checkpoint, weights_only=True)
-    state["teacher"]["module.backbone.cls_token"][0, 0, 0] += 1e-3
-    torch.save(state, tmp_path / "other.pth")
-    prints = [load(path).fingerprint for path in (checkpoint, checkpoint, tmp_path / "other.pth")]
-    assert prints[0] == prints[1] != prints[2]
-
-
-def test_the_patch_size_of_timms_models_is_in_their_name(tmp_path):
-    pytest.importorskip("timm")
-    backbone = build_backbone("vit_small_patch8_224", img_size=32)
-    arguments = {"arch": "vit_small_patch8_224", "patch_size": 16, "net": "dino", "global_crops_size": 32}
-    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    torch.save({"teacher": state, "args": arguments, "epoch": 1}, tmp_path / "timm.pth")
-    assert load(tmp_path / "timm.pth").img_size == 32
 
 
 def test_which_networks_have_parts():

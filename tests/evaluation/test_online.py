@@ -10,9 +10,7 @@ from support.processes import TINY_NETWORK, write_labelled_images
 import eval_equivariance
 import eval_knn
 from clever.checkpoint import load_checkpoint
-from clever.data.augmentations import eval_transform
-from clever.data.datasets import labelled_dataset
-from clever.evaluation.online import ROTATED_VIEWS, subset
+from clever.evaluation.online import ROTATED_VIEWS
 
 FLAGS = (*TINY_NETWORK, "--batch_size_per_gpu", 4, "--epochs", 3, "--views", "torchvision")
 
@@ -85,14 +83,6 @@ def test_dino_has_no_parts(data, tmp_path):
     (record,) = log_of(tmp_path)
     assert {name for name in record if name.startswith(("knn", "rotation"))} == {"knn_top1", "knn_ALL", "rotation_r2_ALL"}
     assert record["knn_top1"] == record["knn_ALL"]
-
-
-def test_a_subset_is_drawn_once_and_in_order(data):
-    images = labelled_dataset(data / "train", eval_transform("ori", 32))
-    few = subset(images, 8)
-    assert len(few) == 8 and list(few.samples) == list(subset(images, 8).samples) == sorted(few.samples)
-    assert set(few.samples) < set(images.samples) and few.classes == images.classes
-    assert subset(images, 100) is images
 
 
 @pytest.mark.parametrize(

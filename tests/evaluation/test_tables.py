@@ -1,6 +1,5 @@
 """The tables and the plot of equivariance results, on records written by hand."""
 
-import matplotlib.pyplot as plt
 import pytest
 
 from clever.evaluation import tables
@@ -29,12 +28,3 @@ def test_only_several_random_subspaces_have_a_standard_deviation(draws, r2, erro
     markdown = tables.to_markdown(make_record(draws))
     assert cells_of(markdown, "rotation: R2") == ["0.500", r2]
     assert cells_of(markdown, "rotation: error (degrees)") == ["20.0", error]
-
-
-@pytest.mark.parametrize(("draws", "spreads"), [(3, 1), (1, 0)])
-def test_only_several_random_subspaces_have_an_error_bar(draws, spreads):
-    figure, panel = plt.subplots()
-    tables.draw_bars(panel, make_record(draws)["results"])
-    bars = [container for container in panel.containers if hasattr(container, "has_yerr")]
-    assert len(bars) == spreads
-    plt.close(figure)
