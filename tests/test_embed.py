@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from support.in_process import assert_refused, call, snapshot
-from support.processes import run
 
 import embed
 from clever import load_backbone
@@ -79,14 +78,6 @@ def test_a_network_without_parts_has_one_column(world, tmp_path):
     assert run_embed(world, tmp_path / "t.npz", weights=world.dino / "checkpoint.pth").status == 0
     table = np.load(tmp_path / "t.npz")
     assert set(table.files) == {"path", "class", "about", "features"} and table["features"].shape == (12, 128)
-
-
-def test_two_processes_write_the_file_of_one(world, tmp_path):
-    words = ("--pretrained_weights", world.checkpoint, "--data_path", world.data / "train", "--batch_size_per_gpu", 5)
-    run("embed.py", *words, "--out", tmp_path / "t.csv", "--num_workers", 0, output=tmp_path / "log", processes=2)
-    rows = list(csv.reader((tmp_path / "t.csv").open()))[1:]
-    assert [row[0] for row in rows] == world.table["path"].tolist()
-    assert np.allclose(np.array([row[2:104] for row in rows], float), world.table["ir"], atol=1e-5)
 
 
 def test_unreadable_images_are_named_or_left_out(world, tmp_path):

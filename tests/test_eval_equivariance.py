@@ -85,18 +85,6 @@ def test_all_parts_stand_beside_all_controls(world):
     assert untrained[0] != untrained[1]
 
 
-def test_the_seed_decides_everything(world, tmp_path):
-    found = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        flags = ("--output_dir", tmp_path / folder, "--transforms", "blur", "--seed", seed)
-        assert equivariance(*world.flags, *flags).status == 0
-        record, _ = measured(tmp_path / folder)
-        found.append((record["results"], record["gaps"]))
-    assert found[0] == found[1]
-    for first, other in zip(*found[::2], strict=True):
-        assert all(a != b for a, b in zip(first, other, strict=True))
-
-
 def test_two_processes_agree_with_one(world, tmp_path):
     flags = ("--transforms", "rotation", "--head", "linear", "mlp", "--mlp_epochs", 1, "--random_subspaces", 2)
     flags = (*world.flags, *flags, "--num_workers", 0)

@@ -72,7 +72,6 @@ def world(tmp_path_factory):
     arguments["seed"] = 3
     torch.save({"teacher": state, "args": arguments, "epoch": 7}, root / "clever.pth")
     torch.save({"teacher": state, "args": arguments | {"net": "dino"}, "epoch": 7}, root / "dino.pth")
-    torch.save({"teacher": state, "args": arguments | {"hp1": 1.0}, "epoch": 7}, root / "whole.pth")
     broken = state | {"backbone.norm.weight": torch.full((128,), 3e38)}  # finite, but the features overflow
     torch.save({"teacher": broken, "args": arguments, "epoch": 7}, root / "overflow.pth")
     flags = ("--pretrained_weights", root / "clever.pth", "--data_path", data, "--nb_knn", 1, 5, 20, "--temperature", 0.07, 1)
@@ -126,10 +125,8 @@ def test_features_are_the_networks_of_clean_images(world):
 
 def test_what_a_run_prints_and_writes(world):
     out = world.outcome.stdout
-    assert "CLeVER vit_micro, 128 dimensions, images of 32 pixels" in out
     assert "ALL: 27 training images, 16 test images, 3 classes" in out
     assert out.index("training features 27/27") < out.index("test features 16/16") < out.index("nearest neighbours 16/16")
-    assert "img/s  left 0:00:00" in out
     record = json.loads((world.root / "all" / "knn.json").read_text())
     expected = {"kind": "knn", "net": "CLeVER", "arch": "vit_micro", "part": "ALL", "hp1": 0.8, "pretrained_epochs": 7,
                 "aug": "aug1_2", "pretraining_seed": 3, "num_train_images": 27, "num_test_images": 16,

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.in_process import assert_refused, call, snapshot
+from support.in_process import assert_refused, call
 
 import export
 from clever.evaluation.export_formats import FORMATS, Network, timm_model
@@ -203,16 +203,6 @@ def test_programs_may_have_another_image_size_but_weights_may_not(world, tmp_pat
     torch.testing.assert_close(features, world.backbones["vit_test"](images), rtol=0, atol=1e-5)
     outcome = run_export(world.root / "vit_test.pth", *flags, "timm", "--out", tmp_path / "F.pth")
     assert_refused(outcome, "--img_size 32", "16 pixels", "torch_export")
-
-
-def test_an_existing_file_is_kept_unless_overwrite_is_given(world, tmp_path):
-    weights, out = world.root / "vit_test.pth", tmp_path / "F.pth"
-    for name in ("F.pth.json", "F.pth"):
-        (tmp_path / name).write_text("mine")
-        assert_refused(run_export(weights, "--format", "timm", "--out", out), name, "exists", "--overwrite")
-    assert run_export(weights, "--format", "timm", "--out", out, "--overwrite").status == 0
-    assert torch.load(out).keys() == world.backbones["vit_test"].state_dict().keys()
-    assert set(snapshot(tmp_path)) == {"F.pth", "F.pth.json", "F.pth.md"}
 
 
 BAD = [  # checkpoint, flags, what the message must hold

@@ -63,14 +63,6 @@ def test_split_gives_ir_and_ef(world):
     assert torch.equal(ir, z[:, :102]) and torch.equal(ef, z[:, 102:])  # int(128 * 0.8) = 102
 
 
-def test_what_the_checkpoint_does_not_say_is_given(world):
-    options = {"arch": "vit_micro", "patch_size": 8, "net": "CLeVER", "hp1": 0.5, "img_size": 24}
-    network, transform, split = load_backbone(world.root / "bare.pth", **options)
-    z = network(transform(Image.new("RGB", (48, 40)))[None])
-    assert [part.shape for part in split(z)] == [(1, 64), (1, 64)]
-    assert transform(Image.new("RGB", (48, 40))).shape == (3, 24, 24)
-
-
 def test_errors_are_input_errors(world):
     with pytest.raises(InputError, match="a dino network .* has no IR and EF"):
         load_backbone(world.root / "dino.pth").split(torch.zeros(1, 128))
