@@ -8,6 +8,7 @@ and hp1 as the user typed them (0.50 stays 0.50): pass strings or arguments.Type
 
 import argparse
 import os
+import sys
 
 # Flag --else_part, in the original's words -> part of the representation: all of it, its IR or its EF.
 PARTS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}
@@ -58,11 +59,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (function, fields) in NAMES.items():
         subparser = commands.add_parser(command, help=function.__doc__.splitlines()[0])
-        subparser.add_argument("--part", required=True, choices=PARTS)
-        for field in fields:
+        for field in ("part", *fields):
             subparser.add_argument(f"--{field}", required=True)
     args = vars(parser.parse_args())
     function, _ = NAMES[args.pop("command")]
+    if args["part"] not in PARTS:  # one line, which the launch scripts show
+        print(f"unknown part {args['part']!r}: must be one of {', '.join(PARTS)}", file=sys.stderr)
+        sys.exit(2)
     print(function(**args | {"part": PARTS[args["part"]]}))
 
 
