@@ -238,7 +238,7 @@ BAD = [
     ("--pretrained_weights {root}/clever.pth", "--data_path", "--load_features"),
     (SAVED + "--data_path {data}", "--data_path", "--load_features"),
     (SAVED + "--hp1 0.5", "--hp1 0.5", "made with hp1 0.8"),
-    ("--load_features {root}/absent", "{root}/absent/trainfeat.pth", "missing"),
+    ("--load_features {root}/absent", "{root}/absent/trainfeat.pth", "no such file"),
 ]  # fmt: skip
 
 
@@ -262,7 +262,7 @@ FEATURES = [
     ("trainlabels", torch.tensor([0.5, 1]), "train must be finite features [M, D] and class numbers [M]"),
     ("trainfeat", torch.empty(0, 4), "train must be finite"),
     ("testfeat", {"x": torch.ones(2, 4)}, "test must be finite"),
-    ("testfeat", None, "testfeat.pth: missing or damaged"),
+    ("testfeat", None, "testfeat.pth: damaged"),
 ]
 
 
@@ -279,7 +279,7 @@ def test_features_that_do_not_belong_together(name, content, message, tmp_path):
 
 def test_a_description_that_does_not_belong_to_the_features(tmp_path):
     folder = write_features(tmp_path / "features", torch.ones(2, 4), [0, 1], torch.ones(2, 4), [0, 1])
-    for content, message in (("{", "features.json: missing or damaged"), ('{"classes": ["a"]}', "labels exceed 0")):
+    for content, message in (("{", "features.json: damaged"), ('{"classes": ["a"]}', "labels exceed 0")):
         (folder / "features.json").write_text(content)
         assert_refused(knn("--load_features", folder, "--output_dir", tmp_path), message)
 
