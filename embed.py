@@ -12,7 +12,6 @@ Several processes: torchrun --nproc_per_node=2 embed.py ..., or torch.distribute
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,34 +19,21 @@ import torch
 from clever import arguments, distributed
 from clever.arguments import bool_flag
 from clever.data.augmentations import eval_transform
-from clever.data.datasets import (
-    UNLABELLED,
-    ImageDataset,
-    dataset_of,
-    make_loader,
-    shard,
-)
+from clever.data.datasets import UNLABELLED, ImageDataset, dataset_of
 from clever.data.files import list_images
 from clever.data.rendering import add_renderer_argument, resolve_renderer
 from clever.data.shards import file_of
 from clever.entry import run_entry_point
-from clever.evaluation.embeddings import (
-    MAX_CLASSES,
-    REDUCTIONS,
-    WRITERS,
-    Embeddings,
-    plot,
-)
-from clever.evaluation.equivariance import TRANSFORMS, TransformDataset, extract_views
-from clever.evaluation.features import FeatureExtractor, extract_features, gather_in_order
+from clever.evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, plot
+from clever.evaluation.equivariance import extract_views
+from clever.evaluation.features import FeatureExtractor, extract_all
 from clever.evaluation.names import PARTS, part_flag
-from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained
+from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained, result_record
+from clever.evaluation.transforms import TRANSFORMS, TransformDataset
 from clever.locking import locked
-from clever.models.heads import split_ir_ef
 from clever.utils import InputError, printable
 
-COLOURS = ("class", "rotation")
-COLUMNS = {"IR": ["ir"], "EF": ["ef"], "ALL": ["ir", "ef"]}  # of each part
+MIN_POINTS = 4  # of a picture
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,10 +42,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data_path", required=True, help="folder of images, flat or with sub-folders, or tar files")
     add("--out", required=True, help=f"file to write, {', '.join(WRITERS)}")
-    add("--else_part", type=part_flag, default="ALL", help="part of the representation: ALL, main_part (IR), else_part (EF)")
+    add("--else_part", type=part_flag, default="ALL", choices=PARTS, help="the whole representation, its IR or its EF")
     add("--plot", choices=REDUCTIONS, help="also draw the embeddings in two dimensions: <out without suffix>.<plot>.png")
-    add("--colour", default="class", choices=COLOURS, help="of the points: the class of the image, or the angle of a rotation, "
-        "for which --plot_images images are rotated at random by up to 90 degrees, and cut to a disc")  # fmt: skip
+    add("--colour", default="class", choices=["class", "rotation"], help="of the points: the image's class, or the angle of a "
+        "rotation, for which --plot_images images are rotated at random by up to 90 degrees, and cut to a disc")  # fmt: skip
     add("--plot_images", type=int, default=2000, help="number of images in the picture, drawn at random")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process and pass of the network")
     add("--skip_bad_images", type=bool_flag, default=False, help="decode all images first, and leave unreadable ones out")
@@ -70,13 +56,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def picture_path(args: argparse.Namespace) -> Path:
-    return Path(args.out).with_suffix(f".{args.plot}.png")
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values and missing packages, before anything is read or written."""
-    arguments.check_choices("else_part", [args.else_part], PARTS)
     suffix = Path(args.out).suffix
     if suffix not in WRITERS:
         raise InputError(f"--out {args.out}: its name must end with {', '.join(WRITERS)}")
@@ -84,21 +65,10 @@ def check_args(args: argparse.Namespace) -> None:
         arguments.check_installed(f"--out {args.out}", ["pyarrow"])
     if args.plot:
         arguments.check_installed(f"--plot {args.plot}", [REDUCTIONS[args.plot]])
-    arguments.check_positive(args, "batch_size_per_gpu")
+    arguments.check_positive(args, "batch_size_per_gpu", "plot_images")
     arguments.check_not_negative(args, "num_workers", "seed")
-    if args.plot_images < 4:
-        raise InputError(f"--plot_images {args.plot_images}: must be 4 or more")
     arguments.check_writable(Path(args.out).parent, "--out")
-    arguments.check_outputs(args, [Path(args.out), *([picture_path(args)] if args.plot else [])])
-
-
-def build_dataset(args: argparse.Namespace, pretrained: Pretrained) -> ImageDataset:
-    """The clean images below --data_path, in the order of their paths."""
-    samples = [(path, UNLABELLED) for path in list_images(args.data_path)]
-    return dataset_of(
-        (), samples, eval_transform("ori", pretrained.img_size), renderer=args.views, skip_bad_images=args.skip_bad_images,
-        check=args.skip_bad_images, threads=args.num_workers,
-    )  # fmt: skip
+    arguments.check_outputs(args, [Path(args.out), *([Path(args.out).with_suffix(f".{args.plot}.png")] if args.plot else [])])
 
 
 def class_of(path: str) -> str | None:
@@ -114,73 +84,56 @@ def relative(path: str, data_path: str) -> str:
 
 def split_parts(args: argparse.Namespace, pretrained: Pretrained, features: torch.Tensor) -> dict[str, np.ndarray]:
     """Whole representations [M, D] as the columns of the table."""
-    if not pretrained.has_parts:
-        return {"features": features.cpu().numpy()}
-    parts = dict(zip(("ir", "ef"), split_ir_ef(features.cpu(), pretrained.hp1), strict=True))
-    return {name: parts[name].contiguous().numpy() for name in COLUMNS[PARTS[args.else_part]]}
+    z, split, part = features.cpu().numpy(), pretrained.split, PARTS[args.else_part]
+    if split is None:
+        return {"features": z}
+    columns = {"IR": split.ir, "EF": split.ef}
+    return {name.lower(): np.ascontiguousarray(z[:, cut]) for name, cut in columns.items() if part in ("ALL", name)}
 
 
 def embed(args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDataset, device: torch.device) -> Embeddings:
-    """The table, on every process; they share the images. Raises FloatingPointError if features are not finite."""
-    own = shard(dataset, distributed.get_rank(), distributed.get_world_size())
-    loader = make_loader(own, args.batch_size_per_gpu, num_workers=args.num_workers)
+    """The table, on every process; they share the images."""
     extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
-    features = gather_in_order(extract_features(extractor, loader, device, "embeddings")[0], len(dataset))  # M, D
-    if not features.isfinite().all():
-        raise FloatingPointError(f"features of the network in {args.pretrained_weights}")
+    features, _ = extract_all(extractor, dataset, device, args.batch_size_per_gpu, args.num_workers, "embeddings")  # M, D
     paths = [printable(relative(path, args.data_path)) for path, _ in dataset.samples]
-    about: dict[str, Any] = pretrained.record() | {
-        "kind": "embeddings", "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "mean": list(pretrained.mean),
-        "std": list(pretrained.std), "args": arguments.plain_args(args),
-    }  # fmt: skip
+    about = result_record("embeddings", pretrained.record(), args, hp1=float(pretrained.hp1), img_size=pretrained.img_size,
+                          mean=list(pretrained.mean), std=list(pretrained.std))  # fmt: skip
     return Embeddings(paths, [class_of(path) for path in paths], split_parts(args, pretrained, features), about)
 
 
-# --- the picture -------------------------------------------------------------------------------------------------------
+def check_picture(args: argparse.Namespace, dataset: ImageDataset) -> None:
+    """Raise InputError, before features are computed, unless the images can be drawn."""
+    count = min(len(dataset), args.plot_images)
+    if count < MIN_POINTS:
+        raise InputError(f"--plot {args.plot}, --plot_images {args.plot_images}: {count} images, a picture needs {MIN_POINTS}")
+    classes = {class_of(relative(path, args.data_path)) for path, _ in dataset.samples}
+    if args.colour == "class" and (None in classes or len(classes) > MAX_CLASSES):
+        raise InputError(f"--colour class: {args.data_path} must have 1 to {MAX_CLASSES} folders with all images below them; "
+                         "or choose --colour rotation")  # fmt: skip
 
 
 def draw(
     args: argparse.Namespace, pretrained: Pretrained, dataset: ImageDataset, table: Embeddings, device: torch.device
 ) -> None:
-    """Write the picture of --plot."""
+    """Write the picture of --plot: of the table's rows, or of each image rotated at random."""
     chosen = np.random.default_rng(args.seed).permutation(len(table.paths))[: args.plot_images]
     title = f"{pretrained.net} {pretrained.arch}: {len(chosen)} images of {os.path.basename(os.path.abspath(args.data_path))}"
     if args.colour == "class":
         parts = {name: rows[chosen] for name, rows in table.parts.items()}
         colours = {"classes": [table.classes[i] for i in chosen]}
     else:
-        samples = dataset.samples
-        parts, angles = rotated(args, pretrained, [samples[i][0] for i in chosen], device)
-        colours = {"angles": angles}
+        paths = [dataset.samples[i][0] for i in chosen]
+        views = TransformDataset(paths, TRANSFORMS["rotation"], pretrained.img_size, 1, args.seed, renderer=args.views)
+        extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
+        (features,), targets = extract_views(
+            [extractor], views, device, args.batch_size_per_gpu, args.num_workers, "rotated images"
+        )  # M, 2, D; M, 1, 2
+        sin, cos = targets[:, 0].cpu().numpy().T
+        parts, colours = split_parts(args, pretrained, features[:, 1]), {"angles": np.rad2deg(np.arctan2(sin, cos))}
     if distributed.is_main_process():
-        plot(parts, args.plot, picture_path(args), title, args.seed, **colours)
-        print(f"wrote {picture_path(args)}")
-
-
-def rotated(
-    args: argparse.Namespace, pretrained: Pretrained, paths: list[str], device: torch.device
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features of each image rotated at random, by column of the table, and the angles in degrees [M]."""
-    dataset = TransformDataset(paths, TRANSFORMS["rotation"], pretrained.img_size, 1, args.seed, renderer=args.views)
-    extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
-    (features,), targets = extract_views(
-        [extractor], dataset, device, args.batch_size_per_gpu, args.num_workers, "rotated images"
-    )  # M, 2, D; M, 1, 2
-    sin, cos = targets[:, 0].cpu().numpy().T
-    return split_parts(args, pretrained, features[:, 1]), np.rad2deg(np.arctan2(sin, cos))
-
-
-def check_colours(args: argparse.Namespace, dataset: ImageDataset) -> None:
-    """Raise InputError, before features are computed, unless the images can be drawn."""
-    if not args.plot:
-        return
-    if len(dataset) < 4:
-        raise InputError(f"--plot {args.plot}: {args.data_path} has only {len(dataset)} images, a picture needs 4")
-    classes = {class_of(relative(path, args.data_path)) for path, _ in dataset.samples}
-    if args.colour == "class" and (None in classes or len(classes) > MAX_CLASSES):
-        found = "images without a folder" if None in classes else f"{len(classes)} folders"
-        raise InputError(f"--colour class: {args.data_path} has {found}; there must be 1 to {MAX_CLASSES} folders with all "
-                         "images below them, or choose --colour rotation")  # fmt: skip
+        picture = Path(args.out).with_suffix(f".{args.plot}.png")
+        plot(parts, args.plot, picture, title, args.seed, **colours)
+        print(f"wrote {picture}")
 
 
 def main() -> None:
@@ -189,9 +142,14 @@ def main() -> None:
     args = resolve_renderer(args)
     device = distributed.init_distributed(args)
     pretrained = load_pretrained(args, device)
-    pretrained.check_part(PARTS[args.else_part])
-    dataset = build_dataset(args, pretrained)
-    check_colours(args, dataset)
+    check_part(PARTS[args.else_part], pretrained.split)
+    samples = [(path, UNLABELLED) for path in list_images(args.data_path)]
+    dataset = dataset_of(
+        (), samples, eval_transform("ori", pretrained.img_size), renderer=args.views, skip_bad_images=args.skip_bad_images,
+        check=args.skip_bad_images, threads=args.num_workers,
+    )  # fmt: skip
+    if args.plot:
+        check_picture(args, dataset)
     print(f"{pretrained.net} {pretrained.arch}, {len(dataset)} images of {pretrained.img_size} pixels", flush=True)
     with locked(args.out):
         table = embed(args, pretrained, dataset, device)

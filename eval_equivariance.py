@@ -3,7 +3,6 @@
 Regressors are fitted to frozen features of transformed views, and tell on other images how each view was transformed:
     python eval_equivariance.py --pretrained_weights R/checkpoint.pth --data_path data/IN100 --output_dir R
     python eval_equivariance.py ... --transforms rotation crop --head linear mlp --input pair single
-    python eval_equivariance.py ... --protocol sie --transforms rotation
 --data_path is any folder of images; labels are not used. All numbers stand beside controls: the same network without training,
 shuffled targets, and as many random dimensions as the EF has. Several processes: torchrun --nproc_per_node=2 ...
 """
@@ -27,39 +26,34 @@ from clever.evaluation.equivariance import (
     GRAM_IMAGES,
     GRAM_VIEWS,
     HELD_OUT,
-    TRANSFORMS,
     Subspace,
-    Transform,
-    TransformDataset,
     check_targets,
     extract_views,
     measure_gaps,
     regress,
     subspaces,
-    with_half_angles,
 )
-from clever.evaluation.equivariance_report import plot, to_markdown
 from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.names import PARTS, part_flag
 from clever.evaluation.pretrained import (
     Pretrained,
     add_backbone_arguments,
+    check_part,
     check_trial_name,
     load_pretrained,
     result_record,
 )
 from clever.evaluation.regression import LinearRegressor, MLPRegressor
+from clever.evaluation.tables import plot, to_markdown
+from clever.evaluation.transforms import TRANSFORMS, TransformDataset, with_half_angles
 from clever.models.heads import Split
 from clever.utils import InputError
 
-INPUTS = ("pair", "single")
-HEADS = ("linear", "mlp")
 # What a protocol sets, unless a flag sets it. SIE's is an MLP on pairs.
 PROTOCOLS = {
     "own": {"head": ["linear"], "input": ["pair"], "mlp_epochs": 50},
     "sie": {"head": ["mlp"], "input": ["pair"], "mlp_epochs": 300},
 }
-MIN_TRAIN, MIN_TEST = HELD_OUT, 2  # images; a cosine gap needs another image
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -75,7 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "transformation on a CPU); default: linear")  # fmt: skip
     add("--input", nargs="+", help="what regressors get: pair (the features of the clean and the transformed view), single "
         "(of the transformed view); default: pair")  # fmt: skip
-    add("--protocol", default="own", help="own, or sie: mlp on pairs with 300 epochs, features not standardised, half angles")
+    add("--protocol", default="own", choices=PROTOCOLS, help="sie: mlp on pairs, 300 epochs, features not standardised, "
+        "half angles")  # fmt: skip
     add("--mlp_epochs", type=int, help="epochs of the mlp; default: 50, with --protocol sie 300")
     add("--views_per_image", type=int, default=8, help="transformed views of each image; more make the numbers more precise")
     add("--num_images", type=int, default=5000, help="at most so many training images and as many test images, drawn at "
@@ -96,35 +91,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what the protocol sets. Raises InputError for invalid values, before anything is read or written."""
-    arguments.check_choices("protocol", [args.protocol], PROTOCOLS)
     for name, value in PROTOCOLS[args.protocol].items():
-        given = getattr(args, name)
-        if args.protocol == "sie" and name in ("head", "input") and given not in (None, value):
-            raise InputError(f"--{name} {' '.join(given)} with --protocol sie: it is {value[0]} there")
-        setattr(args, name, value if given is None else given)
-    arguments.check_choices("head", args.head, HEADS)
-    arguments.check_choices("input", args.input, INPUTS)
-    if args.transforms is None:
-        args.transforms = [name for name, transform in TRANSFORMS.items() if inputs_of(transform, args.input)]
-    arguments.check_choices("transforms", args.transforms, TRANSFORMS)
-    for name in args.transforms:
-        if not inputs_of(TRANSFORMS[name], args.input):
-            raise InputError(f"--transforms {name} with --input {' '.join(args.input)}: needs pairs, add pair")
-    if args.parts is not None:
-        arguments.check_choices("parts", args.parts, PARTS)
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    usable = [name for name, transform in TRANSFORMS.items() if set(args.input) & set(transform.inputs)]
+    args.transforms = usable if args.transforms is None else args.transforms
+    for name, choices in (("head", ("linear", "mlp")), ("input", ("pair", "single")), ("transforms", usable), ("parts", PARTS)):
+        arguments.check_choices(name, getattr(args, name) or [], choices)
     arguments.check_positive(args, "views_per_image", "mlp_epochs", "batch_size_per_gpu")
     arguments.check_not_negative(args, "num_images", "random_subspaces", "num_workers", "seed")
     check_trial_name(args.trial_name)
     arguments.check_writable(args.output_dir)
     return args
-
-
-def inputs_of(transform: Transform, inputs: list[str]) -> list[str]:
-    """Those of the inputs from which the transformation can be predicted."""
-    return [kind for kind in inputs if kind in transform.inputs]
-
-
-# --- what is measured ----------------------------------------------------------------------------------------------------
 
 
 def choose_images(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -138,11 +116,9 @@ def choose_images(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         is_test = rng.permutation(len(paths)) < round(len(paths) / 5)
         train, test = ([path for path, chosen in zip(paths, is_test, strict=True) if chosen == part] for part in (False, True))
     train, test = (draw_images(paths, args, rng) for paths in (train, test))
-    if len(train) < MIN_TRAIN or len(test) < MIN_TEST:
-        raise InputError(
-            f"--data_path {args.data_path}: number of images to fit regressors to {len(train)}, to test them on {len(test)}; "
-            f"at least {MIN_TRAIN} and {MIN_TEST} are needed"
-        )
+    if len(train) < HELD_OUT or len(test) < 2:  # a cosine gap needs another image
+        raise InputError(f"--data_path {args.data_path}: {len(train)} images to fit regressors to, {len(test)} to test them "
+                         f"on; at least {HELD_OUT} and 2 are needed")  # fmt: skip
     return train, test
 
 
@@ -151,57 +127,44 @@ def draw_images(paths: list[str], args: argparse.Namespace, rng: np.random.Gener
     if 0 < args.num_images < len(paths):
         paths = [paths[i] for i in np.sort(rng.permutation(len(paths))[: args.num_images])]
     if args.skip_bad_images and paths:
-        samples = [(path, UNLABELLED) for path in paths]
-        return [path for path, _ in keep_readable(samples, skip_bad_images=True, threads=args.num_workers)]
+        samples = keep_readable([(path, UNLABELLED) for path in paths], skip_bad_images=True, threads=args.num_workers)
+        paths = [path for path, _ in samples]
     return paths
 
 
 def choose_subspaces(args: argparse.Namespace, pretrained: Pretrained) -> list[Subspace]:
     """The parts and the controls that are measured. Raises InputError for parts that the network does not have."""
-    dim = pretrained.backbone.embed_dim
-    splits = Split.leaves_both(dim, pretrained.hp1)
-    parts = ["ALL", "IR", "EF"] if pretrained.has_parts else ["ALL"]
-    if args.parts is not None:
-        parts = [PARTS[flag] for flag in args.parts]
+    dim, split = pretrained.backbone.embed_dim, pretrained.split
+    parts = [PARTS[flag] for flag in args.parts] if args.parts else ["ALL", "IR", "EF"] if split else ["ALL"]
     for part in parts:
-        pretrained.check_part(part, "--parts")
-    if args.random_subspaces and not splits:
+        check_part(part, split, "--parts")
+    if split is None and Split.leaves_both(dim, pretrained.hp1):  # dino with --hp1: as wide as CLeVER's EF
+        split = Split(dim, pretrained.hp1)
+    if args.random_subspaces and split is None:
         print("no random subspaces: the width of the EF is not known (--hp1)")
-    draws = args.random_subspaces if splits else 0
-    return subspaces(dim, parts, pretrained.hp1, draws, args.seed, args.untrained)
-
-
-def make_regressors(args: argparse.Namespace) -> dict[str, Any]:
-    """{head: how its regressors are made}."""
-    mlp = partial(MLPRegressor, epochs=args.mlp_epochs, seed=args.seed, standardize=args.protocol == "own")
-    return {head: {"linear": LinearRegressor, "mlp": mlp}[head] for head in args.head}
+    return subspaces(dim, parts, split, args.random_subspaces if split else 0, args.seed, args.untrained)
 
 
 def measure(
-    name: str,
-    args: argparse.Namespace,
-    networks: list[FeatureExtractor],
-    spaces: list[Subspace],
-    images: tuple[list[str], list[str]],
-    size: int,
-    device: torch.device,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    name: str, args: argparse.Namespace, networks: list[FeatureExtractor], spaces: list[Subspace],
+    images: tuple[list[str], list[str]], size: int, device: torch.device,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Results of all regressors, and gaps, for one transformation; `images` are those for training and for testing."""
     transform = TRANSFORMS[name] if args.protocol == "own" else with_half_angles(TRANSFORMS[name])
     make = partial(TransformDataset, transform=transform, size=size, seed=args.seed, renderer=args.views)
     train, test = (make(paths, views=args.views_per_image, stream=stream) for stream, paths in enumerate(images))
     alike = make(images[1], views=GRAM_VIEWS, stream=2, images_per_draw=GRAM_IMAGES)
-    extract = partial(
-        extract_views, networks, device=device, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers
-    )
+    extract = partial(extract_views, networks, device=device, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
     fitted, tested = extract(train, header=f"{name}, training images"), extract(test, header=f"{name}, test images")
     for (_, targets), kind in ((fitted, "training images"), (tested, "test images")):
         check_targets(name, list(transform.targets), targets, kind)
+    mlp = partial(MLPRegressor, epochs=args.mlp_epochs, seed=args.seed, standardize=args.protocol == "own")
     results = [
         {"transform": name, "head": head, "input": kind, **record}
-        for head, make_regressor in make_regressors(args).items()
-        for kind in inputs_of(transform, args.input)
-        for record in regress(transform, make_regressor, kind, spaces, fitted, tested, args.seed)
+        for head in args.head
+        for kind in args.input
+        if kind in transform.inputs
+        for record in regress(transform, mlp if head == "mlp" else LinearRegressor, kind, spaces, fitted, tested, args.seed)
     ]
     gaps = measure_gaps(spaces, tested[0], extract(alike)[0])
     return results, [{"transform": name, **record} for record in gaps]
@@ -225,20 +188,15 @@ def write_results(args: argparse.Namespace, pretrained: Pretrained, results: lis
 def main() -> None:
     args = resolve_renderer(resolve_args(get_args_parser().parse_args()))
     device = distributed.init_distributed(args)
+    images = choose_images(args)
     pretrained = load_pretrained(args, device)
     spaces = choose_subspaces(args, pretrained)
-    images = choose_images(args)
     backbones = [pretrained.backbone, *([pretrained.untrained(args.seed)] if args.untrained else [])]
     networks = [FeatureExtractor(backbone, stats=pretrained.stats) for backbone in backbones]
-    print(
-        f"{pretrained.net} {pretrained.arch}, {networks[0].dim} dimensions, images of {pretrained.img_size} pixels; "
-        f"{len(images[0])} training images, {len(images[1])} test images, {args.views_per_image} views of each", flush=True
-    )  # fmt: skip
-    results, gaps = [], []
-    for name in args.transforms:
-        found = measure(name, args, networks, spaces, images, pretrained.img_size, device)
-        results += found[0]
-        gaps += found[1]
+    counts = f"{len(images[0])} training images, {len(images[1])} test images, {args.views_per_image} views of each"
+    print(f"{pretrained.net} {pretrained.arch}, images of {pretrained.img_size} pixels; {counts}", flush=True)
+    found = [measure(name, args, networks, spaces, images, pretrained.img_size, device) for name in args.transforms]
+    results, gaps = (sum(records, []) for records in zip(*found, strict=True))
     if distributed.is_main_process():
         write_results(args, pretrained, results, gaps, images)
 

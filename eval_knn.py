@@ -21,22 +21,11 @@ import torch.nn.functional as F
 from clever import arguments, distributed, utils
 from clever.arguments import bool_flag
 from clever.data.augmentations import PERTURBATIONS, eval_transform
-from clever.data.datasets import (
-    ImageDataset,
-    check_same_classes,
-    labelled_dataset,
-    make_loader,
-    shard,
-)
+from clever.data.datasets import check_same_classes, labelled_dataset
 from clever.data.rendering import add_renderer_argument, resolve_renderer
 from clever.entry import run_entry_point
 from clever.evaluation.feature_files import FeatureSet, load_features, save_features
-from clever.evaluation.features import (
-    FeatureExtractor,
-    extract_features,
-    gather_in_order,
-    select_part,
-)
+from clever.evaluation.features import FeatureExtractor, extract_all, select_part
 from clever.evaluation.knn import MIN_TEMPERATURE, knn_accuracies
 from clever.evaluation.names import PARTS, part_flag, part_suffix
 from clever.evaluation.pretrained import (
@@ -47,12 +36,10 @@ from clever.evaluation.pretrained import (
     resolve_net_and_hp1,
     result_record,
     single_run,
+    split_of,
 )
 from clever.locking import locked
 from clever.utils import InputError
-
-# What a result's name contains before the trial name, besides knn: a perturbation, and what part_suffix returns.
-RESERVED = (*PERTURBATIONS, r"hp[\d.][^_]*", "else")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -84,31 +71,21 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for invalid values, before anything is read or written."""
     arguments.check_choices("else_part", args.else_part, PARTS)
     arguments.check_choices("test_aug_type", args.test_aug_type, PERTURBATIONS)
-    for name in ("load_features", "dump_features"):
-        if getattr(args, name) is not None and args.test_aug_type != ["ori"]:
-            raise InputError(f"--{name} with --test_aug_type {' '.join(args.test_aug_type)}: only with ori, the clean images")
-    if min(args.nb_knn) < 1:
-        raise InputError(f"--nb_knn {min(args.nb_knn)}: must be 1 or more")
-    for temperature in args.temperature:
-        if not MIN_TEMPERATURE <= temperature < float("inf"):
-            raise InputError(f"--temperature {temperature}: must be {MIN_TEMPERATURE} or more, and finite")
-    check_trial_name(args.trial_name, RESERVED)
-    if args.load_features:
-        for name in ("pretrained_weights", "arch", "patch_size", "img_size", "data_path", "dump_features"):
-            if getattr(args, name) is not None:
-                raise InputError(f"--{name} with --load_features: give only one of the two")
-    else:
-        for name in ("pretrained_weights", "data_path"):
-            if getattr(args, name) is None:
-                raise InputError(f"--{name}: must be given, unless --load_features is")
+    if (args.load_features or args.dump_features) and args.test_aug_type != ["ori"]:
+        raise InputError(f"--test_aug_type {' '.join(args.test_aug_type)}: saved features are those of ori, the clean images")
+    if min(args.nb_knn) < 1 or not all(MIN_TEMPERATURE <= t < float("inf") for t in args.temperature):
+        raise InputError(f"--nb_knn {args.nb_knn}, --temperature {args.temperature}: at least 1, and {MIN_TEMPERATURE}")
+    check_trial_name(args.trial_name)
+    needed, others = ("pretrained_weights", "data_path"), ("arch", "patch_size", "img_size", "dump_features")
+    for name in needed + others:
+        given = getattr(args, name) is not None
+        if args.load_features and given or not args.load_features and not given and name in needed:
+            raise InputError(f"--{name}: give --pretrained_weights and --data_path, or --load_features in their place")
     arguments.check_positive(args, "batch_size_per_gpu")
     arguments.check_not_negative(args, "num_workers")
     arguments.check_writable(args.output_dir)
     if args.dump_features:
         arguments.check_writable(args.dump_features)
-
-
-# --- features ----------------------------------------------------------------------------------------------------------
 
 
 def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str, FeatureSet]:
@@ -118,110 +95,82 @@ def compute_features(args: argparse.Namespace, device: torch.device) -> dict[str
     """
     pretrained = load_pretrained(args, device)
     for part in args.else_part:
-        pretrained.check_part(PARTS[part])
-    train, val = (build_dataset(args, split, pretrained.img_size) for split in ("train", "val"))
+        check_part(PARTS[part], pretrained.split)
+    train, val = (
+        labelled_dataset(
+            os.path.join(args.data_path, split), eval_transform("ori", pretrained.img_size), renderer=args.views,
+            skip_bad_images=args.skip_bad_images, check=args.skip_bad_images, threads=args.num_workers,
+        )
+        for split in ("train", "val")
+    )  # fmt: skip
     check_same_classes(train, val)
     extractor = FeatureExtractor(pretrained.backbone, stats=pretrained.stats)
     print(f"{pretrained.net} {pretrained.arch}, {extractor.dim} dimensions, images of {pretrained.img_size} pixels", flush=True)
     description = pretrained.record() | {
         "hp1": float(pretrained.hp1), "img_size": pretrained.img_size, "classes": train.classes
     }  # fmt: skip
-    clean = extract(extractor, train, args, device, "training features")
-    sets = {}
+
+    def extract(dataset, header):
+        features, labels = extract_all(extractor, dataset, device, args.batch_size_per_gpu, args.num_workers, header)
+        return F.normalize(features, dim=-1), labels  # M, D and M
+
+    clean, sets = extract(train, "training features"), {}
     for perturbation in args.test_aug_type:
         val.views = eval_transform(perturbation, pretrained.img_size)
         header = f"test features{'' if perturbation == 'ori' else f', {perturbation}'}"
-        sets[perturbation] = FeatureSet(*clean, *extract(extractor, val, args, device, header), description)
+        sets[perturbation] = FeatureSet(*clean, *extract(val, header), description)
     return sets
-
-
-def build_dataset(args: argparse.Namespace, split: str, img_size: int) -> ImageDataset:
-    """The clean images of one split."""
-    return labelled_dataset(
-        os.path.join(args.data_path, split), eval_transform("ori", img_size), renderer=args.views,
-        skip_bad_images=args.skip_bad_images, check=args.skip_bad_images, threads=args.num_workers,
-    )  # fmt: skip
-
-
-def extract(
-    extractor: FeatureExtractor, dataset: ImageDataset, args: argparse.Namespace, device: torch.device, header: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """L2-normalised features [M, D] and labels [M] of all images, in their order, on every process."""
-    own = shard(dataset, distributed.get_rank(), distributed.get_world_size())
-    loader = make_loader(own, args.batch_size_per_gpu, num_workers=args.num_workers)
-    features, labels = (gather_in_order(rows, len(dataset)) for rows in extract_features(extractor, loader, device, header))
-    if not features.isfinite().all():
-        raise FloatingPointError(f"{header} of the network in {args.pretrained_weights}")
-    return F.normalize(features, dim=-1), labels
 
 
 def read_features(args: argparse.Namespace) -> FeatureSet:
     """The features of --load_features. --net and --hp1 describe features that were saved without a description."""
-    features = load_features(args.load_features, "--load_features")
-    net, hp1 = resolve_net_and_hp1(args, features.description, "features were")
+    features = load_features(args.load_features)
+    net, hp1 = resolve_net_and_hp1(args, features.description)
     features.description |= {"net": net, "hp1": float(hp1)}
     for part in args.else_part:
-        check_part(PARTS[part], net, hp1, features.train.shape[1])
+        check_part(PARTS[part], split_of(net, hp1, features.train.shape[1]))
     return features
-
-
-# --- classification ----------------------------------------------------------------------------------------------------
-
-
-def usable_neighbors(wanted: list[int], available: int) -> list[int]:
-    """The numbers of neighbours in increasing order, at most the `available` training images; prints which are reduced."""
-    for k in sorted(set(wanted)):
-        if k > available:
-            print(f"--nb_knn {k}: there are only {available} training images, all of them vote")
-    return sorted({min(k, available) for k in wanted})
 
 
 def classify(
     args: argparse.Namespace, features: FeatureSet, neighbors: list[int], device: torch.device
 ) -> list[dict[str, Any]]:
-    """Accuracies of --else_part, a single one, for every k and temperature."""
-    dim, hp1, part = features.train.shape[1], features.description["hp1"], PARTS[args.else_part]
-    return knn_accuracies(
-        select_part(features.train, dim, part, hp1),
+    """Accuracies of --else_part, a single one, for every k and temperature; prints them in DINO's words."""
+    about, part = features.description, PARTS[args.else_part]
+    split = split_of(about["net"], about["hp1"], features.train.shape[1])
+    results = knn_accuracies(
+        select_part(features.train, part, split),
         features.train_labels,
-        select_part(features.test, dim, part, hp1),
+        select_part(features.test, part, split),
         features.test_labels,
-        num_classes=len(features.description["classes"]),
+        num_classes=len(about["classes"]),
+        device=device,
         neighbors=neighbors,
         temperatures=sorted(set(args.temperature)),
-        device=device,
         search_device=device if args.use_cuda else torch.device("cpu"),
         per_image=args.per_image,
+        header="nearest neighbours",
     )
-
-
-def print_results(args: argparse.Namespace, features: FeatureSet, results: list[dict[str, Any]]) -> None:
-    """The accuracies, in DINO's words."""
     images = "test images" if args.test_aug_type == "ori" else f"test images perturbed by {args.test_aug_type}"
-    print(
-        f"{args.else_part}: {len(features.train)} training images, {len(features.test)} {images}, "
-        f"{len(features.description['classes'])} classes"
-    )
+    counts = f"{len(features.train)} training images, {len(features.test)} {images}, {len(about['classes'])} classes"
+    print(f"{args.else_part}: {counts}")
     for result in results:
-        print(
-            f"{result['k']}-NN classifier result: Top1: {result['top1']:.2f}, Top5: {result['top5']:.2f} "
-            f"(temperature {result['temperature']})"
-        )
+        accuracies = f"Top1: {result['top1']:.2f}, Top5: {result['top5']:.2f}"
+        print(f"{result['k']}-NN classifier result: {accuracies} (temperature {result['temperature']})")
+    return results
 
 
 def write_result(args: argparse.Namespace, features: FeatureSet, results: list[dict[str, Any]]) -> None:
     """knn[_<perturbation>][_hp<hp1>[_else]][_<trial>].json: the accuracies, and everything that they depend on."""
-    if not distributed.is_main_process():
-        return
     about = features.description
     hp1 = args.hp1 if args.hp1 is not None else about["hp1"]  # in the name as it was typed
     perturbation = "" if args.test_aug_type == "ori" else f"_{args.test_aug_type}"
     name = "_".join(filter(None, [f"knn{perturbation}{part_suffix(PARTS[args.else_part], hp1)}", args.trial_name]))
     fields = ("net", "arch", "img_size", "pretrained_epochs", "aug", "pretraining_seed", "backbone")
-    network = {key: about.get(key) for key in fields}
     record = result_record(
-        "knn", network, args, part=args.else_part, hp1=about["hp1"], test_aug_type=args.test_aug_type, results=results,
-        num_train_images=len(features.train), num_test_images=len(features.test), num_labels=len(about["classes"]),
+        "knn", {key: about.get(key) for key in fields}, args, part=args.else_part, hp1=about["hp1"],
+        test_aug_type=args.test_aug_type, results=results, num_train_images=len(features.train),
+        num_test_images=len(features.test), num_labels=len(about["classes"]),
     )  # fmt: skip
     path = Path(args.output_dir) / f"{name}.json"
     utils.save_json(record, path)
@@ -238,13 +187,16 @@ def main() -> None:
         with locked(Path(args.dump_features) / "features"):
             if distributed.is_main_process():
                 save_features(sets["ori"], args.dump_features)
-    neighbors = usable_neighbors(args.nb_knn, len(next(iter(sets.values())).train))
+    available = len(next(iter(sets.values())).train)
+    for k in (k for k in args.nb_knn if k > available):
+        print(f"--nb_knn {k}: there are only {available} training images, all of them vote")
+    neighbors = sorted({min(k, available) for k in args.nb_knn})
     for perturbation, features in sets.items():
         for part in args.else_part:
             run = single_run(args, part, perturbation)
             results = classify(run, features, neighbors, device)
-            print_results(run, features, results)
-            write_result(run, features, results)
+            if distributed.is_main_process():
+                write_result(run, features, results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 
 from clever.arguments import ArgumentParser, check_positive
 from clever.entry import run_entry_point
-from clever.evaluation.markdown import align
+from clever.evaluation.tables import align
 from clever.models.backbones import backbone_names, build_backbone
 from clever.utils import InputError, write_text_atomically
 from vmamba.selective_scan import scan_flops

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clever.data.augmentations import PERTURBATIONS
-from clever.evaluation.equivariance_report import (
+from clever.evaluation.names import PARTS
+from clever.evaluation.saliency.results import METHODS
+from clever.evaluation.tables import (
     GAPS,
     MEASURES,
     SPACES,
     group_by,
 )
-from clever.evaluation.names import PARTS
-from clever.evaluation.saliency.results import METHODS
 from scripts.results_table import (
     EQUIVARIANCE,
     NETS,

@@ -24,8 +24,8 @@ import numpy as np
 from clever.arguments import ArgumentParser, check_writable
 from clever.data.augmentations import PERTURBATIONS
 from clever.entry import run_entry_point
-from clever.evaluation.markdown import align
 from clever.evaluation.names import PARTS
+from clever.evaluation.tables import align
 from clever.utils import InputError, atomic_file, save_json
 from scripts.rotation_table import RANDOM_DIMENSIONS, ROTATION, Rotation, draw, rotation_rows, split_untrained
 from scripts.rotation_table import to_markdown as rotation_markdown

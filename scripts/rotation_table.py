@@ -9,8 +9,7 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 
-from clever.evaluation.equivariance_report import std_over_draws
-from clever.evaluation.markdown import align
+from clever.evaluation.tables import align, std_over_draws
 
 RANDOM_DIMENSIONS = "random dimensions"  # as wide as the EF
 PARTS = {

@@ -23,9 +23,8 @@ from matplotlib.ticker import MaxNLocator
 
 from clever.arguments import ArgumentParser, check_writable
 from clever.entry import run_entry_point
-from clever.evaluation.equivariance_report import SPACES
 from clever.evaluation.hits import unpack_hits
-from clever.evaluation.markdown import align
+from clever.evaluation.tables import SPACES, align
 from clever.utils import atomic_file, write_text_atomically
 from scripts.study_records import (
     BASELINE,

@@ -176,7 +176,7 @@ PROBE = [
     ("--data_path {renamed}", "train/ and val/", "same class folders", "blue, red"),
     ("--dataset_type IN100", "--dataset_type IN100", "100 classes", "holds 3"),
     ("--dataset_type Imagenet", "--dataset_type Imagenet", "1000 classes", "holds 3"),
-    ("--dataset_type CUB", "'CUB'", "Imagenet, IN100"),
+    ("--dataset_type CUB", "'CUB'", "'IN100'"),
     ("--num_labels 4", "--num_labels 4", "holds 3"),
     ("--else_part DIR", "'DIR'", "ALL, main_part, else_part"),
     ("--evaluate --else_part mainpart", "'mainpart'", "ALL, main_part, else_part"),
@@ -205,8 +205,8 @@ PROBE = [
     ("--img_size 33", "33x33", "patch size 8"),
     ("--avgpool_patchtokens perhaps", "--avgpool_patchtokens", "'perhaps'", "true, false, on, off, 1, 0"),
     ("--trial_name a/b", "'a/b'", "/"),
-    ("--trial_name " + 300 * "x", "--trial_name of 300 bytes", "at most 100"),
-    ("--trial_name " + 34 * "\u2192", "--trial_name of 102 bytes", "at most 100"),
+    ("--trial_name " + 300 * "x", "--trial_name", "at most 100 bytes"),
+    ("--trial_name " + 34 * "\u2192", "--trial_name", "at most 100 bytes"),
     ("--checkpoint_key ema", "'ema'", "student.backbone, teacher.backbone"),
     ("--pretrained_weights {root}/absent.pth", "{root}/absent.pth", "no such file"),
     ("--pretrained_weights {damaged}", "{damaged}", "damaged"),
@@ -221,17 +221,17 @@ PROBE = [
     ("--evaluate --final_eval_weights {damaged}", "{damaged}", "damaged"),
     ("--evaluate --final_eval_weights {foreign}", "{foreign}", "holds numpy"),
     ("--evaluate --final_eval_weights {checkpoint}", "{checkpoint}", "no linear classifier"),
-    ("--evaluate --final_eval_weights {probe_file} --data_path {two}", "{probe_file}", "num_labels is 3", "here it is 2"),
-    ("--evaluate --final_eval_weights {probe_file} --else_part main_part", "part is ALL", "here it is main_part"),
-    ("--evaluate --final_eval_weights {probe_file} --else_part else_part", "part is ALL", "here it is else_part"),
-    ("--evaluate --final_eval_weights {probe_file} --n_last_blocks 2", "dim is 512", "here it is 256"),
+    ("--evaluate --final_eval_weights {probe_file} --data_path {two}", "{probe_file}", "num_labels 2", "with num_labels 3"),
+    ("--evaluate --final_eval_weights {probe_file} --else_part main_part", "part main_part", "with part ALL"),
+    ("--evaluate --final_eval_weights {probe_file} --else_part else_part", "part else_part", "with part ALL"),
+    ("--evaluate --final_eval_weights {probe_file} --n_last_blocks 2", "dim 256", "with dim 512"),
     ("--evaluate --final_eval_weights {probe_file} --checkpoint_key student", "{probe_file}", "backbone"),
     ("--output_dir {file}", "{file}", "is a file"),
     ("--output_dir {file}/below", "{file}/below", "cannot be written"),
     ("--output_dir /proc/below", "/proc/below", "cannot be written"),
 ]  # fmt: skip
 _BARE = "--pretrained_weights {bare} --arch vit_micro --patch_size 8 --net CLeVER --else_part else_part "
-PROBE += [(_BARE + "--hp1 1.5", "--hp1 1.5", "(0, 1]"), (_BARE + "--hp1 1", "hp1 1", "empty")]
+PROBE += [(_BARE + "--hp1 1.5", "--hp1 1.5", "(0, 1]"), (_BARE + "--hp1 1", "no parts", "hp1 near 0 or 1")]
 
 
 @pytest.mark.parametrize("flags, mentioned", [(flags, mentioned) for flags, *mentioned in PROBE])
@@ -253,8 +253,8 @@ def test_pooled_backbones_have_no_patch_tokens(world, tmp_path):
 def test_a_probe_of_other_weights_is_not_continued(world, tmp_path):
     shutil.copytree(world.probe, tmp_path / "out")
     before = snapshot(tmp_path / "out")
-    assert_refused(probe(world.dino / "checkpoint.pth", world.data, tmp_path / "out"), "net is CLeVER", "here it is dino")
-    assert_refused(probe(world.checkpoint, world.two, tmp_path / "out"), "num_labels is 3", "here it is 2")
+    assert_refused(probe(world.dino / "checkpoint.pth", world.data, tmp_path / "out"), "net dino", "with net CLeVER")
+    assert_refused(probe(world.checkpoint, world.two, tmp_path / "out"), "num_labels 2", "with num_labels 3")
     assert snapshot(tmp_path / "out") == before
 
 
@@ -263,7 +263,7 @@ def test_a_bare_classifier_is_evaluated_but_not_continued(world, tmp_path):
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / world.probe_file.name
     torch.save({"state_dict": state["state_dict"]}, path)
-    assert_refused(probe(world.checkpoint, world.data, tmp_path / "out"), str(path), "lacks", "scheduler")
+    assert_refused(probe(world.checkpoint, world.data, tmp_path / "out"), str(path), "optimizer")
     assert probe(world.checkpoint, world.data, tmp_path / "out", "--evaluate").status == 0
 
 

@@ -1,8 +1,6 @@
-"""Downstream classification: names, golden values, what each mode trains, processes, resume, evaluation."""
+"""Downstream classification: golden values, what each mode trains, processes, resume, evaluation."""
 
 import math
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +17,8 @@ from torchvision.ops import StochasticDepth
 import eval_linear_ds as ds
 from clever.checkpoint import load_checkpoint
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.pretrained import Pretrained
-from clever.evaluation.probe import LinearClassifier, ProbeGroup
+from clever.evaluation.probe import ProbeGroup
 from clever.models.backbones import build_backbone
 from vmamba import load_config
 
@@ -56,32 +53,7 @@ def watch(monkeypatch):
     return seen
 
 
-# --- names and golden values -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words, name",
-    [
-        (
-            "--ds_mode linear --dataset_type CUB200 --lr 0.001 --backbone_lr 0 --epochs 200 --batch_size_per_gpu 256",
-            "ds_linear_CUB200_linear_T_sgd_lr0.001_lrbk0_ep200_bs256_li_aug1",
-        ),
-        (
-            "--ds_mode semi_10 --dataset_type IN100 --lr 1e-3 --backbone_lr 0.0010 --else_part main_part",
-            "ds_semi_10_IN100_linear_hp0.80_T_sgd_lr1e-3_lrbk0.0010_ep100_bs128_li_aug1",
-        ),
-        (
-            "--ds_mode ds_ft --dataset_type Flowers102 --train_on_val true --else_part else_part",
-            "ds_ds_ft_Flowers102_trainval_linear_hp0.80_else_T_sgd_lr0.001_lrbk0.1_ep100_bs128_li_aug1",
-        ),
-        ("--data_path a/digits/", "ds_linear_digits_linear_T_sgd_lr0.001_lrbk0_ep100_bs128_li_aug1"),
-    ],
-)
-def test_names_of_checkpoints(words, name):
-    args = parse("--hp1", "0.80", "--trial_name", "T", "--output_dir", "out", *words.split())
-    assert ds.checkpoint_path(args, args.hp1) == Path(f"out/{name}.pth.tar")
-    args.output_dir = "elsewhere/mine.pth.tar"
-    assert ds.checkpoint_path(args, args.hp1) == Path("elsewhere/mine.pth.tar")
+# --- golden values -------------------------------------------------------------------------------------------
 
 
 def pretrained(arch):
@@ -113,39 +85,6 @@ def test_only_a_vmamba_is_fine_tuned_with_stochastic_depth(arch):
         assert_same(dict(backbone.state_dict()), dict(network.backbone.state_dict()))
         rates.append(max((module.p for module in backbone.modules() if isinstance(module, StochasticDepth)), default=0))
     assert rates == ([0, load_config(arch).drop_path_rate] if arch.startswith("vssm") else [0, 0])
-
-
-def test_rates_are_scaled_and_all_is_decayed():
-    classifier, backbone = LinearClassifier(128, 5), build_backbone("resnet8")
-    args = parse("--ds_mode", "ds_ft", "--lr", 0.5, "--backbone_lr", 0.001, "--weight_decay", 1e-4, "--batch_size_per_gpu", 16)
-    optimizer = ds.build_optimizer(args, classifier, backbone)
-    head, body = optimizer.param_groups
-    assert (head["lr"], body["lr"]) == (0.03125, 6.25e-5)
-    assert [set(map(id, group["params"])) for group in (head, body)] == [
-        set(map(id, module.parameters())) for module in (classifier, backbone)
-    ]
-    assert {group["weight_decay"] for group in (head, body)} == {1e-4} and {g["momentum"] for g in (head, body)} == {0.9}
-
-
-def test_a_frozen_backbone_leaves_the_classifier_alone_and_undecayed():
-    optimizer = ds.build_optimizer(parse("--lr", 0.5, "--batch_size_per_gpu", 16), LinearClassifier(8, 5), None)
-    [group] = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.03125, 0, 0.9)
-
-
-def test_defaults_of_the_original():
-    args = parse()
-    names = ("ds_mode", "epochs", "batch_size_per_gpu", "n_last_blocks", "val_freq", "checkpoint_key", "test_aug_type")
-    assert [getattr(args, name) for name in names] == ["linear", 100, 128, 4, 1, "teacher", "ori"]
-    assert args.lr == 0.001 and args.weight_decay == 0 and not args.download and args.else_part == "ALL"
-    assert parse("--ds_mode", "ds_ft").backbone_lr == 0.1
-
-
-def test_features_without_gradients_stay_the_same():
-    backbone, images = build_backbone("vit_micro", patch_size=8, img_size=32).eval(), torch.randn(2, 3, 32, 32)
-    for part in ("ALL", "IR", "EF"):
-        frozen, trained = (FeatureExtractor(backbone, part, 0.8, 2, True, train)(images) for train in (False, True))
-        assert torch.equal(frozen, trained) and trained.requires_grad and not frozen.requires_grad
 
 
 # --- what is trained ---------------------------------------------------------------------------------------------------
@@ -184,11 +123,6 @@ def test_a_last_batch_of_one_image_is_left_out_where_batch_norms_are_trained(wor
     assert [[len(images) for images, _ in loader] for loader in watch.loaders] == [[11], [11, 1]]
 
 
-def test_fine_tuning_of_batch_norms_needs_batches_of_two(world, tmp_path):
-    outcome = downstream(world, world.resnet, tmp_path, "--ds_mode", "ds_ft", "--batch_size_per_gpu", 1)
-    assert_refused(outcome, "--batch_size_per_gpu 1", "batch norms")
-
-
 def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
     """All images are one batch, so that the run is two steps of SGD, the second with momentum."""
     words = ("--ds_mode", "ds_ft", "--backbone_lr", 2, "--lr", 4, "--weight_decay", 0.01, "--batch_size_per_gpu", 12)
@@ -222,36 +156,6 @@ def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
             parameters[name] = (p.detach() - rate * momentum[name]).requires_grad_()
     for name, p in watch.extractor.backbone.named_parameters():
         assert rel_error(p, parameters[f"0.backbone.{name}"]) < 1e-4, name
-
-
-def test_both_metrics_last_and_best(world, tmp_path, monkeypatch):
-    values = iter([(70.0, 30.0), (90.0, 50.0), (80.0, 60.0)])
-
-    def worsening(*_):
-        accuracy, mean = next(values)
-        return {"accuracy": accuracy, "mean_class_accuracy": mean, "num_test_images": 13}
-
-    monkeypatch.setattr("clever.evaluation.probe.accuracies", worsening)
-    outcome = downstream(world, world.resnet, tmp_path, "--epochs", 3)
-    result = result_of(tmp_path)
-    assert (result["accuracy"], result["best_accuracy"]) == (80, 90)
-    assert (result["mean_class_accuracy"], result["best_mean_class_accuracy"]) == (60, 60)
-    assert "Top-1 test accuracy: last 80.00%, best 90.00%" in outcome.stdout
-    assert "Mean accuracy per class: last 60.00%, best 60.00%" in outcome.stdout
-
-
-def test_the_result_file_and_the_lines(world, tmp_path):
-    outcome = downstream(world, world.vit, tmp_path, "--ds_mode", "ds_ft", "--else_part", "else_part", "--backbone_lr", 0.001)
-    result = result_of(tmp_path)
-    expected = {
-        "kind": "downstream", "net": "CLeVER", "arch": "vit_micro", "part": "else_part", "hp1": 0.8, "ds_mode": "ds_ft",
-        "dataset": "data", "num_labels": 3, "num_train_images": 12, "num_test_images": 13, "test_aug_type": "ori",
-        "effective_lr": 0.5 * 4 / 256, "effective_backbone_lr": 0.001 * 4 / 256, "seed": 0,
-    }  # fmt: skip
-    assert {name: result[name] for name in expected} == expected and result["args"]["ds_mode"] == "ds_ft"
-    assert {"accuracy", "mean_class_accuracy", "best_accuracy", "test_loss", "backbone"} <= set(result)
-    assert "epoch 1/2 3/3  loss" in outcome.stdout and " img/s  left " in outcome.stdout
-    assert "26 features, 3 classes, 12 training images, 4 per step, " in outcome.stdout
 
 
 # --- processes, resume, evaluation -------------------------------------------------------------------------------------
@@ -300,12 +204,12 @@ def tuned(world, tmp_path_factory):
     return folder / "run", flags
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_evaluation_repeats_the_accuracies_to_the_last_digit(tuned, tmp_path, processes):
+def test_evaluation_repeats_the_accuracies_to_the_last_digit(tuned, tmp_path):
+    """13 images, each counted once by three processes."""
     folder, flags = tuned
     weights = only(folder, "*.pth.tar")
     flags = (*flags, "--output_dir", tmp_path, "--evaluate", "--final_eval_weights", weights)
-    text = run("eval_linear_ds.py", *flags, processes=processes, output=tmp_path / "output")
+    text = run("eval_linear_ds.py", *flags, processes=3, output=tmp_path / "output")
     result, trained = result_of(tmp_path, "only_eval_ori_ds_*.json"), result_of(folder)
     for name in ("accuracy", "mean_class_accuracy", "num_test_images"):
         assert result[name] == trained[name], name
@@ -323,14 +227,6 @@ def test_evaluation_of_a_frozen_backbones_classifier_and_perturbed(world, tmp_pa
     assert losses[0] == trained["test_loss"] and losses[0] != losses[1] == losses[2] != losses[3]
 
 
-def test_a_classifier_is_not_evaluated_on_other_classes(world, tmp_path):
-    assert downstream(world, world.resnet, tmp_path / "out", "--epochs", 1).status == 0
-    data = shutil.copytree(world.data, tmp_path / "data")
-    (data / "val" / "red").rename(data / "val" / "blue")
-    outcome = downstream(world, world.resnet, tmp_path / "out", "--epochs", 1, "--evaluate", "--data_path", data)
-    assert_refused(outcome, "was trained on other classes", "--trial_name")
-
-
 def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
     """Their keys carry `module.` where the original wrapped the module, and they say less about themselves."""
     folder, flags = tuned
@@ -344,10 +240,10 @@ def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
     assert call(ds.main, *evaluation).status == 0
     assert result_of(tmp_path, "only_eval_ori_original.json")["accuracy"] == result_of(folder)["accuracy"]
     frozen = ("--ds_mode", "linear", "--backbone_lr", 0, "--weight_decay", 0)
-    assert_refused(call(ds.main, *evaluation, *frozen), str(path), "fine-tuned backbone")
+    assert_refused(call(ds.main, *evaluation, *frozen), str(path), "same mode")
     del original["state_dict_model"]
     torch.save(original, path)
-    assert_refused(call(ds.main, *evaluation), str(path), "no fine-tuned backbone")
+    assert_refused(call(ds.main, *evaluation), str(path), "same mode")
 
 
 @pytest.mark.parametrize("mode", ["linear", "semi_1"])
@@ -375,22 +271,3 @@ def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path, mode)
     before = snapshot(folder)
     start(folder)
     assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--seed 1", "--seed 1"),
-        ("--weight_decay 0.5", "--weight_decay 0.5"),
-        ("--semi_list {other}", "training_images is 4 images"),
-        ("--pretrained_weights {dino} --net dino", "net is CLeVER"),
-    ],
-)
-def test_a_finished_run_is_not_passed_off_as_another(world, tmp_path, flags, words):
-    (tmp_path / "other").write_text("cyan/01.png\ncyan/02.png\ngrey/03.png\nred/01.png\n")
-    semi = ("--ds_mode", "semi_1", "--semi_list", world.listed, "--epochs", 1)
-    assert downstream(world, world.resnet, tmp_path / "out", *semi).status == 0
-    before = snapshot(tmp_path / "out")
-    more = flags.format(other=tmp_path / "other", dino=world.dino).split()
-    assert_refused(downstream(world, world.resnet, tmp_path / "out", *semi, *more), words)
-    assert snapshot(tmp_path / "out") == before

@@ -37,8 +37,7 @@ def images_read(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("mode", ["semi_1", "semi_10"])
-@pytest.mark.parametrize("by_flag", [False, True])
+@pytest.mark.parametrize("mode, by_flag", [("semi_1", True), ("semi_10", False)])
 def test_semi_trains_on_exactly_the_listed_images(world, images_read, tmp_path, mode, by_flag):
     data, more = world.data, ("--semi_list", world.listed)
     if not by_flag:  # the default list, in the folder of the data
@@ -121,48 +120,27 @@ def test_splits_of_flowers(flowers):
     assert found(flowers, "Flowers102", "test", "--train_on_val", "true") == splits[2]
 
 
-def test_a_run_on_pets(world, sets, tmp_path):
-    outcome = downstream(world, world.resnet, tmp_path, "--dataset_type", "OxfordIIITPet", "--data_path", sets, "--epochs", 1)
-    assert outcome.status == 0, outcome
-    result = result_of(tmp_path)
-    counts = [result[name] for name in ("num_labels", "num_train_images", "num_test_images", "dataset")]
-    assert counts == [37, 74, 37, "OxfordIIITPet"] and result["top5"] >= result["accuracy"]
-
-
 # --- bad input ---------------------------------------------------------------------------------------------------------
 
-# Flags that eval_linear.py has as well are refused by the same functions: one case for each of these.
+# Flags that eval_linear.py has as well are refused by the same functions.
 REFUSED = [
-    ("--lr 0", "--lr 0", "greater than 0"),
-    ("--pretrained_weights {dino} --else_part main_part", "main_part", "dino", "only ALL"),
-    ("--hp1 0.5", "--hp1 0.5", "0.8"),
-    ("--num_labels 4", "--num_labels 4", "holds 3"),
-    ("--data_path {root}/absent", "{root}/absent/val", "does not exist"),
-    ("--data_path {renamed}", "same class folders", "blue"),
-    ("--ds_mode semi_5", "'semi_5'", "linear, ds_ft, semi_1, semi_10"),
-    ("--dataset_type Cars", "'Cars'", "Imagenet, IN100, CUB200, Flowers102, Food101, OxfordIIITPet"),
-    ("--dataset_type IN100", "--dataset_type IN100", "100 classes", "holds 3"),
+    ("--ds_mode semi_5", "'semi_5'", "semi_10"),
+    ("--dataset_type Cars", "'Cars'", "OxfordIIITPet"),
     ("--dataset_type CUB200", "--dataset_type CUB200", "200 classes", "holds 3"),
+    ("--data_path {renamed}", "same class folders", "blue"),
     ("--data_path {raw}", "{raw}", "python -m scripts.data.make_cub200"),
     ("--dataset_type Food101", "Food101", "{data}/food-101", "--download"),
     ("--download", "--download", "Flowers102, Food101, OxfordIIITPet"),
-    ("--train_on_val true", "--train_on_val true", "Flowers102"),
     ("--train_on_val true --dataset_type OxfordIIITPet", "--train_on_val true", "Flowers102"),
-    ("--ds_mode semi_1", "{data}/data_1percent.txt", "no such file", "scripts.data.make_semi_lists", "--semi_list"),
-    ("--ds_mode semi_1 --semi_list {root}/absent.txt", "{root}/absent.txt", "no such file"),
-    ("--ds_mode semi_1 --semi_list {unlisted}", "{unlisted}", "images that are not in {data}/train", "grey/99.png"),
+    ("--ds_mode semi_1", "{data}/data_1percent.txt", "scripts.data.make_semi_lists", "--semi_list"),
+    ("--ds_mode semi_1 --semi_list {unlisted}", "{unlisted}", "images are not in {data}/train", "grey/99.png"),
     ("--ds_mode semi_1 --dataset_type Food101", "semi_1", "Food101"),
-    ("--semi_list {listed}", "--semi_list {listed}", "semi_1 or semi_10", "linear"),
+    ("--semi_list {listed}", "--semi_list {listed}", "semi_1 or semi_10"),
     ("--backbone_lr 0.1", "--backbone_lr 0.1", "must be 0", "linear"),
     ("--weight_decay 0.1", "--weight_decay 0.1", "must be 0", "linear"),
-    ("--ds_mode ds_ft --backbone_lr -1", "--backbone_lr -1", "0 or greater"),
     ("--ds_mode ds_ft --weight_decay nan", "--weight_decay nan", "0 or greater"),
-    ("--test_aug_type aug1_2", "--test_aug_type aug1_2", "only with --evaluate"),
     ("--evaluate", "ds_linear_data_linear_sgd_lr0.5_lrbk0_ep2_bs4_li_aug1.pth.tar", "no such file"),
-    ("--evaluate --final_eval_weights {resnet}", "{resnet}", "no linear classifier"),
-    ("--output_dir {file}", "{file}", "is a file"),
     ("--output_dir {file}/x.pth.tar", "{file}", "is a file"),
-    ("--output_dir {folder}", "{folder}", "is a folder"),
 ]  # fmt: skip
 
 
@@ -174,13 +152,11 @@ def bad(world):
     (renamed / "val" / "red").rename(renamed / "val" / "blue")
     (root / "raw").mkdir()
     (root / "raw" / "image_class_labels.txt").touch()
-    (root / "x.pth.tar").mkdir()
     (root / "file").touch()
     (root / "unlisted.txt").write_text("cyan/00.png\ngrey/99.png\nred/00.png\n")
     return argparse.Namespace(
-        **vars(world), renamed=renamed, raw=root / "raw", folder=root / "x.pth.tar", file=root / "file",
-        unlisted=root / "unlisted.txt",
-    )  # fmt: skip
+        **vars(world), renamed=renamed, raw=root / "raw", file=root / "file", unlisted=root / "unlisted.txt"
+    )
 
 
 @pytest.mark.parametrize("flags, mentioned", [(flags, mentioned) for flags, *mentioned in REFUSED])
@@ -189,10 +165,3 @@ def test_refuses(bad, tmp_path, flags, mentioned):
     outcome = downstream(bad, bad.resnet, tmp_path / "out", *flags.format(**vars(bad)).split())
     assert_refused(outcome, *(text.format(**vars(bad)) for text in mentioned))
     assert not (tmp_path / "out").exists() and times(bad.root) == before
-
-
-def test_refuses_a_download_in_several_processes(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = downstream(world, world.resnet, tmp_path / "out", "--dataset_type", "Food101", "--download")
-    assert_refused(outcome, "--download", "with one process only")
-    assert not (tmp_path / "out").exists()

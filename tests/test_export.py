@@ -10,16 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
-from support.in_process import assert_refused, call, snapshot
+from support.in_process import assert_refused, call
 
 import export
-from clever.evaluation.export_formats import (
-    FORMATS,
-    Network,
-    TorchExport,
-    timm_model,
-)
-from clever.evaluation.pretrained import Pretrained
+from clever.evaluation.export_formats import FORMATS, Network, timm_model
 from clever.models.backbones import BACKBONES, build_backbone
 from clever.models.vision_transformer import VisionTransformer
 from vmamba import VSSMConfig, build_vssm
@@ -39,12 +33,6 @@ EXPORTS = [  # arch, format, part, suffix
     ("resnet18", "timm", "else_part", "pth"),
     ("resnet18", "torchvision", "main_part", "pth"),
 ]
-SLOW_EXPORTS = [("resnet50", "torchvision", "ALL", "pth"), ("resnet50", "safetensors", "main_part", "safetensors")]
-SLOW_EXPORTS += [
-    (arch, kind, "main_part", suffix)
-    for arch in ("vit_small", "resnet50", "vssm2-vmambav2_micro")
-    for kind, suffix in (("onnx", "onnx"), ("torch_export", "pt2"))
-]
 # What a user runs: nothing but the lines of the sidecar. `images` are there.
 READER = """
 import json, sys, torch
@@ -59,7 +47,7 @@ for name in sys.argv[1:]:
             exec(compute, space)
         results[name, batch] = torch.as_tensor(space["features"])
 torch.save(results, "features.pt")
-assert not {"utils", "backbones", "evaluation", "heads"} & set(sys.modules)
+assert "clever" not in sys.modules
 """
 
 
@@ -149,22 +137,7 @@ def assert_equal_features(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.slow  # minutes
-@pytest.mark.parametrize("arch, kind, part, suffix", SLOW_EXPORTS)
-def test_networks_of_usual_size(tmp_path, arch, kind, part, suffix):
-    for package in FORMATS[kind].packages:
-        pytest.importorskip(package)
-    backbone, name = save_checkpoint(tmp_path, arch, img_size=64), f"F.{suffix}"
-    outcome = run_export(tmp_path / f"{arch}.pth", "--format", kind, "--part", part, "--out", tmp_path / name)
-    assert outcome.status == 0, outcome
-    images = {batch: torch.randn(batch, 3, 64, 64) for batch in (1, 4)}
-    features = read_by_sidecars(tmp_path, [name], images)
-    end = backbone.embed_dim if part == "ALL" else int(backbone.embed_dim * 0.8)
-    for batch, x in images.items():
-        assert_equal_features(features[name, batch], backbone(x)[:, :end])
-
-
-@pytest.mark.parametrize("arch, kind, part, suffix", EXPORTS[1:4])
+@pytest.mark.parametrize("arch, kind, part, suffix", EXPORTS[1:3])
 def test_the_sidecar_and_the_card_say_what_the_file_is(world, arch, kind, part, suffix):
     name = exported_name(arch, kind, part, suffix)
     record, card = json.loads((world.out / f"{name}.json").read_text()), (world.out / f"{name}.md").read_text()
@@ -174,57 +147,41 @@ def test_the_sidecar_and_the_card_say_what_the_file_is(world, arch, kind, part, 
     expected = {"img_size": SIZE, "resize": 18, "interpolation": "bicubic", "mean": TRAINING["mean"], "std": TRAINING["std"]}
     assert record["input"] == expected
     assert (record["net"], record["pretrained_epochs"], record["pretraining_seed"]) == ("CLeVER", 7, 3)
-    assert record["training_args"] == TRAINING | {"arch": arch}
-    assert 0 <= record["largest_difference"] <= 1e-5
-    for text in (*record["usage"], record["backbone"], "[0.5, 0.4, 0.3]", "IR 0:51, EF 51:64, hp1 0.8", '"seed": 3'):
+    assert record["training_args"] == TRAINING | {"arch": arch} and 0 <= record["largest_difference"] <= 1e-5
+    for text in (*record["usage"], record["backbone"], "[0.5, 0.4, 0.3]", str(record["columns"])):
         assert text in card
 
 
-def test_a_file_has_the_usual_permissions(world):
-    usual = (world.root / "vit_test.pth").stat().st_mode
-    assert {path.stat().st_mode for path in world.out.iterdir()} == {usual}
-
-
 def test_a_safetensors_file_can_be_evaluated_and_exported_again(world, tmp_path):
+    """And has the usual permissions."""
     source = world.out / "vit_test_safetensors_else_part.safetensors"
     assert run_export(source, "--format", "timm", "--out", tmp_path / "again.pth").status == 0
     again, first = torch.load(tmp_path / "again.pth"), torch.load(world.out / "vit_test_timm_ALL.pth")
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
-    sidecars = tmp_path / "again.pth.json", world.out / "vit_test_timm_ALL.pth.json"
-    records = [json.loads(path.read_text()) for path in sidecars]
-    for record in records:
-        del record["file"], record["usage"], record["largest_difference"]
-    assert records[0] == records[1]
+    assert {path.stat().st_mode for path in world.out.iterdir()} == {(world.root / "vit_test.pth").stat().st_mode}
 
 
-@pytest.mark.parametrize(
-    "arch, name",
-    [("vit_tiny", "vit_tiny"), ("deit_tiny", "vit_tiny"), ("vit_small", "vit_small"), ("deit_small", "vit_small"),
-     ("vit_base", "vit_base")],
-)  # fmt: skip
-@pytest.mark.parametrize("sizes", [{}, {"patch_size": 8}, {"img_size": 96}, {"patch_size": 8, "img_size": 32}])
+@pytest.mark.parametrize("arch, name", [("vit_tiny", "vit_tiny"), ("deit_small", "vit_small"), ("vit_base", "vit_base")])
+@pytest.mark.parametrize("sizes", [{"patch_size": 16, "img_size": 224}, {"patch_size": 8, "img_size": 32}])
 def test_timm_has_our_vits_under_its_own_names(arch, name, sizes):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):  # names and shapes only
         backbone = build_backbone(arch, **sizes)
         found = timm_model(Network(backbone, arch, 224, None, {}))
-        assert found == (f"{name}_patch16_224", sizes)
-        model = timm.create_model(found[0], num_classes=0, **found[1])
+        assert found == {"name": f"{name}_patch16_224", "options": {"num_classes": 0, **sizes}}
+        model = timm.create_model(found["name"], **found["options"])
     model.load_state_dict(backbone.state_dict())
     assert len(model.blocks) == len(backbone.blocks) and model.blocks[0].attn.num_heads == backbone.num_heads
 
 
-@pytest.mark.parametrize("arch, size, part, classes", [
-    ("test_vit", 160, "main_part", 51), ("test_convnext", 64, "main_part", 51), ("test_resnet", 32, "ALL", 0),
-])  # fmt: skip
-def test_timms_own_models_are_exported_to_timm(tmp_path, arch, size, part, classes):
+@pytest.mark.parametrize("arch, size, options", [("test_vit", 64, {"img_size": 64}), ("test_convnext", 64, {})])
+def test_timms_own_models_are_exported_to_timm(tmp_path, arch, size, options):
     pytest.importorskip("timm")
-    backbone = save_checkpoint(tmp_path, arch, img_size=size)
-    outcome = run_export(tmp_path / f"{arch}.pth", "--format", "timm", "--part", part, "--out", tmp_path / "F.pth")
+    save_checkpoint(tmp_path, arch, img_size=size)
+    outcome = run_export(tmp_path / f"{arch}.pth", "--format", "timm", "--part", "main_part", "--out", tmp_path / "F.pth")
     assert outcome.status == 0, outcome
-    record = json.loads((tmp_path / "F.pth.json").read_text())
-    assert record["dim"] == backbone.embed_dim
-    assert record["model"] == {"name": arch, "options": {"num_classes": classes}}
+    model = json.loads((tmp_path / "F.pth.json").read_text())["model"]
+    assert model == {"name": arch, "options": {"num_classes": 0, **options}}
 
 
 def test_vmamba_becomes_a_program_without_our_operators(tmp_path):
@@ -232,17 +189,15 @@ def test_vmamba_becomes_a_program_without_our_operators(tmp_path):
                         ssm_forwardtype="v05_noz", downsample="v3", norm_layer="ln2d")  # fmt: skip
     torch.manual_seed(0)
     network = Network(build_vssm(config).eval().requires_grad_(False), "vssm2-test", 12, (3, 7), {})
-    target = TorchExport(network)
-    target.write(tmp_path / "F.pt2")
+    FORMATS["torch_export"].write(network, tmp_path / "F.pt2")
     operators = {str(node.target) for node in torch.export.load(tmp_path / "F.pt2").graph.nodes}
     assert "aten.exp.default" in operators and not any("clever" in name for name in operators)
-    assert export.largest_difference(network, target.read(tmp_path / "F.pt2")) < 1e-6
+    assert export.largest_difference(network, FORMATS["torch_export"].usage(network, str(tmp_path / "F.pt2"))) < 1e-6
 
 
 def test_programs_may_have_another_image_size_but_weights_may_not(world, tmp_path):
     flags = ("--img_size", 32, "--format")
     assert run_export(world.root / "vit_test.pth", *flags, "torch_export", "--out", tmp_path / "F.pt2").status == 0
-    assert json.loads((tmp_path / "F.pt2.json").read_text())["input"]["img_size"] == 32
     images = torch.randn(2, 3, 32, 32)
     features = torch.export.load(tmp_path / "F.pt2").module()(images)
     torch.testing.assert_close(features, world.backbones["vit_test"](images), rtol=0, atol=1e-5)
@@ -250,30 +205,12 @@ def test_programs_may_have_another_image_size_but_weights_may_not(world, tmp_pat
     assert_refused(outcome, "--img_size 32", "16 pixels", "torch_export")
 
 
-def test_an_existing_file_is_kept_unless_overwrite_is_given(world, tmp_path):
-    weights, out = world.root / "vit_test.pth", tmp_path / "F.pth"
-    for name in ("F.pth", "F.pth.json", "F.pth.md"):
-        (tmp_path / name).write_text("mine")
-        assert_refused(run_export(weights, "--format", "timm", "--out", out), name, "exists", "--overwrite")
-        assert snapshot(tmp_path) == {name: b"mine"}
-        (tmp_path / name).unlink()
-    out.write_text("mine")
-    assert run_export(weights, "--format", "timm", "--out", out, "--overwrite").status == 0
-    assert torch.load(out).keys() == world.backbones["vit_test"].state_dict().keys()
-    assert set(snapshot(tmp_path)) == {"F.pth", "F.pth.json", "F.pth.md"}
-
-
 BAD = [  # checkpoint, flags, what the message must hold
-    ("vit_test", "--format keras --out F.pth", "'keras'", "timm, torchvision, safetensors, onnx, torch_export"),
-    ("vit_test", "--format timm --part invariant --out F.pth", "--part 'invariant'", "ALL, main_part, else_part"),
+    ("vit_test", "--format keras --out F.pth", "'keras'", "torch_export"),
     ("vit_test", "--format timm --out F.onnx", "F.onnx", ".pth or .safetensors"),
-    ("vit_test", "--format onnx --out F", ".onnx"),
-    ("vit_test", "--format torchvision --out F.pth", "vit_test", "resnet18 and resnet50", "timm, safetensors, onnx"),
+    ("vit_test", "--format torchvision --out F.pth", "vit_test", "resnet18 and resnet50"),
     ("resnet8", "--format timm --out F.pth", "no resnet8", "safetensors, onnx or torch_export"),
-    ("resnet8", "--format torchvision --out F.pth", "resnet8", "choose safetensors, onnx or torch_export"),
     ("dino", "--format torch_export --part main_part --out F.pt2", "--part main_part", "dino", "ALL"),
-    ("nan", "--format timm --out F.pth", "1 NaN or infinite: norm.bias"),
-    ("absent", "--format timm --out F.pth", "no such file"),
     ("vit_test", "--format timm --out /proc/F.pth", "--out", "/proc", "cannot be written"),
 ]
 
@@ -283,8 +220,6 @@ def bad_checkpoints(world):
     save_checkpoint(world.root, "resnet8")
     checkpoint = torch.load(world.root / "vit_test.pth")
     torch.save(checkpoint | {"args": checkpoint["args"] | {"net": "dino"}}, world.root / "dino.pth")
-    checkpoint["teacher"]["module.backbone.norm.bias"][:] = float("nan")
-    torch.save(checkpoint, world.root / "nan.pth")
     return world.root
 
 
@@ -296,30 +231,15 @@ def test_refuses(bad_checkpoints, tmp_path, monkeypatch, checkpoint, flags, ment
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    outcome = run_export(world.root / "vit_test.pth", "--format", "onnx", "--out", tmp_path / "F.onnx")
-    assert_refused(outcome, "--format onnx", "pip install onnxscript")
-
-
-@pytest.mark.parametrize("change", ["weights", "nan", "error"])
+@pytest.mark.parametrize("change", [1e-3, math.nan])
 def test_a_file_that_gives_other_features_gets_no_name(world, tmp_path, monkeypatch, change):
-    """What the library reads is not what was written: one tensor less, or one changed by a little or to nan."""
+    """One tensor of what the library reads is not what was written."""
 
-    def write_other_weights(self, path):
-        state = self.network.state_dict()
-        state["norm.bias"] = state["norm.bias"] + (math.nan if change == "nan" else 1e-3)
-        if change == "error":
-            del state["norm.bias"]
-        torch.save(state, path)
+    def write_other_weights(network, path):
+        state = network.backbone.state_dict()
+        torch.save(state | {"norm.bias": state["norm.bias"] + change}, path)
 
-    monkeypatch.setattr(FORMATS["timm"], "write", write_other_weights)
+    monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(write=write_other_weights))
     outcome = run_export(world.root / "vit_test.pth", "--format", "timm", "--out", tmp_path / "F.pth")
     assert_refused(outcome, "--format timm", "vit_test", "choose another format")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_network_without_equivariant_columns_has_no_parts():
-    backbone = build_backbone("vit_test", patch_size=8, img_size=SIZE)
-    network = Pretrained(backbone, "vit_test", "CLeVER", 1.0, SIZE, (0.5,) * 3, (0.2,) * 3, None, None, "")
-    assert export.column_ranges(network) == {"ALL": [0, 64]}

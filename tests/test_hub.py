@@ -4,7 +4,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -57,22 +56,6 @@ def test_images_are_transformed_as_by_the_evaluations(world):
         assert torch.equal(found, normalize(pixels, *STATS))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
-def test_images_of_any_mode_are_accepted(world, mode):
-    transform = load_backbone(world.root / "clever.pth").transform
-    image = Image.fromarray(np.full((40, 48), 32896, np.uint16)) if mode == "I;16" else Image.new("RGB", (48, 40)).convert(mode)
-    grey = 128 / 255 if mode == "I;16" else 0.0
-    expected = (grey - torch.tensor(STATS[0])) / torch.tensor(STATS[1])
-    torch.testing.assert_close(transform(image)[:, 16, 16], expected)
-
-
-def test_the_transform_draws_no_random_numbers(world):
-    transform = load_backbone(world.root / "clever.pth").transform
-    before = torch.get_rng_state()
-    transform(Image.new("RGB", (48, 40)))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_split_gives_ir_and_ef(world):
     split = load_backbone(world.root / "clever.pth").split
     z = torch.arange(2 * 128.0).view(2, 128)
@@ -80,16 +63,8 @@ def test_split_gives_ir_and_ef(world):
     assert torch.equal(ir, z[:, :102]) and torch.equal(ef, z[:, 102:])  # int(128 * 0.8) = 102
 
 
-def test_what_the_checkpoint_does_not_say_is_given(world):
-    options = {"arch": "vit_micro", "patch_size": 8, "net": "CLeVER", "hp1": 0.5, "img_size": 24}
-    network, transform, split = load_backbone(world.root / "bare.pth", **options)
-    z = network(transform(Image.new("RGB", (48, 40)))[None])
-    assert [part.shape for part in split(z)] == [(1, 64), (1, 64)]
-    assert transform(Image.new("RGB", (48, 40))).shape == (3, 24, 24)
-
-
 def test_errors_are_input_errors(world):
-    with pytest.raises(InputError, match="dino network has no IR and EF"):
+    with pytest.raises(InputError, match="a dino network .* has no IR and EF"):
         load_backbone(world.root / "dino.pth").split(torch.zeros(1, 128))
     with pytest.raises(InputError, match="no such file"):
         load_backbone(world.root / "absent.pth")
@@ -123,8 +98,3 @@ def test_torch_hub_loads_it_in_one_line_from_any_folder(world):
     z = network(torch.stack([transform(Image.open(path)) for path in paths]))
     for found, expected in zip(torch.load(world.root / "features.pt"), [z, *split(z)], strict=True):
         torch.testing.assert_close(found, expected)
-
-
-def test_importing_a_light_module_of_the_package_does_not_import_torch():
-    code = "import sys, clever, clever.evaluation.names; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -19,61 +19,50 @@ def torchvision_samples(
 ) -> tuple[list[str], list[Sample]]:
     """Class names (their numbers) and samples of one split of a torchvision dataset; `download` fetches it first.
 
-    Raises InputError if the data is missing or damaged, or if a class has no image.
+    Raises InputError if the data is missing or damaged.
     """
     from torchvision import datasets
 
     folder, count, images, labels = TORCHVISION[name]
-    location = Path(root) / folder
-    if not location.is_dir() and not download:
-        raise InputError(f"{name}: no folder {location} (torchvision's layout); --download fetches it")
     try:
         data = getattr(datasets, name)(root, split=split, download=download)
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{name} in {location}: cannot be read ({describe_error(error)})") from error
+        why = f"cannot be read; --download fetches it ({describe_error(error)})"
+        raise InputError(f"{name} in {Path(root) / folder}: {why}") from error
     samples = [(os.fspath(path), int(label)) for path, label in zip(getattr(data, images), getattr(data, labels), strict=True)]
-    found = {label for _, label in samples}
-    if found != set(range(count)):
-        raise InputError(f"{name} in {location}: split {split} has images of {len(found)} classes, expected {count}")
     return [str(label) for label in range(count)], samples
 
 
 def read_semi_list(path: str | os.PathLike) -> dict[str, str]:
     """{<class>/<image>: class} from a text file with one image per line: <class>_<rest>, as in ImageNet, or <class>/<image>.
 
-    Raises InputError if the file cannot be read or is empty, or if an image is listed twice.
+    Raises InputError if the file cannot be read.
     """
     try:
         lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list of images {path}: cannot be read ({describe_error(error)})") from error
-    if not lines:
-        raise InputError(f"list of images {path}: is empty")
+        raise InputError(f"list of images {path}: cannot be read ({describe_error(error)}); python -m "
+                         "scripts.data.make_semi_lists makes one, --semi_list names it") from error  # fmt: skip
     classes = {}
     for line in lines:
         name = line.split("/" if "/" in line else "_")[0]
-        image = line if "/" in line else f"{name}/{line}"
-        if image in classes:
-            raise InputError(f"list of images {path}: lists {line} twice")
-        classes[image] = name
+        classes[line if "/" in line else f"{name}/{line}"] = name
     return classes
 
 
 def listed_samples(path: str | os.PathLike, root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
     """All classes of the folder `root`, and the samples of the listed images, in the order of the list.
 
-    Raises InputError if a listed class or image does not exist, or if a class has no image in the list.
+    Raises InputError if a listed image does not exist, or if a class has no image in the list.
     """
     listed = read_semi_list(path)
     classes, samples = labelled_samples(root)
     start = len(os.path.join(root, ""))
     found = {file[start:].replace(os.sep, "/"): (file, label) for file, label in samples}
-    for problem, names in (
-        (f"class folders that are not in {root}", sorted(set(listed.values()) - set(classes))),
-        (f"images that are not in {root}", [image for image in listed if image not in found]),
-        (f"no image of these class folders of {root}", sorted(set(classes) - set(listed.values()))),
-    ):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise InputError(f"list of images {path}: lists {problem}: {shown} ({len(names)} in total)")
+    absent, without = listed.keys() - found.keys(), set(classes) - set(listed.values())
+    if absent or without:
+        raise InputError(
+            f"list of images {path}: {len(absent)} of its images are not in {root}: {', '.join(sorted(absent)[:3])}; "
+            f"{len(without)} class folders have no image in it: {', '.join(sorted(without)[:3])}"
+        )
     return classes, [found[image] for image in listed]

@@ -32,9 +32,6 @@ class Embeddings:
     about: dict[str, Any]
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
-
-
 def write_parquet(table: Embeddings, path: Path) -> None:
     """Columns path, class, and a list of fixed length for each part; `about` is in the metadata of the schema, key `clever`."""
     import pyarrow
@@ -95,7 +92,6 @@ def reduce(features: np.ndarray, method: str, seed: int) -> np.ndarray:
 
 
 TITLES = {"ir": "invariant representation (IR)", "ef": "equivariant factor (EF)", "features": "whole representation"}
-AXES = {"pca": "principal component", "tsne": "t-SNE dimension", "umap": "UMAP dimension"}
 
 
 def plot(
@@ -109,32 +105,23 @@ def plot(
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(parts), figsize=(5.5 * len(parts) + 1.5, 5), squeeze=False, layout="constrained")
-    for panel, (name, features) in zip(panels[0], parts.items(), strict=True):
+    names = sorted(set(classes or ()))
+    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    for panel, (part, features) in zip(panels[0], parts.items(), strict=True):
         points = reduce(features, method, seed)  # M, 2
         if angles is not None:
             drawn = panel.scatter(*points.T, c=angles, cmap="coolwarm", vmin=-90, vmax=90, s=9)
         else:
-            drawn = _scatter_classes(panel, points, classes)
-        panel.set_title(f"{TITLES[name]}, {features.shape[1]} dimensions")
-        panel.set_xlabel(f"{AXES[method]} 1")
-        panel.set_ylabel(f"{AXES[method]} 2")
-        panel.set_xticks([])
-        panel.set_yticks([])
+            rows = [np.array(classes) == name for name in names]
+            drawn = [panel.scatter(*points[mine].T, color=colours[i], s=9) for i, mine in enumerate(rows)]
+        panel.set(title=f"{TITLES[part]}, {features.shape[1]} dimensions", xticks=[], yticks=[])
+        panel.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2")
     if angles is not None:
         figure.colorbar(drawn, ax=panels, label="rotation of the image, degrees", ticks=range(-90, 91, 45))
     else:
-        names = [printable(name).replace("$", r"\$") for name in sorted(set(classes))]
-        figure.legend(drawn, names, title="class", loc="outside right upper", frameon=False, markerscale=2)
+        labels = [printable(name).replace("$", r"\$") for name in names]
+        figure.legend(drawn, labels, title="class", loc="outside right upper", frameon=False, markerscale=2)
     figure.suptitle(printable(title), parse_math=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
-
-
-def _scatter_classes(panel: Any, points: np.ndarray, classes: list[str]) -> list[Any]:
-    """Draw the points of each class in a colour of its own; returns what the legend shows."""
-    import matplotlib
-
-    names, labels = sorted(set(classes)), np.array(classes)
-    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
-    return [panel.scatter(*points[labels == name].T, color=colours[i], s=9) for i, name in enumerate(names)]

@@ -1,14 +1,12 @@
 """What features know about the transformation of an image, and how far it moves them.
 
-An image is seen as it is (clean) and in views that differ from the clean one by a single transformation with known parameters.
-Regressors tell the parameters from the features of both. TRANSFORMS lists the transformations, one per line.
+Regressors tell the parameters of a transformation (transforms.py) from the features of clean and transformed views.
 
-Shapes: M images, B of them in a batch, V transformed views of each, T targets, D width of the representation, S side of the
-views, N tested views, d columns of a subspace.
+Shapes: M images, V transformed views of each, N tested views, T targets, D width of the representation, d columns of a part.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,22 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from clever.data.augmentations import DINO_VIEW, Views, eval_transform
-from clever.data.datasets import (
-    draw_views,
-    image_seed,
-    make_loader,
-    shard,
-)
+from clever.data.datasets import image_seed, make_loader, shard
 from clever.distributed import all_gather_objects, get_rank, get_world_size
-from clever.evaluation.features import (
-    FeatureExtractor,
-    gather_in_order,
-    in_eval_mode,
-    select_part,
-)
+from clever.evaluation.features import FeatureExtractor, gather_in_order, in_eval_mode, select_part
 from clever.evaluation.regression import (
     LinearRegressor,
     accuracy,
@@ -41,155 +27,25 @@ from clever.evaluation.regression import (
     r2_per_target,
     sie_r2,
 )
+from clever.evaluation.transforms import Transform, TransformDataset
+from clever.models.heads import Split
 from clever.progress import with_progress
 from clever.utils import InputError
 
 HELD_OUT = 5  # one of so many training images is held out, to choose the strength of the ridge
 GRAM_IMAGES, GRAM_VIEWS = 16, 2  # for the Gram gap, so many images are transformed alike, so many times
 
-# --- transformations -----------------------------------------------------------------------------------------------------
-
-# A target as a function of the parameters VIEW [B, V] and of the images' heights and widths [B, 1].
-Target = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # -> B, V
-
-
-@dataclass(frozen=True)
-class Transform:
-    """A transformation, and what is to be predicted about it.
-
-    Args:
-        changes: fields of ViewDistribution in which the transformed views differ from the clean one.
-        targets: what is to be predicted.
-        kind: `values` (scored by R2), `angle` (also by the error in degrees; the targets are sine and cosine), or `class`
-            (also by accuracy and AUC; the target is 1 or -1).
-        disc: all views, the clean one too, are black outside their inscribed circle.
-        inputs: what regressors may get: `pair`, the features of the clean and the transformed view side by side, or
-            `single`, those of the transformed view.
-        factor: the targets are sine and cosine of this multiple of the angle.
-    """
-
-    changes: dict[str, Any]
-    targets: dict[str, Target]
-    kind: str = "values"
-    disc: bool = False
-    inputs: tuple[str, ...] = ("pair", "single")
-    factor: float = 1.0
-
-
-def _angle(factor: float = 1.0) -> dict[str, Target]:
-    return {
-        "sin": lambda views, heights, widths: np.sin(factor * np.deg2rad(views["angle"].astype(float))),
-        "cos": lambda views, heights, widths: np.cos(factor * np.deg2rad(views["angle"].astype(float))),
-    }
-
-
-_BOX: dict[str, Target] = {  # as shares of the image
-    "centre x": lambda views, heights, widths: (views["left"] + views["width"] / 2) / widths,
-    "centre y": lambda views, heights, widths: (views["top"] + views["height"] / 2) / heights,
-    "log width": lambda views, heights, widths: np.log(views["width"] / widths),
-    "log height": lambda views, heights, widths: np.log(views["height"] / heights),
-}
-_COLOURS: dict[str, Target] = {  # as shares of the largest change
-    "brightness": lambda views, heights, widths: (views["brightness"] - 1) / DINO_VIEW.brightness,
-    "contrast": lambda views, heights, widths: (views["contrast"] - 1) / DINO_VIEW.contrast,
-    "saturation": lambda views, heights, widths: (views["saturation"] - 1) / DINO_VIEW.saturation,
-    "hue": lambda views, heights, widths: views["hue"] / DINO_VIEW.hue,
-}
-_RADIUS: dict[str, Target] = {"radius": lambda views, heights, widths: views["blur"].astype(float)}  # pixels
-
-
-def _applied(name: str) -> dict[str, Target]:
-    return {name: lambda views, heights, widths: 2.0 * views[name] - 1}
-
-
-_JITTER = {name: getattr(DINO_VIEW, name) for name in ("brightness", "contrast", "saturation", "hue")}
-TRANSFORMS = {
-    "rotation": Transform({"rotation": 90.0}, _angle(), "angle", disc=True),
-    "rotation_corners": Transform({"rotation": 90.0}, _angle(), "angle"),  # the black corners give the angle away
-    "crop": Transform({"scale": DINO_VIEW.scale}, _BOX),
-    "jitter": Transform({"jitter_p": 1.0, **_JITTER}, _COLOURS),
-    "blur": Transform({"blur_p": 1.0}, _RADIUS),
-    "flip": Transform({"flip_p": 0.5}, _applied("flip"), "class", inputs=("pair",)),
-    "solarize": Transform({"solarize_p": 0.5}, _applied("solarize"), "class"),
-    "grey": Transform({"grey_p": 0.5}, _applied("grey"), "class"),
-}
-
-
-def with_half_angles(transform: Transform) -> Transform:
-    """The same with sine and cosine of half the angle, the quaternion of a rotation about one axis (SIE's targets)."""
-    return replace(transform, targets=_angle(0.5), factor=0.5) if transform.kind == "angle" else transform
-
-
-# --- views ---------------------------------------------------------------------------------------------------------------
-
-
-class TransformDataset(Dataset):
-    """Every image as its clean view and V transformed ones, with the targets of these.
-
-    The views of an image are a function of (seed, stream, index): they depend neither on the number of processes nor on other
-    transformations.
-
-    Args:
-        paths: files of the images.
-        size: side of the views, pixels.
-        views: V.
-        stream: gives data sets with the same seed different draws.
-        images_per_draw: so many consecutive images are transformed alike.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        transform: Transform,
-        size: int,
-        views: int = 8,
-        seed: int = 0,
-        stream: int = 0,
-        renderer: str = "torchvision",
-        images_per_draw: int = 1,
-    ) -> None:
-        (clean,) = eval_transform("ori", size).distributions
-        self.views = Views([clean, *[replace(clean, **transform.changes)] * views])
-        self.paths, self.transform, self.size, self.renderer = list(paths), transform, size, renderer
-        self.seed, self.stream, self.images_per_draw = seed, stream, images_per_draw
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Pixels, uint8 [B, 1+V, 3, S, S], the clean view first, and targets, float64 [B, V, T]."""
-        seeds = [image_seed(self.seed, self.stream, index // self.images_per_draw) for index in indices]
-        paths = [self.paths[index] for index in indices]
-        (pixels,), parameters, sizes = draw_views(paths, seeds, self.views, self.renderer)  # 1+V, B, 3, S, S; B, 1+V
-        if self.transform.disc:
-            pixels *= inscribed_disc(self.size)
-        heights, widths = (np.array(lengths)[:, None] for lengths in sizes)  # B, 1
-        targets = np.stack([target(parameters[:, 1:], heights, widths) for target in self.transform.targets.values()], axis=-1)
-        return pixels.transpose(0, 1), torch.from_numpy(targets)  # B, V, T
-
-
-def inscribed_disc(size: int) -> Tensor:
-    """1 for pixels whose centres lie within the inscribed circle of a square, else 0: uint8 [size, size]."""
-    squares = (torch.arange(size) - (size - 1) / 2).square()
-    return (squares[:, None] + squares <= (size / 2) ** 2).to(torch.uint8)
-
-
 # --- features ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def extract_views(
-    networks: Sequence[FeatureExtractor],
-    dataset: TransformDataset,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
+    networks: Sequence[FeatureExtractor], dataset: TransformDataset, device: torch.device, batch_size: int, num_workers: int,
     header: str = "",
-) -> tuple[list[Tensor], Tensor]:
-    """Features [M, 1+V, D] of every network and targets [M, V, T], of all images on every process.
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Features [M, 1+V, D] of every network and targets [M, V, T], of all images on every process; they share the images.
 
-    The processes share the images; every view is rendered once for all networks. `batch_size` counts views. With a `header`,
-    progress is printed. Raises FloatingPointError if features are not finite.
+    `batch_size` counts views. With a `header`, progress is printed. Raises FloatingPointError if features are not finite.
     """
     own, V = shard(dataset, get_rank(), get_world_size()), len(dataset.views) - 1
     loader = make_loader(own, max(1, batch_size // (1 + V)), num_workers=num_workers)
@@ -225,38 +81,26 @@ def input_columns(columns: Tensor, dim: int, kind: str) -> Tensor:
 
 @dataclass
 class Subspace:
-    """Some columns of the representation of one network.
+    """Some columns of the representation of one network."""
 
-    Args:
-        part: ALL, IR or EF; EF also for the random subspaces, which have its width.
-        control: None, `random_subspace` or `untrained`.
-        network: 0 for the pretrained one, 1 for the untrained one.
-        columns: [d].
-    """
-
-    part: str
-    control: str | None
-    network: int
-    columns: Tensor
-
-
-def part_columns(dim: int, part: str, hp1: float) -> Tensor:
-    """The columns [d] of ALL, IR or EF in a representation of width `dim`."""
-    return select_part(torch.arange(dim)[None], dim, part, hp1)[0]
+    part: str  # ALL, IR or EF; EF also for the random subspaces, which have its width
+    control: str | None  # `random_subspace` or `untrained`
+    network: int  # 0: the pretrained one, 1: the untrained one
+    columns: Tensor  # d
 
 
 def subspaces(
-    dim: int, parts: Sequence[str], hp1: float, draws: int = 0, seed: int = 0, untrained: bool = False
+    dim: int, parts: Sequence[str], split: Split | None, draws: int = 0, seed: int = 0, untrained: bool = False
 ) -> list[Subspace]:
     """The parts, then the controls: `draws` random sets of columns as many as EF has, and the parts of an untrained network.
 
     Columns are drawn, rather than directions, since EF itself is a set of columns.
     """
-    columns = {part: part_columns(dim, part, hp1) for part in parts}
+    columns = {part: select_part(torch.arange(dim)[None], part, split)[0] for part in parts}
     chosen = [Subspace(part, None, 0, columns[part]) for part in parts]
     for draw in range(draws):
         order = torch.randperm(dim, generator=torch.Generator().manual_seed(image_seed(seed, 0, draw)))
-        width = len(part_columns(dim, "EF", hp1))
+        _, width = split.widths
         chosen.append(Subspace("EF", "random_subspace", 0, order[:width].sort().values))
     return chosen + [Subspace(part, "untrained", 1, columns[part]) for part in parts if untrained]
 
@@ -267,12 +111,9 @@ def subspaces(
 def check_targets(transform: str, names: Sequence[str], targets: Tensor, images: str) -> None:
     """Raise InputError if a target is the same in all views: targets [M, V, T] of the `images`, such as `test images`."""
     constant = (targets.flatten(0, 1).std(0, unbiased=False) == 0).tolist()
-    for name, is_constant in zip(names, constant, strict=True):
-        if is_constant:
-            raise InputError(
-                f"--transforms {transform}: {name} is the same in all views of the {len(targets)} {images}; take more images, "
-                "or raise --views_per_image"
-            )
+    if any(constant):
+        raise InputError(f"--transforms {transform}: {names[constant.index(True)]} is the same in all views of the "
+                         f"{len(targets)} {images}; take more images, or raise --views_per_image")  # fmt: skip
 
 
 def hold_out(images: int, seed: int) -> Tensor:
@@ -289,14 +130,9 @@ def shuffle_by_image(targets: Tensor, seed: int) -> Tensor:
 
 
 def regress(
-    transform: Transform,
-    make_regressor: Callable[[Tensor, Tensor, Tensor], Any],
-    kind: str,
-    spaces: Sequence[Subspace],
-    train: tuple[Sequence[Tensor], Tensor],
-    test: tuple[Sequence[Tensor], Tensor],
-    seed: int,
-) -> list[dict[str, Any]]:
+    transform: Transform, make_regressor: Callable[[Tensor, Tensor, Tensor], Any], kind: str, spaces: Sequence[Subspace],
+    train: tuple[Sequence[Tensor], Tensor], test: tuple[Sequence[Tensor], Tensor], seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Scores of regressors on every subspace and, for the parts of the pretrained network, with shuffled targets.
 
     The processes share the subspaces; all get the same records, which have the fields of `score`, `part` and `control`.
@@ -389,12 +225,7 @@ def gram_gap(features: Tensor) -> float:
 
 
 def measure_gaps(spaces: Sequence[Subspace], test: Sequence[Tensor], alike: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Both gaps of every subspace.
-
-    Args:
-        test: features [M, 1+V, D] of each network.
-        alike: the same, of images that are transformed alike in groups.
-    """
+    """Both gaps of every subspace, from features [M, 1+V, D] of each network; `alike`: transformed alike in groups."""
     records = []
     for space in spaces:
         to_views, to_others = cosine_gap(test[space.network][..., space.columns])
@@ -408,17 +239,9 @@ def measure_gaps(spaces: Sequence[Subspace], test: Sequence[Tensor], alike: Sequ
 
 
 def linear_r2(
-    backbone: nn.Module,
-    train: TransformDataset,
-    test: TransformDataset,
-    parts: Sequence[str],
-    hp1: float,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-    stats: tuple[Sequence[float], Sequence[float]],
-    kind: str = "pair",
-) -> dict[str, float]:
+    backbone: nn.Module, train: TransformDataset, test: TransformDataset, device: torch.device, batch_size: int,
+    num_workers: int, stats: tuple[Sequence[float], Sequence[float]], parts: Sequence[str], split: Split | None,
+) -> dict[str, float]:  # fmt: skip
     """Pooled R2 on the views of `test` of linear regressors that were fitted to those of `train`: {part: R2}.
 
     The backbone may be in training; it is left in the mode in which it was. The processes share the work.
@@ -426,6 +249,6 @@ def linear_r2(
     network = FeatureExtractor(backbone, stats=stats)
     with in_eval_mode(backbone):
         fitted, tested = (extract_views([network], views, device, batch_size, num_workers) for views in (train, test))
-    spaces = subspaces(network.dim, parts, hp1)
-    records = regress(train.transform, LinearRegressor, kind, spaces, fitted, tested, train.seed)
+    spaces = subspaces(network.dim, parts, split)
+    records = regress(train.transform, LinearRegressor, "pair", spaces, fitted, tested, train.seed)
     return {record["part"]: record["r2"] for record in records if record["control"] is None}

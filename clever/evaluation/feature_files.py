@@ -17,9 +17,6 @@ from clever.utils import InputError, error_prefix, save_json, unfinished
 # Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.
 TENSORS = {"train": "trainfeat.pth", "test": "testfeat.pth", "train_labels": "trainlabels.pth", "test_labels": "testlabels.pth"}
 DESCRIPTION = "features.json"
-MAX_CLASSES = 1_000_000
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NUMBERS = {*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
 @dataclass
@@ -56,53 +53,39 @@ def save_features(features: FeatureSet, folder: str | Path) -> None:
     print(f"wrote features to {folder}")
 
 
-def load_features(folder: str | Path, source: str) -> FeatureSet:
-    """Read features that were saved here or by DINO. `source` begins the messages of errors.
+def load_features(folder: str | Path) -> FeatureSet:
+    """Read features that were saved here or by DINO.
 
     Raises InputError if a file is missing or damaged, or if the tensors do not belong together.
     """
-    folder = Path(folder)
-    tensors = {name: _read_tensor(folder / file, source) for name, file in TENSORS.items()}
-    description = _read_description(folder / DESCRIPTION, source)
-    num_classes = len(description.get("classes", [])) or 1 + int(tensors["train_labels"].max())
-    if num_classes > MAX_CLASSES:
-        raise InputError(f"{source} {folder}: labels up to {num_classes - 1}; there may be {MAX_CLASSES} classes at most")
-    width = tensors["train"].shape[-1]
+    tensors = {name: _read(Path(folder) / file) for name, file in TENSORS.items()}
+    path = Path(folder) / DESCRIPTION
+    description = stored_arguments({"args": _read(path)}) if path.exists() else {}
     for split in ("train", "test"):
         x, labels = tensors[split], tensors[f"{split}_labels"]
-        if x.ndim != 2 or labels.ndim != 1 or len(x) != len(labels) or x.shape[1] != width:
-            shapes = f"features {list(x.shape)} and labels {list(labels.shape)} of {split}"
-            raise InputError(f"{source} {folder}: {shapes} do not belong together")
-        if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise InputError(f"{source} {folder}: labels of {split} must be whole numbers in 0..{num_classes - 1}")
-        if not x.is_floating_point() or not x.isfinite().all():
-            raise InputError(f"{source} {folder}: features of {split} are not finite numbers")
+        if not _belong_together(x, labels):
+            raise InputError(f"--load_features {folder}: {split} must be finite features [M, D] and class numbers [M]")
         tensors[split], tensors[f"{split}_labels"] = F.normalize(x.float(), dim=-1), labels.long()
-    return FeatureSet(**tensors, description={"classes": list(range(num_classes)), **description})
+    known = description.get("classes")
+    classes = known if isinstance(known, list) else list(range(1 + int(tensors["train_labels"].max())))
+    largest = max(int(tensors[f"{split}_labels"].max()) for split in ("train", "test"))
+    if tensors["train"].shape[1] != tensors["test"].shape[1] or largest >= len(classes):
+        raise InputError(f"--load_features {folder}: train and test differ in width, or labels exceed {len(classes) - 1}")
+    return FeatureSet(**tensors, description=description | {"classes": classes})
 
 
-def _read_tensor(path: Path, source: str) -> torch.Tensor:
-    if not path.is_file():
-        raise InputError(f"{source} {path.parent}: lacks {path.name}")
-    with error_prefix(source):
-        tensor = load_file(path)
-    if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.numel() == 0:
-        raise InputError(f"{source} {path}: contains no tensor, an empty one, or a single number")
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NUMBERS:
-        kind = " ".join(str(word).removeprefix("torch.") for word in (tensor.layout, tensor.dtype, "on", tensor.device))
-        raise InputError(f"{source} {path}: must hold an ordinary tensor of numbers, not {kind}")
-    return tensor
+def _read(path: Path) -> Any:
+    with error_prefix("--load_features"):
+        if path.name != DESCRIPTION:
+            return load_file(path)
+        try:
+            return json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: damaged ({error})") from error
 
 
-def _read_description(path: Path, source: str) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text()) if path.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source} {path}: damaged ({error})") from error
-    if not isinstance(description, dict) or not isinstance(description.get("classes", []), list):
-        raise InputError(f"{source} {path}: must contain a JSON object, and its `classes` a list")
-    valid = stored_arguments({"args": description})
-    for name in ("net", "hp1"):
-        if description.get(name) is not None and name not in valid:
-            raise InputError(f"{source} {path}: {name} {description[name]!r} is not one of ours")
-    return description
+def _belong_together(x: Any, labels: Any) -> bool:
+    """Whether these are finite features [M, D] and class numbers [M]."""
+    if not isinstance(x, torch.Tensor) or not isinstance(labels, torch.Tensor) or x.ndim != 2 or labels.shape != x.shape[:1]:
+        return False
+    return x.numel() > 0 and bool(x.isfinite().all()) and not labels.is_floating_point() and int(labels.min()) >= 0

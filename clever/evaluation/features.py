@@ -8,24 +8,24 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from clever.distributed import all_gather_rows, broadcast_buffers, get_world_size
-from clever.evaluation.names import PARTS
+from clever.data.datasets import make_loader, shard
+from clever.distributed import all_gather_rows, broadcast_buffers, get_rank, get_world_size
 from clever.models.heads import Split
 from clever.progress import with_progress
 from clever.utils import InputError
 
 
-def select_part(x: torch.Tensor, dim: int, part: str, hp1: float) -> torch.Tensor:
-    """Columns of `part`, ALL, IR or EF, in features x [B, n*D], whose last `dim` = D columns belong to the last block.
+def select_part(x: torch.Tensor, part: str, split: Split | None) -> torch.Tensor:
+    """Columns of `part`, ALL, IR or EF, in features x [B, n*D], whose last D columns belong to the last block.
 
     Only the last block is split: IR keeps all columns of the earlier blocks (CLeVER's evaluation).
     """
     if part == "ALL":
         return x
-    _, ef = Split(dim, hp1).widths
+    _, ef = split.widths
     return x[:, :-ef] if part == "IR" else x[:, -ef:]
 
 
@@ -39,44 +39,32 @@ class FeatureExtractor(nn.Module):
     Args:
         backbone: with `embed_dim`; frozen unless `train_backbone`.
         part: ALL, IR or EF.
-        hp1: share of the IR.
+        split: where the representation is cut; for ALL it does not matter.
         n_last_blocks: n, for a ViT.
         avgpool: for a ViT, append the mean patch token.
         train_backbone: compute gradients of the backbone.
         stats: mean and standard deviation of the channels, with which uint8 images are normalised.
 
     Raises:
-        InputError: an unknown or empty part, or blocks that the backbone does not have.
+        InputError: blocks or patch tokens that the backbone does not have.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        part: str = "ALL",
-        hp1: float = 1.0,
-        n_last_blocks: int = 1,
-        avgpool: bool = False,
-        train_backbone: bool = False,
+        self, backbone: nn.Module, part: str = "ALL", split: Split | None = None, n_last_blocks: int = 1,
+        avgpool: bool = False, train_backbone: bool = False,
         stats: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
-    ):
+    ):  # fmt: skip
         super().__init__()
-        if part not in PARTS.values():
-            raise InputError(f"part {part!r}: must be one of {', '.join(PARTS.values())}")
         self.is_vit = hasattr(backbone, "get_intermediate_layers") and hasattr(backbone, "get_last_selfattention")
         if avgpool and not self.is_vit:
             raise InputError("--avgpool_patchtokens true: only a ViT has patch tokens; this backbone's features are pooled")
         if self.is_vit and not 1 <= n_last_blocks <= len(backbone.blocks):
             raise InputError(f"--n_last_blocks {n_last_blocks}: must lie in 1..{len(backbone.blocks)}")
-        self.backbone, self.part, self.hp1, self.avgpool = backbone, part, hp1, avgpool
+        self.backbone, self.part, self.split, self.avgpool = backbone, part, split, avgpool
         self.train_backbone, self.stats = train_backbone, stats
         self.n_last_blocks = n_last_blocks if self.is_vit else 1
-        width = backbone.embed_dim
-        self.dim = self._select(torch.empty(1, self.n_last_blocks * width)).shape[1]
-        if avgpool:
-            self.dim += self._select(torch.empty(1, width)).shape[1]
-
-    def _select(self, x: torch.Tensor) -> torch.Tensor:
-        return select_part(x, self.backbone.embed_dim, self.part, self.hp1)
+        widths = (self.n_last_blocks * backbone.embed_dim, *([backbone.embed_dim] if avgpool else []))
+        self.dim = self.select(tuple(torch.empty(1, width) for width in widths)).shape[1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.select(self.tokens(images))  # B, dim
@@ -98,30 +86,20 @@ class FeatureExtractor(nn.Module):
 
     def select(self, tokens: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Features [B, dim] of this part. Extractors that differ only in the part have the same `tokens`."""
-        if not self.avgpool:
-            return self._select(*tokens)  # B, dim
-        cls, mean = tokens
-        if self.part == "ALL" and self.n_last_blocks == 1:
-            return torch.stack([cls, mean], dim=-1).flatten(1)  # B, 2*D: c0, m0, c1, m1, ...
-        return torch.cat([self._select(cls), self._select(mean)], dim=-1)  # B, dim
-
-
-def extract_features(
-    extractor: FeatureExtractor, loader: DataLoader, device: torch.device, header: str = ""
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [M, dim] and labels [M] of this process's share of the data, which may be empty, on `device`.
-
-    With a `header`, progress is printed.
-    """
-    (features,), labels = extract_parts([extractor], loader, device, header)
-    return features, labels
+        if self.avgpool and self.part == "ALL" and self.n_last_blocks == 1:
+            return torch.stack(tokens, dim=-1).flatten(1)  # B, 2*D: c0, m0, c1, m1, ...
+        parts = [select_part(x, self.part, self.split) for x in tokens]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # B, dim
 
 
 @torch.no_grad()
 def extract_parts(
     extractors: Sequence[FeatureExtractor], loader: DataLoader, device: torch.device, header: str = ""
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """As extract_features, for extractors that differ only in the part: the features of each, by one pass of the backbone."""
+    """Features [M, dim] of extractors that differ only in the part, by one pass of the backbone, and labels [M], on `device`.
+
+    They are those of this process's share of the data, which may be empty. With a `header`, progress is printed.
+    """
     features = [[torch.empty(0, extractor.dim, device=device)] for extractor in extractors]
     labels = [torch.empty(0, dtype=torch.long)]
     for images, batch_labels in with_progress(loader, header, len(loader.dataset)) if header else loader:
@@ -130,6 +108,21 @@ def extract_parts(
             rows.append(extractor.select(tokens).float())  # B, dim
         labels.append(batch_labels.clone())  # a tensor of a worker lies in shared memory and keeps a file open
     return [torch.cat(rows) for rows in features], torch.cat(labels).to(device)
+
+
+def extract_all(
+    extractor: FeatureExtractor, dataset: Dataset, device: torch.device, batch_size: int, num_workers: int, header: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [M, dim] and labels [M] of all images of a dataset, in its order, on every process; they share the images.
+
+    Raises FloatingPointError if features are not finite.
+    """
+    loader = make_loader(shard(dataset, get_rank(), get_world_size()), batch_size, num_workers=num_workers)
+    (own,), own_labels = extract_parts([extractor], loader, device, header)
+    features, labels = (gather_in_order(rows, len(dataset)) for rows in (own, own_labels))
+    if not features.isfinite().all():
+        raise FloatingPointError(f"{header or 'features'} of the network")
+    return features, labels
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Which test images a classifier got right, as a short text in result files.
-
-With the hits of every image, differences between networks can be tested image by image, without running them again.
-"""
+"""Which test images a classifier got right, as a short text in result files: to compare networks image by image later."""
 
 import base64
 
@@ -14,10 +11,7 @@ def pack_hits(hits: np.ndarray) -> str:
 
 
 def unpack_hits(text: str, count: int) -> np.ndarray:
-    """The hits bool [N] of `count` = N images, from the text of pack_hits.
-
-    Raises ValueError if the text is not one for N images.
-    """
+    """The hits bool [N] of `count` = N images, from the text of pack_hits. Raises ValueError if it is one for other images."""
     packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
     if len(packed) != -(-count // 8):
         raise ValueError(f"hits of {8 * len(packed)} images or a few less, expected {count}")

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,6 @@ from clever.data.augmentations import eval_transform, normalize
 from clever.data.files import to_rgb
 from clever.data.rendering import choose_renderer, render_batch
 from clever.evaluation.pretrained import load_pretrained
-from clever.methods import METHODS
-from clever.models.heads import split_ir_ef
 from clever.utils import InputError
 
 
@@ -52,15 +49,9 @@ class LoadedBackbone(NamedTuple):
 
 
 def load_backbone(
-    path: str | Path,
-    checkpoint_key: str = "teacher",
-    *,
-    arch: str | None = None,
-    patch_size: int | None = None,
-    net: str | None = None,
-    hp1: float | None = None,
-    img_size: int | None = None,
-) -> LoadedBackbone:
+    path: str | Path, checkpoint_key: str = "teacher", *, arch: str | None = None, patch_size: int | None = None,
+    net: str | None = None, hp1: float | None = None, img_size: int | None = None,
+) -> LoadedBackbone:  # fmt: skip
     """The pretrained backbone of a checkpoint, the transform of its images, and the split of its output.
 
         network, transform, split = load_backbone("results/photos/checkpoint.pth")
@@ -81,11 +72,11 @@ def load_backbone(
         img_size=img_size,
     )  # fmt: skip
     pretrained = load_pretrained(args, torch.device("cpu"))
-    transform = CleanView(pretrained.img_size, *pretrained.stats)
-    return LoadedBackbone(pretrained.backbone, transform, partial(_split, net=pretrained.net, hp1=pretrained.hp1))
+    cut = pretrained.split
 
+    def split(z: Tensor) -> tuple[Tensor, Tensor]:
+        if cut is None:
+            raise InputError(f"split: a {pretrained.net} network with hp1 {pretrained.hp1} has no IR and EF")
+        return z[..., cut.ir], z[..., cut.ef]
 
-def _split(z: Tensor, net: str, hp1: float) -> tuple[Tensor, Tensor]:
-    if not METHODS[net].split:
-        raise InputError(f"split: a {net} network has no IR and EF")
-    return split_ir_ef(z, hp1)
+    return LoadedBackbone(pretrained.backbone, CleanView(pretrained.img_size, *pretrained.stats), split)

@@ -12,6 +12,7 @@ import sys
 
 # Flag --else_part, in the original's words -> part of the representation: all of it, its IR or its EF.
 PARTS = {"ALL": "ALL", "main_part": "IR", "else_part": "EF"}
+NUMBER = r"[-+.\deE]+"  # matches any lr, hp1, ... in a name
 
 
 def part_flag(part: str) -> str:
@@ -30,16 +31,9 @@ def linear_probe_name(part: str, hp1: object, lr: object, epochs: object, trial_
 
 
 def downstream_name(
-    mode: str,
-    data: str,
-    part: str,
-    hp1: object,
-    trial_name: str,
-    lr: object,
-    backbone_lr: object,
-    epochs: object,
+    mode: str, data: str, part: str, hp1: object, trial_name: str, lr: object, backbone_lr: object, epochs: object,
     batch_size: object,
-) -> str:
+) -> str:  # fmt: skip
     """ds_<mode>_<data>_linear[_hp<hp1>[_else]][_<trial>]_sgd_lr<lr>_lrbk<lr>_ep<epochs>_bs<batch>_li_aug1: eval_linear_ds.py's.
 
     `batch_size` counts the images per process.
@@ -55,11 +49,9 @@ def classifier_name(checkpoint: str | os.PathLike) -> str:
 
 
 NAMES = {
-    "linear": (linear_probe_name, ("part", "hp1", "lr", "epochs", "trial_name")),
-    "downstream": (
-        downstream_name, ("mode", "data", "part", "hp1", "trial_name", "lr", "backbone_lr", "epochs", "batch_size"),
-    ),
-}  # fmt: skip
+    "linear": (linear_probe_name, ("hp1", "lr", "epochs", "trial_name")),
+    "downstream": (downstream_name, ("mode", "data", "hp1", "trial_name", "lr", "backbone_lr", "epochs", "batch_size")),
+}
 
 
 def main() -> None:
@@ -67,11 +59,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (function, fields) in NAMES.items():
         subparser = commands.add_parser(command, help=function.__doc__.splitlines()[0])
-        for field in fields:
+        for field in ("part", *fields):
             subparser.add_argument(f"--{field}", required=True)
     args = vars(parser.parse_args())
     function, _ = NAMES[args.pop("command")]
-    if args["part"] not in PARTS:
+    if args["part"] not in PARTS:  # one line, which the launch scripts show
         print(f"unknown part {args['part']!r}: must be one of {', '.join(PARTS)}", file=sys.stderr)
         sys.exit(2)
     print(function(**args | {"part": PARTS[args["part"]]}))

@@ -15,14 +15,10 @@ import torch.nn as nn
 from clever import arguments
 from clever.data.augmentations import eval_transform
 from clever.data.datasets import ImageDataset, check_same_classes, labelled_dataset
-from clever.evaluation.equivariance import (
-    HELD_OUT,
-    TRANSFORMS,
-    TransformDataset,
-    linear_r2,
-)
+from clever.evaluation.equivariance import HELD_OUT, linear_r2
 from clever.evaluation.knn import knn_accuracy
-from clever.methods import METHODS
+from clever.evaluation.pretrained import split_of
+from clever.evaluation.transforms import TRANSFORMS, TransformDataset
 from clever.utils import InputError
 
 ROTATED_IMAGES, ROTATED_VIEWS = 1000, 4  # training images for the rotation regressor, and views of each
@@ -59,16 +55,14 @@ class OnlineEvaluation:
 
     def __init__(self, args: argparse.Namespace, options: dict[str, Any], device: torch.device) -> None:
         self.args, self.options, self.device = args, options, device
-        self.parts = ("ALL", "IR", "EF") if METHODS[args.net].split else ("ALL",)
         self.knn_data = self._labelled(args.knn_data) if args.knn_data else None
-        self.probe_data = self.rotated = None
+        self.probe_data = None
         if args.probe_data:
             train, val = self._labelled(args.probe_data)
+            if min(len(train), len(val)) < HELD_OUT:
+                raise InputError(f"--probe_data {args.probe_data}: train/ and val/ need {HELD_OUT} images each")
             self.probe_data = subset(train, args.probe_images), subset(val, args.probe_images // 2)
             self.rotated = [self._rotated(images, stream) for stream, images in enumerate(self.probe_data)]
-            for split, images in zip(("train", "val"), self.probe_data, strict=True):
-                if len(images) < HELD_OUT:
-                    raise InputError(f"--probe_data {args.probe_data}/{split}: has only {len(images)} images, needs {HELD_OUT}")
 
     def _labelled(self, folder: str) -> tuple[ImageDataset, ImageDataset]:
         """Clean images of train/ and val/."""
@@ -86,10 +80,8 @@ class OnlineEvaluation:
 
     def is_due(self, epoch: int) -> bool:
         """Whether anything is measured after this epoch."""
-        return bool(
-            self.knn_data and self._is_due(epoch, self.args.knn_freq)
-            or self.probe_data and self._is_due(epoch, self.args.probe_freq)
-        )
+        kinds = (self.knn_data, self.args.knn_freq), (self.probe_data, self.args.probe_freq)
+        return any(data is not None and self._is_due(epoch, frequency) for data, frequency in kinds)
 
     def measure(self, backbone: nn.Module, epoch: int) -> dict[str, float]:
         """What is due after this epoch: values for log.txt. Those of --probe_data are also printed as one line.
@@ -105,21 +97,21 @@ class OnlineEvaluation:
             record["knn_top1"] = knn_accuracy(backbone, *self.knn_data, **options)["ALL"]
         if self.probe_data and self._is_due(epoch, self.args.probe_freq):
             start = time.perf_counter()
-            knn = knn_accuracy(backbone, *self.probe_data, **options, parts=self.parts, hp1=self.args.hp1)
-            r2 = linear_r2(backbone, *self.rotated, **options, parts=self.parts, hp1=self.args.hp1)
+            split = split_of(self.args.net, self.args.hp1, backbone.embed_dim)
+            options |= {"parts": ("ALL", "IR", "EF") if split else ("ALL",), "split": split}
+            knn = knn_accuracy(backbone, *self.probe_data, **options)
+            r2 = linear_r2(backbone, *self.rotated, **options)
             record |= {f"knn_{part}": value for part, value in knn.items()}
             record |= {f"rotation_r2_{part}": value for part, value in r2.items()}
             record["seconds_probe"] = time.perf_counter() - start
-            print(self._line(epoch, knn, r2, record["seconds_probe"]))
+            accuracies = ", ".join(f"{part} {value:.1f}" for part, value in knn.items())
+            rotation = ", ".join(f"{part} {value:.2f}" for part, value in r2.items())
+            print(f"probe {epoch}/{self.args.epochs}: 20-NN {accuracies} %; R2 of rotation {rotation}; "
+                  f"took {record['seconds_probe']:.1f} s")  # fmt: skip
         return record
 
     def _is_due(self, epoch: int, frequency: int) -> bool:
         return (epoch + 1) % frequency == 0 or epoch + 1 == self.args.epochs
-
-    def _line(self, epoch: int, knn: dict[str, float], r2: dict[str, float], seconds: float) -> str:
-        accuracies = ", ".join(f"{part} {value:.1f}" for part, value in knn.items())
-        rotation = ", ".join(f"{part} {value:.2f}" for part, value in r2.items())
-        return f"probe {epoch}/{self.args.epochs}: 20-NN {accuracies} %; R2 of rotation {rotation}; took {seconds:.1f} s"
 
 
 def subset(dataset: ImageDataset, number: int) -> ImageDataset:

@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,37 +26,26 @@ from clever.models.heads import Split
 from clever.models.weights import backbone_state, load_backbone_weights, trained_image_size
 from clever.utils import InputError, error_prefix, seed_everything
 
+MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
+
 
 @dataclass
 class Pretrained:
-    """A backbone in eval mode, and what its checkpoint says about it.
+    """A backbone in eval mode, and what its checkpoint says about it; None: it does not say."""
 
-    Args:
-        backbone: frozen, on the device, with the pretrained weights.
-        arch, net, hp1: of the pretraining; net is dino or CLeVER.
-        img_size: side of the images to evaluate on, pixels.
-        mean, std: of the channels, for pixels in 0..1.
-        epochs: number of pretraining epochs so far, or None if the checkpoint does not say.
-        aug: recipe of the pretraining's views, or None.
-        fingerprint: hash of the weights.
-        options: patch_size and img_size, with which the backbone was built.
-        pretraining_seed: seed of the pretraining, or None if the checkpoint does not say.
-        training_args: arguments of the pretraining, as far as the checkpoint has them.
-    """
-
-    backbone: nn.Module
+    backbone: nn.Module  # frozen, on the device, with the pretrained weights
     arch: str
-    net: str
+    net: str  # a key of METHODS
     hp1: float
-    img_size: int
-    mean: tuple[float, ...]
+    img_size: int  # side of the images to evaluate on, pixels
+    mean: tuple[float, ...]  # of the channels, for pixels in 0..1
     std: tuple[float, ...]
-    epochs: int | None
-    aug: str | None
-    fingerprint: str
-    options: dict[str, int] = field(default_factory=dict)
+    epochs: int | None  # of the pretraining so far
+    aug: str | None  # recipe of the pretraining's views
+    fingerprint: str  # hash of the weights
+    options: dict[str, int] = field(default_factory=dict)  # patch_size and img_size, with which the backbone was built
     pretraining_seed: int | None = None
-    training_args: dict[str, Any] = field(default_factory=dict)
+    training_args: dict[str, Any] = field(default_factory=dict)  # of the pretraining, as far as the checkpoint has them
 
     @property
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -66,9 +53,9 @@ class Pretrained:
         return self.mean, self.std
 
     @property
-    def has_parts(self) -> bool:
-        """Whether the representation has an IR and an EF: dino's has not, and an hp1 near 0 or 1 leaves one of them empty."""
-        return METHODS[self.net].split and Split.leaves_both(self.backbone.embed_dim, self.hp1)
+    def split(self) -> Split | None:
+        """Where IR and EF are cut; None: the representation has no parts."""
+        return split_of(self.net, self.hp1, self.backbone.embed_dim)
 
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
@@ -83,15 +70,28 @@ class Pretrained:
             vits = ", ".join(vit_names())
             raise InputError(f"--arch {self.arch}: its features are pooled, and {reason}; choose one of {vits}")
 
-    def check_part(self, part: str, flag: str = "--else_part") -> None:
-        """Raise InputError, which names the flag, unless the representation has this part; `part` is ALL, IR or EF."""
-        check_part(part, self.net, self.hp1, self.backbone.embed_dim, flag)
-
     def untrained(self, seed: int) -> nn.Module:
         """The same architecture at random initialisation: frozen, in eval mode, on the same device."""
         seed_everything(seed)
         device = next(self.backbone.parameters()).device
         return build_backbone(self.arch, **self.options).eval().requires_grad_(False).to(device)
+
+
+# --- parts and files -----------------------------------------------------------------------------------------------------
+
+
+def split_of(net: str, hp1: float, dim: int) -> Split | None:
+    """Where IR and EF are cut in a representation of width `dim`. This is the one place that knows which networks have parts.
+
+    None if the objective does not divide the representation (dino), or if an hp1 near 0 or 1 leaves a part empty.
+    """
+    return Split(dim, hp1) if METHODS[net].split and Split.leaves_both(dim, hp1) else None
+
+
+def check_part(part: str, split: Split | None, flag: str = "--else_part") -> None:
+    """Raise InputError, which names the flag, unless the representation has the part: ALL, IR or EF."""
+    if part != "ALL" and split is None:
+        raise InputError(f"{flag} {part_flag(part)}: the representation has no parts, only ALL (dino, or hp1 near 0 or 1)")
 
 
 def result_record(kind: str, network: dict[str, Any], args: argparse.Namespace, **values: Any) -> dict[str, Any]:
@@ -104,55 +104,13 @@ def single_run(args: argparse.Namespace, part: str, perturbation: str) -> argpar
     return argparse.Namespace(**vars(args) | {"else_part": part, "test_aug_type": perturbation})
 
 
-MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
+def check_trial_name(name: str) -> None:
+    """Raise InputError unless --trial_name can be the last part of a file name."""
+    if os.sep in name or len(os.fsencode(name)) > MAX_TRIAL_NAME:
+        raise InputError(f"--trial_name {name!r}: must have no {os.sep} and at most {MAX_TRIAL_NAME} bytes, for a file's name")
 
 
-def check_trial_name(name: str, reserved: Sequence[str] = ()) -> None:
-    """Raise InputError unless --trial_name can be the last part of a file name.
-
-    It must not begin with one of the `reserved` parts, regular expressions, which would make it the name of another result.
-    """
-    length = len(os.fsencode(name))
-    if length > MAX_TRIAL_NAME:
-        raise InputError(f"--trial_name of {length} bytes: must have at most {MAX_TRIAL_NAME}, it is part of a file name")
-    if os.sep in name:
-        raise InputError(f"--trial_name {name!r}: must not contain {os.sep}, it is part of a file name")
-    other = re.match(f"({'|'.join(reserved)})(_|$)", name) if reserved else None
-    if other:
-        raise InputError(f"--trial_name {name!r}: must not begin with {other[1]}, with which the names of other results begin")
-
-
-def resolve_option(name: str, given: Any, stored: Any, default: Any, source: str = "checkpoint was") -> Any:
-    """The value of a flag: as given, else as stored in the checkpoint, else the default; all may be None.
-
-    Raises InputError if the flag contradicts the checkpoint.
-    """
-    if given is not None and stored is not None and given != stored:
-        raise InputError(f"--{name} {given}: the {source} made with {name} {stored}")
-    return next((value for value in (given, stored, default) if value is not None), None)
-
-
-def resolve_arch(given: str | None, stored: str | None) -> str:
-    """--arch, or what the checkpoint says if it is a name that we know. Raises InputError if it is another of our backbones."""
-    if given is None:
-        return stored if stored and is_known(stored) else "vit_small"
-    if stored and is_ours(stored) and not is_same_network(given, stored):
-        raise InputError(f"--arch {given}: the checkpoint was made with arch {stored}")
-    return given
-
-
-def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any], source: str = "checkpoint was") -> tuple[str, float]:
-    """--net and --hp1, or what the checkpoint (or another file) says. Raises InputError if neither says where the split is."""
-    net = resolve_option("net", args.net, stored.get("net"), "dino", source)
-    stored_hp1, default = (stored.get("hp1"), None) if METHODS[net].split else (None, 1.0)
-    hp1 = resolve_option("hp1", args.hp1, stored_hp1, default, source)
-    if hp1 is None:
-        noun = source.split()[0]
-        verb = "do" if noun.endswith("s") else "does"
-        raise InputError(f"--hp1: the {noun} {verb} not say where IR and EF are cut; give the pretraining's hp1")
-    if not 0 < hp1 <= 1:
-        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
-    return net, hp1
+# --- flags and loading -----------------------------------------------------------------------------------------------------
 
 
 def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = True, parts: bool = True) -> None:
@@ -174,6 +132,33 @@ def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = Tru
     add("--net", choices=METHODS, help="how it was pretrained; default: the checkpoint's, else dino")
     add("--hp1", type=TypedFloat, help="share of the representation that is IR; default: the checkpoint's")
     add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224 or timm's")
+
+
+def resolve_option(name: str, given: Any, stored: Any, default: Any) -> Any:
+    """The value of a flag: as given, else as stored with the weights or features, else the default.
+
+    Raises InputError if the flag contradicts what is stored.
+    """
+    if given is not None and stored is not None and given != stored:
+        raise InputError(f"--{name} {given}: the checkpoint was made with {name} {stored}")
+    return next((value for value in (given, stored, default) if value is not None), None)
+
+
+def resolve_arch(given: str | None, stored: str | None) -> str:
+    """--arch, or what the checkpoint says if it is a name that we know; two names of one backbone agree."""
+    if given is None or stored is None or not is_ours(stored) or is_same_network(given, stored):
+        return given or (stored if stored and is_known(stored) else "vit_small")
+    return resolve_option("arch", given, stored, None)
+
+
+def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any]) -> tuple[str, float]:
+    """--net and --hp1, or what is stored. Raises InputError if nothing says where the representation is cut."""
+    net = resolve_option("net", args.net, stored.get("net"), "dino")
+    stored_hp1, default = (stored.get("hp1"), None) if METHODS[net].split else (None, 1.0)
+    hp1 = resolve_option("hp1", args.hp1, stored_hp1, default)
+    if hp1 is None or not 0 < hp1 <= 1:
+        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]; give the pretraining's hp1, which cuts IR and EF")
+    return net, hp1
 
 
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
@@ -218,15 +203,3 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     for name in sorted(state):
         digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def check_part(part: str, net: str, hp1: float, dim: int, flag: str = "--else_part") -> None:
-    """Raise InputError unless a representation of width `dim` has this part.
-
-    DINO's representation has no IR and EF, and an hp1 near 0 or 1 leaves one of them empty.
-    """
-    if part == "ALL":
-        return
-    if not METHODS[net].split:
-        raise InputError(f"{flag} {part_flag(part)}: a {net} checkpoint has no parts, only ALL")
-    Split(dim, hp1)

@@ -9,9 +9,11 @@ Shapes: D width of the features, C classes, M images.
 
 import argparse
 import datetime
+import hashlib
 import math
+import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +24,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clever import arguments, signals, utils
-from clever.checkpoint import (
-    load_checkpoint,
-    save_atomically,
-    strip_prefix,
-    valid_state,
-)
+from clever.checkpoint import load_checkpoint, save_atomically, strip_prefix, valid_state
 from clever.data.datasets import ImageDataset, make_loader, shard
-from clever.distributed import (
-    all_reduce_sum,
-    broadcast_buffers,
-    get_rank,
-    get_world_size,
-    is_distributed,
-    is_main_process,
-)
+from clever.distributed import all_reduce_sum, broadcast_buffers, get_rank, get_world_size, is_distributed, is_main_process
 from clever.evaluation.features import FeatureExtractor, extract_parts, gather_in_order
 from clever.evaluation.hits import pack_hits
+from clever.evaluation.pretrained import Pretrained
 from clever.models.backbones import has_batch_norm
 from clever.models.weights import backbone_state, load_backbone_weights
 from clever.training.telemetry import TrainingProgress
 from clever.utils import InputError
 
+# Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
+FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size", "crop_scale")
 # Metrics whose best value over the epochs is kept, and their names in a checkpoint.
 BEST = {"accuracy": "best_acc", "mean_class_accuracy": "best_mean_class_acc"}
 
@@ -61,40 +54,64 @@ class LinearClassifier(nn.Module):
         return self.linear(x)  # B, C
 
 
-@dataclass(eq=False)
+def short_hash(lines: Iterable[str]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of some lines of text."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def images_per_step(args: argparse.Namespace) -> int:
+    """Images per step of the optimizer, over all processes. Learning rates are given for 256 of them."""
+    return args.batch_size_per_gpu * get_world_size()
+
+
+def existing_probe(path: Path, pattern: str) -> Path:
+    """`path`; if there is no such file but a single one beside it whose whole name matches the pattern, that one."""
+    if not path.exists():
+        found = [other for other in path.parent.glob("*.pth.tar") if re.fullmatch(pattern, other.name)]
+        if len(found) == 1:
+            print(f"there is no {path.name}: taking {found[0]}, the only probe of this part and trial name")
+            return found[0]
+    return path
+
+
 class Probe:
     """A linear classifier on the features of `extractor`, its optimizer, and the checkpoint file that its training writes.
 
-    The backbone is trained as well if the extractor says so.
+    The backbone is trained as well if the extractor says so. The first weights depend on --seed alone.
 
     Args:
+        args: of the command line, recorded in the checkpoint; --else_part is a single part.
         extractor: images -> features [B, D].
-        classifier: features -> logits [B, C], on the device.
+        classes: their names, in the order of the labels.
         path: the checkpoint, rewritten after every epoch.
-        identity: what the probe was trained on; a checkpoint with other values is refused, and values that it
-            lacks are not compared. num_labels and dim are those of its weights.
-        arguments: of the command line, recorded in the checkpoint.
-        fixed_arguments: names of those that must be the same when training is resumed.
-        optimizer: of the classifier, and of the backbone if that is trained; only training needs it.
+        fixed: names of further arguments that must be the same when training is resumed.
+        identity: further values that say what the probe was trained on. A checkpoint with another identity is refused; values
+            that it lacks are not compared. num_labels and dim are those of its weights.
 
     Attributes:
+        optimizer: of the classifier, and of the backbone if that is trained; only training needs it.
         epoch: the next one to run.
         best: best value of each metric so far.
         result: accuracies of the last evaluation.
     """
 
-    extractor: FeatureExtractor
-    classifier: LinearClassifier
-    path: Path
-    identity: dict[str, Any]
-    arguments: dict[str, Any]
-    fixed_arguments: tuple[str, ...]
-    optimizer: torch.optim.Optimizer | None = None
-    epoch: int = field(default=0, init=False)
-    best: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.0}, init=False)
-    result: dict[str, float] = field(default_factory=dict, init=False)
-
-    # --- training ---
+    def __init__(
+        self, args: argparse.Namespace, pretrained: Pretrained, extractor: FeatureExtractor, classes: Sequence[str], path: Path,
+        fixed: tuple[str, ...], **identity: Any,
+    ) -> None:  # fmt: skip
+        utils.seed_everything(args.seed)
+        device = next(extractor.backbone.parameters()).device
+        self.extractor, self.path, self.arguments = extractor, path, arguments.plain_args(args)
+        self.classifier = LinearClassifier(extractor.dim, len(classes)).to(device)
+        self.identity = {
+            "part": args.else_part, "net": pretrained.net, "num_labels": len(classes), "dim": extractor.dim,
+            "classes": short_hash(classes), "backbone": pretrained.fingerprint, **identity,
+        }  # fmt: skip
+        if not args.evaluate:  # training, which must be continued with learning rates for the same number of images
+            self.identity["images_per_step"] = images_per_step(args)
+        self.fixed_arguments = (*FIXED_ARGUMENTS, *fixed)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.epoch, self.best, self.result = 0, {"accuracy": 0.0}, {}
 
     def start(self, epochs: int) -> None:
         """Prepare for training with a cosine schedule to 0 over `epochs`, from the checkpoint if there is one."""
@@ -106,27 +123,12 @@ class Probe:
         model = nn.Sequential(self.extractor, self.classifier) if trained else self.classifier
         self.model = DistributedDataParallel(model) if is_distributed() else model
 
-    def step(self, loss: torch.Tensor) -> None:
-        """One step of the optimizer."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def record(self, result: dict[str, float]) -> None:
-        """Keep the accuracies of an evaluation during training."""
-        self.result = result
-        self.best |= {name: max(self.best.get(name, 0.0), result[name]) for name in BEST if name in result}
-
     def end_epoch(self, epoch: int) -> None:
         """Advance the schedule and write the checkpoint, in the first process."""
         self.scheduler.step()
         self.epoch = epoch + 1
-        if is_main_process():
-            self._save()
-
-    # --- files ---
-
-    def _save(self) -> None:
+        if not is_main_process():
+            return
         state = {
             "epoch": self.epoch, "state_dict": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(), "args": self.arguments, **self.identity,
@@ -139,16 +141,8 @@ class Probe:
     def _resume(self) -> None:
         """Load the checkpoint to continue its training. Raises InputError if it was made differently."""
         state = self.load(self.path)
-        missing = {"optimizer", "scheduler", "epoch", "best_acc"} - set(state)
-        if missing:
-            raise InputError(f"probe checkpoint {self.path}: cannot be resumed, lacks {', '.join(sorted(missing))}")
         stored = arguments.plain_args(state["args"]) if isinstance(state.get("args"), (dict, argparse.Namespace)) else {}
-        for name in self.fixed_arguments:
-            if name in stored and stored[name] != self.arguments[name]:
-                raise InputError(
-                    f"--{name} {self.arguments[name]}: the probe {self.path} was trained with {stored[name]}; continue it with "
-                    "that, or give another --output_dir or --trial_name"
-                )
+        self._check_same(self.path, stored, {f: self.arguments[f] for f in self.fixed_arguments}, "--")
         with valid_state(self.path):
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -162,63 +156,50 @@ class Probe:
         """
         checkpoint = load_checkpoint(path)
         state = strip_prefix(checkpoint["state_dict"]) if isinstance(checkpoint.get("state_dict"), dict) else {}
-        sizes = [value.ndim if isinstance(value, torch.Tensor) else None for value in state.values()]
-        if set(state) != {"linear.weight", "linear.bias"} or sorted(sizes, key=str) != [1, 2]:
+        weight = state.get("linear.weight")
+        if set(state) != {"linear.weight", "linear.bias"} or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             raise InputError(f"probe checkpoint {path}: contains no linear classifier")
-        found = checkpoint | dict(zip(("num_labels", "dim"), state["linear.weight"].shape, strict=True))
-        for name, value in self.identity.items():
-            if name in found and found[name] != value:
-                why = f"its {name} is {found[name]}, here it is {value}"
-                if name == "backbone":
-                    why = "was trained on other backbone weights; delete it, or move it away"
-                elif name == "classes":
-                    why = "was trained on other classes; to train one for these, give another --output_dir or --trial_name"
-                elif name == "images_per_step":  # only the identity of a probe to be trained has it
-                    batch = self.arguments["batch_size_per_gpu"]
-                    why = (f"was trained with {found[name]} images per step, not {value} (--batch_size_per_gpu {batch} times "
-                           "processes); continue it with that, or give another --output_dir or --trial_name")  # fmt: skip
-                raise InputError(f"probe checkpoint {path}: {why}")
+        self._check_same(path, checkpoint | dict(zip(("num_labels", "dim"), weight.shape, strict=True)), self.identity)
+        if self.extractor.train_backbone != ("state_dict_model" in checkpoint):
+            raise InputError(f"checkpoint {path}: must have been trained in the same mode, with or without the backbone")
         with valid_state(path):
             self.classifier.load_state_dict(state)
         if self.extractor.train_backbone:
-            load_trained_backbone(path, checkpoint, self.extractor.backbone)
-        elif "state_dict_model" in checkpoint:
-            raise InputError(f"checkpoint {path}: contains a fine-tuned backbone; evaluate it in the mode it was trained in")
+            with utils.error_prefix(f"checkpoint {path}"):
+                backbone = self.extractor.backbone
+                load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model", backbone.state_dict()))
         return checkpoint
 
+    @staticmethod
+    def _check_same(path: str | Path, found: dict[str, Any], expected: dict[str, Any], dashes: str = "") -> None:
+        for name, value in expected.items():
+            if name in found and found[name] != value:
+                raise InputError(
+                    f"{dashes}{name} {value}: the probe {path} was trained with {name} {found[name]}; take that, or another "
+                    "--output_dir or --trial_name"
+                )
 
-@dataclass
+
 class ProbeGroup:
     """Probes of different parts of one backbone's representation, trained and evaluated together.
 
     Every image is read, and passes through the backbone, once for all probes. The result is that of training each of them in
-    a group of its own: the order of the images and their views depend on the seed and the epoch alone, and each probe has its
-    own optimizer and files. A probe that was interrupted, or is already finished, takes part only from its next epoch on.
+    a group of its own. A probe that was interrupted, or is already finished, takes part only from its next epoch on.
 
     Args:
+        args: epochs, batch_size_per_gpu, val_freq, seed and num_workers of the training.
         probes: their extractors differ only in the part; a trained backbone belongs to a single one.
         device: of the backbone and the classifiers.
-        epochs, batch_size, val_freq, seed: of the training; batch_size counts images per process.
-        num_workers: data loading workers.
         per_class: also measure the mean accuracy over classes.
     """
 
-    probes: list[Probe]
-    device: torch.device
-    epochs: int = 100
-    batch_size: int = 128
-    val_freq: int = 1
-    seed: int = 0
-    num_workers: int = 0
-    per_class: bool = False
-
-    def __post_init__(self):
-        self.extractors = [probe.extractor for probe in self.probes]
+    def __init__(self, args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> None:
+        self.args, self.probes, self.device, self.per_class = args, probes, device, per_class
+        self.extractors = [probe.extractor for probe in probes]
         self.backbone, self.train_backbone = self.extractors[0].backbone, self.extractors[0].train_backbone
         self._kept: tuple[ImageDataset, tuple[list[torch.Tensor], torch.Tensor]] | None = None
 
-    # --- accuracy ---
-
+    @torch.no_grad()
     def evaluate(self, test: ImageDataset, per_image: bool = False) -> dict[Probe, dict[str, Any]]:
         """Accuracies of every probe on the test images, see `accuracies`.
 
@@ -230,8 +211,8 @@ class ProbeGroup:
         for probe, x in zip(self.probes, features, strict=True):
             results[probe] = accuracies(probe.classifier, x, labels, self.per_class)
             if per_image:
-                hits = gather_in_order(top1_hits(probe.classifier, x, labels), len(test))
-                results[probe]["correct"] = pack_hits(hits.cpu().numpy())
+                right = (probe.classifier(x).argmax(1) == labels).to(torch.uint8)  # M
+                results[probe]["correct"] = pack_hits(gather_in_order(right, len(test)).cpu().numpy())
         return results
 
     def _test_features(self, test: ImageDataset) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -239,12 +220,10 @@ class ProbeGroup:
         if self._kept is not None and self._kept[0] is test:
             return self._kept[1]
         own = shard(test, get_rank(), get_world_size())
-        loader = make_loader(own, self.batch_size, num_workers=self.num_workers)
+        loader = make_loader(own, self.args.batch_size_per_gpu, num_workers=self.args.num_workers)
         found = extract_parts(self.extractors, loader, self.device, "test images")
         self._kept = None if self.train_backbone else (test, found)
         return found
-
-    # --- training ---
 
     def fit(self, train: ImageDataset, test: ImageDataset) -> dict[Probe, dict[str, float]]:
         """Train all probes with a cosine schedule to 0, or resume their checkpoints.
@@ -253,13 +232,13 @@ class ProbeGroup:
         epoch. A finished training is only evaluated.
         """
         for probe in self.probes:
-            probe.start(self.epochs)
+            probe.start(self.args.epochs)
         if any(probe.epoch > 0 for probe in self.probes):
             for probe, result in self.evaluate(test).items():
                 probe.result = result
         loader = self._training_loader(train)
         with signals.allowed("the same command goes on from the end of the last epoch", 0):
-            for epoch in range(min(probe.epoch for probe in self.probes), self.epochs):
+            for epoch in range(min(probe.epoch for probe in self.probes), self.args.epochs):
                 self._run_epoch([probe for probe in self.probes if probe.epoch <= epoch], loader, test, epoch)
         return {probe: probe.result | {f"best_{name}": value for name, value in probe.best.items()} for probe in self.probes}
 
@@ -267,51 +246,50 @@ class ProbeGroup:
         """This process's share of the training images, shuffled.
 
         If the backbone's batch norms are trained and the last batch would be a single image, which has no statistics of its
-        own, this batch is left out; it is another image in every epoch. Raises InputError if all batches are single images.
+        own, this batch is left out; it is another image in every epoch.
         """
-        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.seed)
+        sampler = DistributedSampler(train, get_world_size(), get_rank(), shuffle=True, seed=self.args.seed)
         trains_batch_norms = self.train_backbone and has_batch_norm(self.backbone)
-        if trains_batch_norms and min(len(sampler), self.batch_size) == 1:
-            raise InputError(
-                f"--batch_size_per_gpu {self.batch_size}, {len(sampler)} training images per process: the backbone's batch "
-                "norms need batches of 2 images or more"
-            )
-        drop_last = trains_batch_norms and len(sampler) % self.batch_size == 1
-        return make_loader(train, self.batch_size, sampler, self.num_workers, drop_last)
+        drop_last = trains_batch_norms and len(sampler) % self.args.batch_size_per_gpu == 1
+        return make_loader(train, self.args.batch_size_per_gpu, sampler, self.args.num_workers, drop_last)
 
     def _run_epoch(self, active: list[Probe], loader: DataLoader, test: ImageDataset, epoch: int) -> None:
         """Train the active probes for one epoch, validate them if it is time, and write their checkpoints."""
         start = time.perf_counter()
-        self._start_epoch(loader, epoch)
-        losses = self.train_one_epoch(active, loader, epoch)
-        validated = (epoch + 1) % self.val_freq == 0 or epoch + 1 == self.epochs
-        results = self.evaluate(test) if validated else {}
-        left = round((time.perf_counter() - start) * (self.epochs - epoch - 1))
-        with signals.deferred():
-            for probe, loss in zip(active, losses, strict=True):
-                if validated:
-                    probe.record(results[probe])
-                    self._print_epoch(probe, epoch, loss, left)
-                probe.end_epoch(epoch)
-
-    def _start_epoch(self, loader: DataLoader, epoch: int) -> None:
-        """Random numbers, the order of the images and their views depend on the seed and the epoch alone."""
-        utils.seed_everything(self.seed, epoch, get_rank())
+        # Random numbers, the order of the images and their views depend on the seed and the epoch alone.
+        utils.seed_everything(self.args.seed, epoch, get_rank())
         loader.sampler.set_epoch(epoch)
         loader.dataset.set_epoch(epoch)
         self.backbone.train(self.train_backbone)
+        losses = self.train_one_epoch(active, loader, epoch)
+        validated = (epoch + 1) % self.args.val_freq == 0 or epoch + 1 == self.args.epochs
+        results = self.evaluate(test) if validated else {}
+        left = datetime.timedelta(seconds=round((time.perf_counter() - start) * (self.args.epochs - epoch - 1)))
+        with signals.deferred():
+            for probe, loss in zip(active, losses, strict=True):
+                if validated:
+                    probe.result = results[probe]
+                    probe.best |= {n: max(probe.best.get(n, 0.0), probe.result[n]) for n in BEST if n in probe.result}
+                    prefix, count = self.prefix(probe), probe.result["num_test_images"]
+                    print(f"{prefix}Accuracy at epoch {epoch} of the network on the {count} test images: "
+                          f"{probe.result['accuracy']:.2f}%")  # fmt: skip
+                    best = probe.best["accuracy"]
+                    print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {loss:.4f}, left {left}", flush=True)
+                probe.end_epoch(epoch)
 
     def train_one_epoch(self, active: list[Probe], loader: DataLoader, epoch: int) -> list[float]:
         """One pass over the training images for the active probes; the mean loss of each."""
-        images_per_step = self.batch_size * get_world_size()
-        progress = TrainingProgress(f"epoch {epoch}/{self.epochs}", len(loader), images_per_step, self.device, print_freq=50)
+        header, images = f"epoch {epoch}/{self.args.epochs}", images_per_step(self.args)
+        progress = TrainingProgress(header, len(loader), images, self.device, print_freq=50)
         names = [f"{self.prefix(probe)}loss" for probe in active]
         for images, labels in loader:
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)  # B, 3, S, S and B
             losses = [F.cross_entropy(logits, labels) for logits in self._logits(active, images)]
             progress.update(**dict(zip(names, losses, strict=True)))
             for probe, loss in zip(active, losses, strict=True):
-                probe.step(loss)
+                probe.optimizer.zero_grad()
+                loss.backward()
+                probe.optimizer.step()
         self.backbone.eval()
         if self.train_backbone:
             broadcast_buffers(self.backbone)
@@ -329,26 +307,6 @@ class ProbeGroup:
         """Names the probe's part in printed lines, if there are several probes."""
         return f"{probe.identity['part']}: " if len(self.probes) > 1 else ""
 
-    def _print_epoch(self, probe: Probe, epoch: int, train_loss: float, seconds_left: int) -> None:
-        prefix, left = self.prefix(probe), datetime.timedelta(seconds=seconds_left)
-        accuracy, count, best = probe.result["accuracy"], probe.result["num_test_images"], probe.best["accuracy"]
-        print(f"{prefix}Accuracy at epoch {epoch} of the network on the {count} test images: {accuracy:.2f}%")
-        print(f"{prefix}Max accuracy so far: {best:.2f}%, training loss {train_loss:.4f}, left {left}", flush=True)
-
-
-def load_trained_backbone(path: str | Path, checkpoint: dict[str, Any], backbone: nn.Module) -> None:
-    """Load the fine-tuned backbone of a classifier's checkpoint. Raises InputError if there is none, or another one."""
-    if "state_dict_model" not in checkpoint:
-        raise InputError(f"checkpoint {path}: contains no fine-tuned backbone, only a classifier")
-    with utils.error_prefix(f"checkpoint {path}"):
-        load_backbone_weights(backbone, backbone_state(checkpoint, "state_dict_model", backbone.state_dict()))
-
-
-@torch.no_grad()
-def top1_hits(classifier: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """1 for each of the features [M, D] that is classified as its label [M], else 0: uint8 [M]."""
-    return (classifier(features).argmax(1) == labels).to(torch.uint8)
-
 
 @torch.no_grad()
 def accuracies(
@@ -362,8 +320,6 @@ def accuracies(
     Raises FloatingPointError if the classifier has diverged.
     """
     logits = classifier(features)  # M, C
-    if not logits.isfinite().all():
-        raise FloatingPointError("outputs of the classifier for test images")
     num_labels = logits.shape[1]
     hits = logits.topk(min(5, num_labels)).indices == labels[:, None]  # M, 5
     loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -1,27 +1,24 @@
 """The flags of the scripts that train classifiers, eval_linear.py and eval_linear_ds.py, and what both build from them."""
 
 import argparse
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clever import arguments, utils
 from clever.arguments import TypedFloat, bool_flag
-from clever.data.augmentations import PERTURBATIONS, check_crop_scale
+from clever.data.augmentations import PERTURBATIONS, Views, check_crop_scale
+from clever.data.datasets import ImageDataset, dataset_of
+from clever.data.files import Sample
 from clever.data.rendering import add_renderer_argument
-from clever.distributed import get_world_size, is_main_process
-from clever.evaluation.features import FeatureExtractor
+from clever.distributed import is_main_process
+from clever.evaluation.downstream_data import TORCHVISION
 from clever.evaluation.names import PARTS, part_flag
 from clever.evaluation.pretrained import Pretrained, check_trial_name, result_record
-from clever.evaluation.probe import LinearClassifier, Probe, ProbeGroup
 from clever.utils import InputError
 
-IMAGENET_CLASSES = {"Imagenet": 1000, "IN100": 100}  # number of classes by --dataset_type
-# Arguments that must be the same when a probe's training is resumed, since the name of its file does not contain them.
-FIXED_ARGUMENTS = ("seed", "batch_size_per_gpu", "n_last_blocks", "avgpool_patchtokens", "img_size", "crop_scale")
+IMAGENET_CLASSES = {"Imagenet": 1000, "IN100": 100}  # number of classes by --dataset_type, of image folders
+CLASSES = IMAGENET_CLASSES | {"CUB200": 200} | {name: count for name, (_, count, *_) in TORCHVISION.items()}
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -68,72 +65,26 @@ def check_probe_args(args: argparse.Namespace) -> None:
     arguments.check_not_negative(args, "num_workers", "seed")
 
 
-def check_class_count(args: argparse.Namespace, where: str, found: int, known: dict[str, int]) -> None:
-    """Raise InputError unless --dataset_type, a key of `known`, and --num_labels agree with the number of classes `found`."""
-    for flag, expected in (("dataset_type", known.get(args.dataset_type)), ("num_labels", args.num_labels)):
-        if expected is not None and found != expected:
-            raise InputError(f"--{flag} {getattr(args, flag)}: means {expected} classes, but {where} holds {found}")
+def probe_dataset(
+    args: argparse.Namespace, classes: Sequence[str], samples: Sequence[Sample], views: Views, where: str
+) -> ImageDataset:
+    """The dataset of these samples, found in `where`.
 
-
-def build_probe(
-    args: argparse.Namespace,
-    pretrained: Pretrained,
-    extractor: FeatureExtractor,
-    classes: Sequence[str],
-    path: Path,
-    device: torch.device,
-    fixed_arguments: tuple[str, ...],
-    **identity: Any,
-) -> Probe:
-    """The probe of --else_part, a single one, whose weights depend on --seed alone.
-
-    Args:
-        classes: their names, in the order of the labels.
-        fixed_arguments: names of further arguments that must be the same when training is resumed.
-        identity: further values that a checkpoint must have.
+    Raises InputError if --dataset_type or --num_labels mean another number of classes, or if images cannot be decoded.
     """
-    utils.seed_everything(args.seed)
-    if not args.evaluate:  # training, which must be continued with learning rates for the same number of images
-        identity["images_per_step"] = images_per_step(args)
-    return Probe(
-        extractor=extractor,
-        classifier=LinearClassifier(extractor.dim, len(classes)).to(device),
-        path=path,
-        identity={
-            "part": args.else_part, "net": pretrained.net, "num_labels": len(classes), "dim": extractor.dim,
-            "classes": short_hash(classes), "backbone": pretrained.fingerprint, **identity,
-        },
-        arguments=arguments.plain_args(args),
-        fixed_arguments=(*FIXED_ARGUMENTS, *fixed_arguments),
+    for flag, expected in (("dataset_type", CLASSES.get(args.dataset_type)), ("num_labels", args.num_labels)):
+        if expected is not None and len(classes) != expected:
+            raise InputError(f"--{flag} {getattr(args, flag)}: means {expected} classes, but {where} holds {len(classes)}")
+    check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation that fails loses nothing
+    return dataset_of(
+        classes, samples, views, args.seed, renderer=args.views, skip_bad_images=args.skip_bad_images,
+        threads=args.num_workers, check=check,
     )  # fmt: skip
-
-
-def short_hash(lines: Iterable[str]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of some lines of text."""
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def group_probes(args: argparse.Namespace, probes: list[Probe], device: torch.device, per_class: bool = False) -> ProbeGroup:
-    """The probes as one group, with the settings of the command line."""
-    return ProbeGroup(
-        probes, device, args.epochs, args.batch_size_per_gpu, args.val_freq, args.seed, args.num_workers, per_class
-    )
-
-
-def images_per_step(args: argparse.Namespace) -> int:
-    """Images per step of the optimizer, over all processes."""
-    return args.batch_size_per_gpu * get_world_size()
-
-
-def lr_scale(args: argparse.Namespace) -> float:
-    """Factor of the learning rates, which are given for 256 images per step."""
-    return images_per_step(args) / 256
 
 
 def write_result(path: Path, kind: str, args: argparse.Namespace, pretrained: Pretrained, result: dict[str, Any]) -> None:
     """One JSON file beside the checkpoint: the accuracy, and everything that it depends on."""
-    if not is_main_process():
-        return
-    values = {"part": args.else_part, "hp1": float(pretrained.hp1), "test_aug_type": args.test_aug_type, **result}
-    utils.save_json(result_record(kind, pretrained.record(), args, **values, seed=args.seed), path)
-    print(f"wrote {path}")
+    if is_main_process():
+        values = {"part": args.else_part, "hp1": float(pretrained.hp1), "test_aug_type": args.test_aug_type, **result}
+        utils.save_json(result_record(kind, pretrained.record(), args, **values, seed=args.seed), path)
+        print(f"wrote {path}")

@@ -10,9 +10,7 @@ from support.processes import TINY_NETWORK, write_labelled_images
 import eval_equivariance
 import eval_knn
 from clever.checkpoint import load_checkpoint
-from clever.data.augmentations import eval_transform
-from clever.data.datasets import labelled_dataset
-from clever.evaluation.online import ROTATED_VIEWS, subset
+from clever.evaluation.online import ROTATED_VIEWS
 
 FLAGS = (*TINY_NETWORK, "--batch_size_per_gpu", 4, "--epochs", 3, "--views", "torchvision")
 
@@ -87,21 +85,13 @@ def test_dino_has_no_parts(data, tmp_path):
     assert record["knn_top1"] == record["knn_ALL"]
 
 
-def test_a_subset_is_drawn_once_and_in_order(data):
-    images = labelled_dataset(data / "train", eval_transform("ori", 32))
-    few = subset(images, 8)
-    assert len(few) == 8 and list(few.samples) == list(subset(images, 8).samples) == sorted(few.samples)
-    assert set(few.samples) < set(images.samples) and few.classes == images.classes
-    assert subset(images, 100) is images
-
-
 @pytest.mark.parametrize(
     "flags, mentioned",
     [
         (("--probe_freq", 0), "--probe_freq 0: must be greater than 0"),
         (("--probe_images", 9), "--probe_images 9: must be 10 or more"),
         (("--probe_data", "absent"), "absent/train: does not exist"),
-        (("--probe_data", "few"), "few/val: has only 3 images, needs 5"),
+        (("--probe_data", "few"), "few: train/ and val/ need 5 images each"),
     ],
 )
 def test_bad_input(data, tmp_path, monkeypatch, flags, mentioned):

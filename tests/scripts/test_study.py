@@ -18,8 +18,8 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import ROOT, write_labelled_images
 from support.shell import SCRIPTS, run
 
-from clever.evaluation.equivariance_report import SPACES
 from clever.evaluation.hits import pack_hits
+from clever.evaluation.tables import SPACES
 from scripts import study_table
 from scripts.study_records import load_study, save_records
 from scripts.study_table import make_row, mean_and_std, paired_interval

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clever.models.heads import Split
+
 STATS = (0, 0, 0), (1, 1, 1)  # the network reads pixels in 0..1
 
 
@@ -30,6 +32,7 @@ class PixelReader(torch.nn.Module):
     """
 
     embed_dim, hp1 = 30, 0.8
+    split = Split(embed_dim, hp1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         centre = images.shape[-1] // 2

@@ -1,20 +1,13 @@
-"""Table and plot of the results of eval_equivariance.py, from the record that it writes as JSON."""
+"""Tables in Markdown, and table and plot of the results of eval_equivariance.py, from the record that it writes as JSON."""
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from clever.evaluation.markdown import align
 from clever.utils import atomic_file
 
 Record = dict[str, Any]
-
 Space = tuple[str, str | None]  # part and control
-Row = tuple[str, dict[Space, str]]  # title and cells of a row of a table
 
 SPACES: dict[Space, str] = {  # columns of the tables, in their order
     ("ALL", None): "ALL",
@@ -42,9 +35,16 @@ HEADS = {"linear": "Linear regression", "mlp": "MLP"}
 INPUTS = {"pair": "the clean and the transformed view", "single": "the transformed view"}
 
 
-def by_space(records: list[Record]) -> dict[Space, Record]:
-    """{(part, control): record}."""
-    return {(record["part"], record["control"]): record for record in records}
+def align(lines: list[list[str]], text_columns: int = 1) -> str:
+    """A Markdown table, the title first, with aligned columns; all but the first `text_columns` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def row(cells: list[str]) -> list[str]:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return [cell.ljust(width) if i < text_columns else cell.rjust(width) for i, (cell, width) in pairs]
+
+    rule = ["-" * width if i < text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [row(lines[0]), rule, *map(row, lines[1:])])
 
 
 def group_by(records: list[Record], *fields: str) -> dict[Any, list[Record]]:
@@ -56,43 +56,38 @@ def group_by(records: list[Record], *fields: str) -> dict[Any, list[Record]]:
     return groups
 
 
-# --- table ---------------------------------------------------------------------------------------------------------------
-
-
-def to_markdown(record: Record) -> str:
-    """A table for each head and input, and one of the gaps."""
-    sections = []
-    for (head, kind), results in group_by(record["results"], "head", "input").items():
-        rows = [row for name, group in group_by(results, "transform").items() for row in result_rows(name, by_space(group))]
-        sections.append(f"What is known (head {head}, input {kind})\n\n{to_table(rows)}")
-    rows = [
-        (f"{name}: {title}", {key: cell(found, field) for key, found in by_space(group).items()})
-        for name, group in group_by(record["gaps"], "transform").items()
-        for field, title in GAPS.items()
-    ]
-    return "\n\n".join([*sections, f"How far features move\n\n{to_table(rows)}"])
-
-
-def result_rows(name: str, found: dict[Space, Record]) -> list[Row]:
-    """A row for every measure of a transformation, and one for every target if there are several."""
-    first = next(iter(found.values()))
-    rows = [
-        (f"{name}: {title}", {key: cell(record, field) for key, record in found.items()})
-        for field, title in MEASURES.items()
-        if first[field] is not None
-    ]
-    targets = first["r2_per_target"]
-    if len(targets) > 1:
-        rows += [
-            (f"{name}, {target}: R2", {key: number(record["r2_per_target"][target]) for key, record in found.items()})
-            for target in targets
-        ]
-    return rows
+def by_space(records: list[Record]) -> dict[Space, Record]:
+    """{(part, control): record}."""
+    return {(record["part"], record["control"]): record for record in records}
 
 
 def std_over_draws(record: Record, field: str) -> float | None:
     """Standard deviation over the random subspaces; None for other records, and for a single subspace, which has none."""
     return record[f"{field}_std"] if record.get("draws", 1) > 1 else None
+
+
+# --- table ---------------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(record: Record) -> str:
+    """A table for each head and input, with a row for every measure, and for every target if there are several; one of gaps."""
+    sections = []
+    for (head, kind), results in group_by(record["results"], "head", "input").items():
+        rows = {}
+        for name, group in group_by(results, "transform").items():
+            found, first = by_space(group), group[0]
+            fields = [field for field in MEASURES if first[field] is not None]
+            rows |= {f"{name}: {MEASURES[field]}": {key: cell(r, field) for key, r in found.items()} for field in fields}
+            targets = first["r2_per_target"] if len(first["r2_per_target"]) > 1 else ()
+            for target in targets:
+                rows[f"{name}, {target}: R2"] = {key: number(r["r2_per_target"][target]) for key, r in found.items()}
+        sections.append(f"What is known (head {head}, input {kind})\n\n{to_table(rows)}")
+    rows = {
+        f"{name}: {title}": {key: cell(found, field) for key, found in by_space(group).items()}
+        for name, group in group_by(record["gaps"], "transform").items()
+        for field, title in GAPS.items()
+    }
+    return "\n\n".join([*sections, f"How far features move\n\n{to_table(rows)}"])
 
 
 def cell(record: Record, field: str) -> str:
@@ -106,12 +101,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"{round(value, digits) + 0:.{digits}f}"
 
 
-def to_table(rows: list[Row]) -> str:
-    """A Markdown table with aligned columns; the columns are the SPACES that occur."""
-    keys = [key for key in SPACES if any(key in cells for _, cells in rows)]
-    lines = [["", *(SPACES[key] for key in keys)]]
-    lines += [[title, *(cells.get(key, "-") for key in keys)] for title, cells in rows]
-    return align(lines)
+def to_table(rows: dict[str, dict[Space, str]]) -> str:
+    """A Markdown table of {title: cells}; the columns are the SPACES that occur."""
+    keys = [key for key in SPACES if any(key in cells for cells in rows.values())]
+    lines = [[title, *(cells.get(key, "-") for key in keys)] for title, cells in rows.items()]
+    return align([["", *(SPACES[key] for key in keys)], *lines])
 
 
 # --- plot ----------------------------------------------------------------------------------------------------------------
@@ -119,6 +113,11 @@ def to_table(rows: list[Row]) -> str:
 
 def plot(record: Record, path: str) -> None:
     """A bar chart of R2: a panel per head and input, a group of bars per transformation, a bar per part or control."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     settings = group_by(record["results"], "head", "input")
     count = len(group_by(record["results"], "transform"))
     figure, panels = plt.subplots(
@@ -135,7 +134,7 @@ def plot(record: Record, path: str) -> None:
     plt.close(figure)
 
 
-def draw_bars(panel: plt.Axes, results: list[Record]) -> None:
+def draw_bars(panel: Any, results: list[Record]) -> None:
     """A group of bars for every transformation. R2 below 0, worse than predicting the mean, has no bar."""
     names = list(group_by(results, "transform"))
     found = {(result["transform"], result["part"], result["control"]): result for result in results}

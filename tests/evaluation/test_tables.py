@@ -2,7 +2,7 @@
 
 import pytest
 
-from clever.evaluation import equivariance_report
+from clever.evaluation import tables
 
 
 def make_record(draws):
@@ -25,15 +25,6 @@ def cells_of(markdown, title):
 
 @pytest.mark.parametrize(("draws", "r2", "error"), [(3, "0.500 ± 0.250", "20.0 ± 0.2"), (1, "0.500", "20.0")])
 def test_only_several_random_subspaces_have_a_standard_deviation(draws, r2, error):
-    markdown = equivariance_report.to_markdown(make_record(draws))
+    markdown = tables.to_markdown(make_record(draws))
     assert cells_of(markdown, "rotation: R2") == ["0.500", r2]
     assert cells_of(markdown, "rotation: error (degrees)") == ["20.0", error]
-
-
-@pytest.mark.parametrize(("draws", "spreads"), [(3, 1), (1, 0)])
-def test_only_several_random_subspaces_have_an_error_bar(draws, spreads):
-    figure, panel = equivariance_report.plt.subplots()
-    equivariance_report.draw_bars(panel, make_record(draws)["results"])
-    bars = [container for container in panel.containers if hasattr(container, "has_yerr")]
-    assert len(bars) == spreads
-    equivariance_report.plt.close(figure)
