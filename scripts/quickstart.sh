@@ -101,6 +101,6 @@ measure CLeVER "$epochs" "ALL main_part else_part" & clever=$!
 wait_for "$untrained" "$dino" "$clever" # three jobs of about the same length: at once, two cores are never idle
 
 step "results: top-1 accuracy in percent on clean images (ori) and perturbed ones; then what rotation does to the features"
-python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
+python -m scripts.tables "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
 printf '\nquickstart: %d:%02d minutes after the installation. Logs and checkpoints: %s\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$RESULT"

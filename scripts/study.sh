@@ -4,7 +4,7 @@
 # Does CLeVER beat DINO on perturbed images, and what do its IR and EF hold? docs/study.md has the protocol and the results.
 # A cell is one network: a backbone pretrained by one of the NETS with one of the RECIPES and one of the SEEDS, or (epochs 0)
 # the untrained backbone of a seed. Each goes through the ordinary scripts: pretraining, linear probes, their accuracy on
-# perturbed images, k-NN, equivariance. Then scripts/study_table.py makes the tables and pictures.
+# perturbed images, k-NN, equivariance. Then scripts/tables.py makes the tables and pictures.
 # Can be run again: finished steps are skipped, interrupted ones continue. A cell that fails does not stop the others.
 #
 #   STUDY=full                  all three backbones instead of resnet8
@@ -281,7 +281,7 @@ workers=()
 
 select_cells
 status=0
-python -m scripts.study_table "$RESULT" --out "$RESULT" || status=$?
+python -m scripts.tables "$RESULT" --out "$RESULT" || status=$?
 for cell in ${waiting[@]+"${waiting[@]}"}; do
   choose_cell $cell
   tell "failed: $folder, see $folder/cell.log; the same command continues it" >&2
