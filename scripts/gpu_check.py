@@ -1,7 +1,7 @@
 """All checks and timings that need a GPU, in one command: builds, tests, trainings, speed. See scripts/gpu_check.sh.
 
     bash scripts/gpu_check.sh                     # the parts below in this order, in at most 9 minutes
-    bash scripts/gpu_check.sh scan losses         # only these parts
+    bash scripts/gpu_check.sh scan tests          # only these parts
     bash scripts/gpu_check.sh --list              # the parts, and what each of them answers
     bash scripts/gpu_check.sh --dry_run           # without a GPU, at tiny sizes: does every part start, and end?
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from clever import utils
-from clever.arguments import ArgumentParser
+from clever.arguments import ArgumentParser, check_positive
 from clever.entry import run_entry_point
 from clever.utils import InputError
 
@@ -55,53 +55,41 @@ class Part:
 
 BUILD_SCAN = "python csrc/selective_scan/setup.py build_ext --inplace"
 BUILD_VIEWS = "python csrc/views/setup.py build_ext --inplace"
-STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16 --straightforward_dtype fp16 --arch"
+STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16 --straightforward_dtype fp16"
 TINY = "python -m scripts.bench.pretrain --output {out} --batch_size 2 --out_dim 256 --steps 1 --rounds 1 --arch"
-LOADER = "python -m scripts.bench.loader --output {out}"
+SCAN = "python -m scripts.bench.scan --no-loop --no-model --output {out}"
 CORES = os.cpu_count() or 1
 WORKERS = min(4, CORES)
 PYTEST = "python -m pytest -q -m gpu" + (f" -n {WORKERS}" if importlib.util.find_spec("xdist") else "")
 COLLECT = "python -m pytest -q --collect-only -m gpu"
 SCAN_TESTS = "tests/vmamba/test_scan_cuda.py"
-PARTS = {
-    part.name: part
-    for part in (
-        Part("build_scan", "Does the scan compile here? (Kept for the next call.)", 240, f"env SCAN_CUDA=1 {BUILD_SCAN}",
-             f"env SCAN_CUDA=0 {BUILD_SCAN}"),
-        Part("build_views", "Does the renderer of views compile here?", 60, BUILD_VIEWS, BUILD_VIEWS),
-        Part("doctor", "What is there?", 30, "python -m scripts.doctor", "python -m scripts.doctor"),
-        Part("tests", "Are scan, losses and attention right on the GPU, in all types, with equal bits in 20 runs?", 120,
-             f"{PYTEST} --ignore tests/test_gpu_training.py", COLLECT),
-        Part("step_vit_64", "How fast is a step of ViT-S/16, beside the original's?", 90,
-             f"{STEP} vit_small --batch_size 64 --steps 10 --rounds 2", f"{TINY} vit_micro"),
-        Part("scan", "How fast is the scan, beside copies and the memory's limit?", 90,
-             "python -m scripts.bench.scan --device cuda --dtype bf16 --batch 64 64 --no-loop --no-model --output {out}",
-             "python -m scripts.bench.scan --sizes 32 --batch 1 --no-loop --no-model --repeats 1 --output {out}"),
-        Part("losses", "How fast are the losses, beside their limit?", 60,
-             "python -m scripts.bench.losses --batch_size 64 --dtype bf16 --output {out}",
-             "python -m scripts.bench.losses --batch_size 2 --out_dim 256 --DVR_out_dim 256 --repeats 1 --output {out}"),
-        Part("training", "Do 200 steps in bf16 and fp16 follow fp32? Does a killed run go on?", 180,
-             f"{PYTEST} tests/test_gpu_training.py", f"{COLLECT} tests/test_gpu_training.py"),
-        Part("step_vmamba_64", "How fast is a step of VMamba-T, beside the original's?", 90,
-             f"{STEP} vssm2-vmambav2_tiny_224 --batch_size 64 --steps 5 --rounds 1", f"{TINY} vssm2-vmambav2_micro"),
-        Part("loader", "How many cores does a GPU need to be fed?", 90,
-             f"{LOADER} --arch vit_small --batch_size 64 --amp_dtype bf16 --steps 30 --num_workers {CORES}",
-             f"{LOADER} --arch vit_micro --batch_size 2 --steps 2 --rounds 1 --num_workers 1 --out_dim 256"),
-        Part("step_resnet_64", "How fast is a step of ResNet-50, beside the original's?", 60,
-             f"{STEP} resnet50 --batch_size 64 --steps 8 --rounds 1", f"{TINY} resnet8"),
-        Part("step_resnet_64_channels_last", "... with channels last?", 60,
-             f"{STEP} resnet50 --batch_size 64 --steps 8 --rounds 1 --channels_last", f"{TINY} resnet8 --channels_last"),
-        Part("step_vit_128", "How fast is a step of ViT-S/16 with 128 images?", 60,
-             f"{STEP} vit_small --batch_size 128 --steps 8 --rounds 1", f"{TINY} vit_micro"),
-        Part("sanitizer", "Does the scan touch memory that is not its own?", 120,
-             f"compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu {SCAN_TESTS} -k images_on_a_gpu",
-             f"{COLLECT} {SCAN_TESTS}", tool="compute-sanitizer"),
-        Part("study", "Does CLeVER learn here, beside DINO?", 240,
-             f"env DATA=digits ARCHS=vit_micro SEEDS=0 RECIPES=aug1_2 EPOCHS=80 JOBS={WORKERS} RESULT={{folder}}/study"
-             " bash scripts/study.sh",
-             "env DATA=digits ARCHS=resnet8 DRY_RUN=1 RESULT={folder}/study bash scripts/study.sh"),
-    )
-}  # fmt: skip
+TRAINING_TESTS = "tests/test_gpu_training.py"
+ALL_PARTS = (
+    Part("build_scan", "Does the scan compile here? (Kept for the next call.)", 240, f"env SCAN_CUDA=1 {BUILD_SCAN}",
+         f"env SCAN_CUDA=0 {BUILD_SCAN}"),
+    Part("build_views", "Does the renderer of views compile here?", 60, BUILD_VIEWS, BUILD_VIEWS),
+    Part("doctor", "What is there?", 30, "python -m scripts.doctor", "python -m scripts.doctor"),
+    Part("tests", "Are scan, losses and attention right on the GPU, in all types, with equal bits in 20 runs?", 120,
+         f"{PYTEST} --ignore {TRAINING_TESTS}", COLLECT),
+    Part("step_vit_64", "How fast is a step of ViT-S/16, beside the original's? How many cores feed it?", 120,
+         f"{STEP} --arch vit_small --batch_size 64 --steps 10 --rounds 2 --num_workers {CORES}", f"{TINY} vit_micro"),
+    Part("scan", "How fast is the scan, beside copies and the memory's limit?", 90,
+         f"{SCAN} --device cuda --dtype bf16 --batch 64 64", f"{SCAN} --sizes 32 --batch 1 --repeats 1"),
+    Part("training", "Do 200 steps in bf16 and fp16 follow fp32? Does a killed run go on?", 180,
+         f"{PYTEST} {TRAINING_TESTS}", f"{COLLECT} {TRAINING_TESTS}"),
+    Part("step_vmamba_64", "How fast is a step of VMamba-T, beside the original's?", 90,
+         f"{STEP} --arch vssm2-vmambav2_tiny_224 --batch_size 64 --steps 5 --rounds 1", f"{TINY} vssm2-vmambav2_micro"),
+    Part("step_resnet_64", "How fast is a step of ResNet-50, beside the original's?", 90,
+         f"{STEP} --arch resnet50 --batch_size 64 --steps 8 --rounds 1", f"{TINY} resnet8"),
+    Part("sanitizer", "Does the scan touch memory that is not its own?", 120,
+         f"compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu {SCAN_TESTS} -k images_on_a_gpu",
+         f"{COLLECT} {SCAN_TESTS}", tool="compute-sanitizer"),
+    Part("study", "Does CLeVER learn here, beside DINO?", 240,
+         f"env DATA=digits ARCHS=vit_micro SEEDS=0 RECIPES=aug1_2 EPOCHS=80 JOBS={WORKERS} RESULT={{folder}}/study"
+         " bash scripts/study.sh",
+         "env DATA=digits ARCHS=resnet8 DRY_RUN=1 RESULT={folder}/study bash scripts/study.sh"),
+)  # fmt: skip
+PARTS = {part.name: part for part in ALL_PARTS}
 
 
 # --- one part ----------------------------------------------------------------------------------------------------------
@@ -123,15 +111,10 @@ def run_part(part: Part, command: str, folder: Path, limit: float) -> dict:
         except subprocess.TimeoutExpired:
             record["status"] = "timed out"
         finally:
-            end_group(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what is left of its children
+            process.wait()
     return record | {"seconds": round(time.monotonic() - start, 1)}
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """Kill what is left of a process and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 # --- all parts ---------------------------------------------------------------------------------------------------------
@@ -192,8 +175,7 @@ def get_args() -> argparse.Namespace:
     for name in args.parts:
         if name not in PARTS:
             raise InputError(f"part {name!r}: must be one of {', '.join(PARTS)}")
-    if args.minutes <= 0:
-        raise InputError(f"--minutes {args.minutes}: must be above 0")
+    check_positive(args, "minutes")
     if not (args.list or args.dry_run or torch.cuda.is_available()):
         raise InputError("torch sees no GPU; --dry_run needs none")
     return args
