@@ -6,6 +6,8 @@ set -euo pipefail
 set -f # lists such as PARTS or PRETRAIN_FLAGS are split into words, without expanding * to file names
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/nets.sh
+source "$ROOT/scripts/nets.sh"
 
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
@@ -38,8 +40,7 @@ reg=${reg-_reg0.001}    # empty: no regulariser
 
 # Linear probe and evaluation
 : "${EPOCH_LN:=100}" "${BATCH_LN:=128}" "${lr:=0.001}" "${n_last_blocks:=4}"
-[[ $net_name == dino ]] && : "${PARTS:=ALL}"
-: "${PARTS:=ALL main_part else_part}"
+: "${PARTS:=$(parts_of "$net_name")}"
 : "${TEST_AUGS:=basic aug1 aug1_2 aug1_4_2}"
 : "${PROBE_FLAGS:=}" # additional flags of eval_linear.py
 : "${EQUIVARIANCE_FLAGS:=}" # additional flags of eval_equivariance.py
@@ -101,11 +102,11 @@ check_probe() {
 
 # eval_linear N LOGS flags...: run eval_linear.py on all PARTS of this run's network, in N processes.
 eval_linear() {
-  local processes=$1 logs=$2 dataset_type=""
+  local processes=$1 log_names=$2 dataset_type=""
   shift 2
   [[ $DATASET != Imagenet && $DATASET != IN100 ]] || dataset_type="--dataset_type $DATASET"
   # shellcheck disable=SC2086  # dataset_type, PARTS and PROBE_FLAGS are several words
-  launch "$processes" "$logs" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
+  launch "$processes" "$log_names" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
     --data_path "$DATASET_PATH" $dataset_type --output_dir "$RUN_DIR" --trial_name "$TRIAL_name" --net "$net_name" \
     --hp1 "$HP1" --arch "$backbone_name" --patch_size "$PATCH" --lr "$lr" --epochs "$EPOCH_LN" \
     --batch_size_per_gpu "$BATCH_LN" --n_last_blocks "$n_last_blocks" --else_part $PARTS "$@" $PROBE_FLAGS

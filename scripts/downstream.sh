@@ -17,8 +17,8 @@ SETS=(CUB200 Flowers102 Food101 OxfordIIITPet)
 : "${GPU_num_DS:=1}" "${BATCH_DS:=256}" "${EPOCH_DS:=200}" "${lr_DS:=0.001}" "${lrbk_DS:=0.001}" "${WD_DS:=1e-4}"
 check_processes GPU_num_DS
 : "${DS_FLAGS:=}" # additional flags of eval_linear_ds.py
-[[ $net_name == dino ]] && : "${PARTS_DS:=ALL}"
-PARTS=${PARTS_DS:-ALL main_part}
+PARTS=$(parts_of "$net_name")
+PARTS=${PARTS_DS:-${PARTS% else_part}}
 
 # downstream MODE DATA PART: run one job.
 downstream() {
