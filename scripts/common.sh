@@ -11,14 +11,6 @@ source "$ROOT/scripts/nets.sh"
 
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
-# check_processes NAME...: stop unless each of these variables is a number of processes.
-check_processes() {
-  local name
-  for name in "$@"; do
-    [[ ${!name} =~ ^[1-9][0-9]{0,4}$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
-  done
-}
-
 # Network and data
 : "${net_name:=CLeVER}" "${backbone_name:=vit_small}" "${PATCH:=16}"
 : "${DATASET:=IN100}" "${DATASET_PATH:=$ROOT/data/$DATASET}" # the folder with train/ and val/
@@ -27,7 +19,9 @@ check_processes() {
 
 # Machine
 : "${GPU_num:=4}" "${GPU_num_LN:=2}" "${GPU_num_EVAL:=1}" # processes: pretraining, probe, evaluation
-check_processes GPU_num GPU_num_LN GPU_num_EVAL
+for name in GPU_num GPU_num_LN GPU_num_EVAL; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
+done
 DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_DEVICES is not changed
 : "${PORT_NUM:=29500}"                                    # a second run on the same machine needs another port
 : "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for a single process
@@ -88,12 +82,10 @@ linear_name() {
   name_of linear --part="$1" --hp1="$HP1" --lr="$lr" --epochs="$EPOCH_LN" --trial_name="$TRIAL_name"
 }
 
-# check_probe: exit unless all PARTS are valid and different, and this run has been pretrained.
+# check_probe: exit unless all PARTS are valid, and this run has been pretrained.
 check_probe() {
-  local part error seen=" "
+  local part error
   for part in $PARTS; do
-    [[ $seen != *" $part "* ]] || die "PARTS: $part is given twice"
-    seen+="$part "
     error=$(linear_name "$part" 2>&1 > /dev/null) || die "PARTS: $error"
   done
   [[ ${DRY_RUN:-0} == 1 || -f $RUN_DIR/checkpoint.pth ]] ||

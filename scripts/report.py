@@ -127,13 +127,6 @@ TABLES = {
 }  # fmt: skip
 
 
-def other_table(kind: str, rows: list[Record]) -> Table:
-    """A table for results of another kind: their first plain values."""
-    keys = {key: None for row in rows for key, value in row.items() if isinstance(value, (str, int, float))}
-    columns = [key for key in keys if key not in ("kind", *SETTINGS)][:12]
-    return Table(f"Other results: {kind}", "A kind that this report does not know: its first values.", tuple(columns))
-
-
 def show(value: Any, digits: int | None = None) -> str:
     """A value of any kind as short text; a number with so many digits after the point, or with four that count."""
     if value is None:
@@ -194,10 +187,9 @@ def collect(folders: list[Path], problems: list[str]) -> tuple[list[dict], list[
         try:
             if path.name == "log.txt":
                 runs.append(read_run(path, problems))
-            elif path.suffix == ".json" and (record := read_result(path)) is not None:
-                table = TABLES.get(record["kind"], Table("", "", ()))
+            elif path.suffix == ".json" and (record := read_result(path)) and record["kind"] in TABLES:
                 with readable(path, f"is damaged, or no result of kind {record['kind']}"):
-                    results.append(record | {"rows": [record | row for row in table.rows(record)]})
+                    results.append(record | {"rows": [record | row for row in TABLES[record["kind"]].rows(record)]})
             elif any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PICTURES):
                 pictures.append(path)
         except InputError as error:
@@ -310,10 +302,10 @@ def result_tables(results: list[Record], names: dict[Path, str]) -> list[dict[st
     by_kind: dict[str, list[Record]] = {kind: [] for kind in TABLES}
     for record in results:
         about = {"name": names[record["file"].parent], "part": PARTS.get(record.get("part"), record.get("part"))}
-        by_kind.setdefault(record["kind"], []).extend(row | about for row in record["rows"])
+        by_kind[record["kind"]] += [row | about for row in record["rows"]]
     for rows in by_kind.values():
         rows.sort(key=lambda row: (row["name"], ORDER.get(row.get("test_aug_type"), len(ORDER))))
-    return [fill(TABLES.get(kind) or other_table(kind, rows), rows) for kind, rows in by_kind.items() if rows]
+    return [fill(TABLES[kind], rows) for kind, rows in by_kind.items() if rows]
 
 
 def sections_of(folders: list[Path], max_bytes: float, problems: list[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ COMPARED_PARTS = ("ALL", "IR")  # of every other net, with the baseline's ALL
 OWN_SETTINGS = ("arch", "recipe", "net", "seed")  # in which the cells of a study may differ, of one backbone
 # Fields of the results and gaps of eval_equivariance.py: what was measured, and the scores.
 MEASURED = {"results": ("transform", "head", "input", "part", "control"), "gaps": ("transform", "part", "control")}
-SCORES = {"results": ("r2", "mae_degrees", "accuracy", "auc"), "gaps": ("cosine_gap", "gram_gap")}
+SCORES = ("r2", "mae_degrees", "accuracy", "auc", "cosine_gap", "gram_gap")
 COLORS = {"dino": "#1f6fb4", "CLeVER": "#e6731a"}
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -68,7 +68,8 @@ def load_study(source: Path) -> Study:
         networks = [{name: cell["settings"][name] for name in OWN_SETTINGS} | {"cell": cell} for cell in cells]
         networks.sort(key=lambda network: (network["arch"], network["recipe"], network["net"], int(network["seed"])))
         accuracy = pd.DataFrame([row for network in networks for row in accuracy_rows(**network)])
-        equivariance = pd.DataFrame([row for network in networks for row in equivariance_rows(**network)])
+        rows = [row for network in networks for row in equivariance_rows(**network)]
+        equivariance = pd.DataFrame(rows, columns=[*OWN_SETTINGS, *MEASURED["results"], "kind", "space", *SCORES])
     check_settings(source, cells)
     return Study(cells, accuracy, equivariance)
 
@@ -125,7 +126,7 @@ def read_cell(folder: Path) -> dict[str, Any]:
         with readable(path, "not a result of the study; remove it, and repeat its step"):
             record = json.loads(path.read_text())
             for kind, names in MEASURED.items():
-                cell[kind] = [select_fields(entry, names + SCORES[kind]) for entry in record[kind]]
+                cell[kind] = [select_fields(entry, names) for entry in record[kind]]
     return cell
 
 
@@ -141,19 +142,19 @@ def add_accuracy(cell: dict[str, Any], measure: str, record: dict[str, Any]) -> 
 
 
 def select_fields(entry: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """These fields, rounded; scores that are None are left out."""
-    fields = {name: entry[name] for name in names}
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in fields.items()}
-    return {name: value for name, value in rounded.items() if value is not None or name == "control"}
+    """These fields and the scores, rounded."""
+    scores = {name: round(entry[name], 4) for name in SCORES if entry.get(name) is not None}
+    return {name: entry[name] for name in names} | scores
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
+Network = tuple[str, str, str]  # recipe, net, part
 Cell = tuple[int, str]  # number of seeds, and what they say
 
 
-def networks_of(accuracy: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(recipe, net, part) of the rows: the untrained network, then every net with every recipe, whether or not it is there."""
+def networks_of(accuracy: pd.DataFrame) -> list[Network]:
+    """The rows of the tables: the untrained network, then every net with every recipe, whether or not it is there."""
     parts = {net: in_order(found["part"], PART_ORDER) for net, found in accuracy.groupby("net")}
     recipes = sorted(set(accuracy.loc[accuracy["net"] != UNTRAINED, "recipe"]))
     rows = [("-", UNTRAINED, "ALL")] if UNTRAINED in parts else []
@@ -170,29 +171,33 @@ def mean_and_std(found: pd.DataFrame, by: list[str], value: str, digits: int) ->
     return dict(zip(groups.index, zip(groups["count"], texts, strict=True), strict=True))
 
 
-def make_row(titles: list[str], cells: list[Cell | None]) -> list[str]:
-    """The titles, the number of seeds of the row, and its cells; None where nothing applies.
+def align_rows(titles: list[str], columns: list[str], rows: dict[tuple[str, ...], list[Cell | None]]) -> str:
+    """A table: the titles of a row, the number of its seeds, and its cells; None where nothing applies.
 
-    A cell of fewer seeds than others in the row says so; one without any seed is `missing`.
+    A cell of fewer seeds than others in its row says so; one without any seed is `missing`.
     """
-    most = max((seeds for seeds, _ in filter(None, cells)), default=0)
+    lines = [[*titles, "seeds", *columns]]
+    for names, cells in rows.items():
+        most = max((seeds for seeds, _ in filter(None, cells)), default=0)
+        texts = [
+            "" if cell is None else "missing" if not cell[0] else cell[1] if cell[0] == most
+            else f"{cell[1]} ({cell[0]} of {most} seeds)"
+            for cell in cells
+        ]  # fmt: skip
+        lines.append([*names, str(most), *texts])
+    return align(lines, text_columns=len(titles))
 
-    def text(seeds: int, words: str) -> str:
-        return "missing" if not seeds else words if seeds == most else f"{words} ({seeds} of {most} seeds)"
 
-    return [*titles, str(most), *(text(*cell) if cell else "" for cell in cells)]
-
-
-def accuracy_table(accuracy: pd.DataFrame, networks: list[tuple[str, str, str]], perturbations: list[str]) -> str:
+def accuracy_table(accuracy: pd.DataFrame, networks: list[Network], perturbations: list[str]) -> str:
     found = mean_and_std(accuracy, ["recipe", "net", "part", "perturbation"], "top1", digits=1)
-    lines = [["recipe", "network", "seeds", *perturbations]]
-    for recipe, net, part in networks:
-        cells = [found.get((recipe, net, part, perturbation), (0, "")) for perturbation in perturbations]
-        lines.append(make_row([recipe, f"{net} {part}"], cells))
-    return align(lines, text_columns=2)
+    rows = {
+        (recipe, f"{net} {part}"): [found.get((recipe, net, part, name), (0, "")) for name in perturbations]
+        for recipe, net, part in networks
+    }
+    return align_rows(["recipe", "network"], perturbations, rows)
 
 
-def compared(networks: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+def compared(networks: list[Network]) -> list[Network]:
     """The networks of which differences from the baseline are shown."""
     return [row for row in networks if row[1] not in (UNTRAINED, BASELINE) and row[2] in COMPARED_PARTS]
 
@@ -212,47 +217,44 @@ def differences(accuracy: pd.DataFrame) -> dict[tuple[str, str, str, str], tuple
     return intervals
 
 
-def difference_table(accuracy: pd.DataFrame, networks: list[tuple[str, str, str]], perturbations: list[str]) -> str:
-    found = differences(accuracy)
-    lines = [["recipe", "difference", "seeds", *perturbations]]
-    for recipe, net, part in compared(networks):
-        cells = []
-        for perturbation in perturbations:
-            seeds, *interval = found.get((recipe, net, part, perturbation), (0, 0, 0, 0))
-            cells.append((seeds, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval)))
-        lines.append(make_row([recipe, f"{net} {part} - {BASELINE} ALL"], cells))
-    return align(lines, text_columns=2)
+def difference_table(accuracy: pd.DataFrame, networks: list[Network], perturbations: list[str]) -> str:
+    found = {
+        key: (seeds, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        for key, (seeds, mean, low, high) in differences(accuracy).items()
+    }
+    rows = {
+        (recipe, f"{net} {part} - {BASELINE} ALL"): [found.get((recipe, net, part, name), (0, "")) for name in perturbations]
+        for recipe, net, part in compared(networks)
+    }
+    return align_rows(["recipe", "difference"], perturbations, rows)
 
 
-def equivariance_table(entries: pd.DataFrame, networks: list[tuple[str, str, str]], score: str) -> str:
+def equivariance_table(entries: pd.DataFrame, networks: list[Network], score: str) -> str:
     """A row per transformation, recipe and net, a column per part and control."""
     found = mean_and_std(entries, ["transform", "recipe", "net", "space"], score, digits=3)
     applicable = {(transform, net, space) for transform, _, net, space in found}  # dino, for example, has no IR
     spaces = in_order({key[3] for key in found}, SPACES.values())
-    lines = [["transformation", "recipe", "net", "seeds", *spaces]]
-    for transform in dict.fromkeys(key[0] for key in found):
-        for recipe, net in dict.fromkeys((recipe, net) for recipe, net, _ in networks if net != UNTRAINED):
-            cells = [
-                found.get((transform, recipe, net, space), (0, "")) if (transform, net, space) in applicable else None
-                for space in spaces
-            ]
-            lines.append(make_row([transform, recipe, net], cells))
-    return align(lines, text_columns=3)
+    rows = {
+        (transform, recipe, net): [
+            found.get((transform, recipe, net, space), (0, "")) if (transform, net, space) in applicable else None
+            for space in spaces
+        ]
+        for transform in dict.fromkeys(key[0] for key in found)
+        for recipe, net, _ in networks if net != UNTRAINED
+    }  # fmt: skip
+    return align_rows(["transformation", "recipe", "net"], spaces, rows)
 
 
-def equivariance_sections(entries: pd.DataFrame, networks: list[tuple[str, str, str]]) -> dict[str, str]:
+def equivariance_tables(entries: pd.DataFrame, networks: list[Network]) -> dict[str, str]:
     """{title: table} for one backbone; only those for which there are scores."""
     tables = {}
-    if len(entries):
-        for (head, given), found in entries[entries["kind"] == "results"].groupby(["head", "input"], sort=False):
-            for score, title in (("r2", "R2"), ("accuracy", "accuracy")):
+    results, gaps = (entries[entries["kind"] == kind] for kind in MEASURED)
+    for (head, given), found in results.groupby(["head", "input"], sort=False):
+        for score, title in (("r2", "R2"), ("accuracy", "accuracy")):
+            if found[score].notna().any():
                 title = f"what is known about transformations, {title} (head {head}, input {given})"
-                tables[title] = found, score
-        tables["cosine gap"] = entries[entries["kind"] == "gaps"], "cosine_gap"
-    return {
-        title: equivariance_table(found, networks, score)
-        for title, (found, score) in tables.items() if found.get(score, pd.Series()).notna().any()
-    }  # fmt: skip
+                tables[title] = equivariance_table(found, networks, score)
+    return tables | ({"cosine gap": equivariance_table(gaps, networks, "cosine_gap")} if len(gaps) else {})
 
 
 def report(study: Study) -> str:
@@ -267,8 +269,7 @@ def report(study: Study) -> str:
             tables[f"top-1 (%), {title}"] = accuracy_table(found, networks, perturbations)
             if compared(networks):
                 tables[f"differences of top-1 (points), {title}"] = difference_table(found, networks, perturbations)
-        entries = study.equivariance
-        tables |= equivariance_sections(entries[entries["arch"] == arch] if len(entries) else entries, networks)
+        tables |= equivariance_tables(study.equivariance[study.equivariance["arch"] == arch], networks)
         sections += [f"### {arch}: {title}\n\n{table}" for title, table in tables.items()]
     seeds = " ".join(sorted({cell["settings"]["seed"] for cell in study.cells}, key=int))
     note = f"Mean ± standard deviation over seeds ({seeds}); in brackets, 95 % intervals over seeds and test images."

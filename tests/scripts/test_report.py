@@ -147,7 +147,6 @@ def test_every_kind_of_result_has_a_table_with_its_values(runs):
     assert tables["Downstream classification"][0]["mean per class"] == "54.00"
     assert tables["Video segmentation (DAVIS 2017)"][0]["J&F-Mean"] == "0.633"
     assert [row["IoU"] for row in tables["Saliency"]] == ["0.712", "0.772"]
-    assert tables["Other results: bench_views"][0]["step"] == "2.5"
     rows = {row["measure"]: row for row in tables["Equivariance"]}
     assert set(rows) == {"R2", "error (degrees)", "cosine gap", "Gram gap"}, "accuracy and AUC were not measured"
     assert [rows["R2"][part] for part in ("ALL", "EF", "random, as wide as EF")] == ["0.731", "0.831", "0.631"]
@@ -238,7 +237,6 @@ def test_text_from_files_is_never_markup_and_nothing_is_loaded(runs):
     folder = runs / EVIL.replace("/", "")
     record = PROBE | {"net": EVIL, "arch": EVIL_SCRIPT, "aug": "\ud800", "args": {EVIL_SCRIPT: EVIL_SCRIPT, "data_path": EVIL}}
     save_json(record, folder / "a.json")
-    save_json({"kind": EVIL_SCRIPT, EVIL: EVIL}, folder / "b.json")
     write_log(folder, {"epoch": 0, EVIL_SCRIPT: 1.0, "train_loss": 2.0})
     torch.save({"args": {EVIL_SCRIPT: EVIL_SCRIPT}}, folder / "checkpoint.pth")
     (folder / "c.json").write_text("{")

@@ -263,7 +263,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"STUDY": "large"}, ("STUDY=large", "small or full")),
+        ({"STUDY": "large"}, ("STUDY=large", "small full")),
         ({"NETS": "dino simclr"}, ("NETS=dino simclr", "simclr", "dino CLeVER untrained")),
         ({"ARCHS": "vit_giant"}, ("ARCHS=vit_giant", "resnet8 vit_micro vssm2-vmambav2_micro")),
         ({"RECIPES": "aug9"}, ("RECIPES=aug9", "aug1 aug1_2 aug1_4_2")),
