@@ -37,17 +37,11 @@ COLORS = {"dino": "#1f6fb4", "CLeVER": "#e6731a"}
 
 @dataclass
 class Study:
-    """Results of networks (cells), each a backbone pretrained by one net with one recipe and one seed.
+    """Results of networks (cells), each a backbone pretrained by one net with one recipe and one seed."""
 
-    Args:
-        cells: as read_cell returns them, and as records.json holds them.
-        accuracy: a row per cell, measure, part and perturbation, with `top1` and, where differences need them, `hits`.
-        equivariance: a row per cell and entry of the results and gaps of eval_equivariance.py.
-    """
-
-    cells: list[dict[str, Any]]
-    accuracy: pd.DataFrame
-    equivariance: pd.DataFrame
+    cells: list[dict[str, Any]]  # as read_cell returns them, and as records.json holds them
+    accuracy: pd.DataFrame  # a row per cell, measure, part and perturbation: `top1` and, where differences need them, `hits`
+    equivariance: pd.DataFrame  # a row per cell and entry of the results and gaps of eval_equivariance.py
 
 
 def is_study(source: Path) -> bool:
@@ -67,7 +61,8 @@ def load_study(source: Path) -> Study:
             cells = json.loads(source.read_text())["cells"]
         networks = [{name: cell["settings"][name] for name in OWN_SETTINGS} | {"cell": cell} for cell in cells]
         networks.sort(key=lambda network: (network["arch"], network["recipe"], network["net"], int(network["seed"])))
-        accuracy = pd.DataFrame([row for network in networks for row in accuracy_rows(**network)])
+        rows = [row for network in networks for row in accuracy_rows(**network)]
+        accuracy = pd.DataFrame(rows, columns=[*OWN_SETTINGS, "measure", "part", "perturbation", "top1", "hits"])
         rows = [row for network in networks for row in equivariance_rows(**network)]
         equivariance = pd.DataFrame(rows, columns=[*OWN_SETTINGS, *MEASURED["results"], "kind", "space", *SCORES])
     check_settings(source, cells)
