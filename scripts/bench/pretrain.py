@@ -34,6 +34,7 @@ from clever.entry import run_entry_point
 from clever.methods import METHODS
 from clever.models.vision_transformer import Attention
 from clever.training import optim
+from clever.training.build import build_networks, build_pretraining
 from clever.training.pretraining import Pretraining
 from clever.utils import save_json
 from scripts.bench.views import write_images
@@ -113,7 +114,7 @@ def build_straightforward(
     args: argparse.Namespace, device: torch.device, steps: int
 ) -> tuple[Pretraining, StraightforwardLoss]:
     """A run with plain attention, last layers and optimizer, and its loss."""
-    run = main_dino.build_pretraining(args, *main_dino.build_networks(args, device), device, steps)
+    run = build_pretraining(args, *build_networks(args, device), device, steps)
     for network in (run.student, run.teacher):
         for module in network.modules():
             if isinstance(module, Attention):
@@ -130,28 +131,23 @@ def build_straightforward(
 
 def train_again(run: Pretraining, batches: Iterable) -> None:
     """The first epoch from its beginning, however often, without its progress lines."""
-    run.part_of_epoch = {}
+    run.so_far = {}
     with contextlib.redirect_stdout(io.StringIO()):
         run.train_one_epoch(batches, epoch=0)
 
 
-def arguments_of(options: argparse.Namespace, arch: str, amp_dtype: str, folder: Path) -> argparse.Namespace:
-    """Arguments of main_dino.py."""
-    flags = ["--data_path", folder, "--net", options.net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
-    flags += ["--amp_dtype", amp_dtype, "--out_dim", options.out_dim, "--num_workers", options.num_workers]
-    flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--print_freq", 10**6]
-    return main_dino.resolve_args(main_dino.get_args_parser().parse_args(list(map(str, flags))))
-
-
 def build(options: argparse.Namespace, arch: str, folder: Path) -> tuple[dict[str, Callable[[], object]], DataLoader]:
-    """{column: what to measure for it, an epoch of it}, each warmed up, and the loader."""
+    """{column: an epoch of what it measures}, each warmed up, and the loader, which is that of main_dino.py."""
+    flags = ["--data_path", folder, "--net", options.net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
+    flags += ["--amp_dtype", options.amp_dtype, "--out_dim", options.out_dim, "--num_workers", options.num_workers]
+    flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--print_freq", 10**6]
+    args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(list(map(str, flags))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = arguments_of(options, arch, options.amp_dtype, folder)
     loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
-    run = main_dino.build_pretraining(args, *main_dino.build_networks(args, device), device, len(loader))
+    run = build_pretraining(args, *build_networks(args, device), device, len(loader))
     views = [run.normalized(view.to(device)) for view in next(iter(loader))[0]]  # V', B, 3, S, S; starts the workers
-    plain_args = arguments_of(options, arch, options.straightforward_dtype or options.amp_dtype, folder)
-    plain, criterion = build_straightforward(plain_args, device, len(loader))
+    args.amp_dtype = options.straightforward_dtype or options.amp_dtype
+    plain, criterion = build_straightforward(args, device, len(loader))
 
     def straightforward(steps: int = len(loader)) -> None:
         for _ in range(steps):
@@ -186,7 +182,7 @@ def measure(options: argparse.Namespace, arch: str, folder: Path) -> dict[str, f
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--net", default="CLeVER", choices=("dino", "CLeVER"))
+    parser.add_argument("--net", default="CLeVER", choices=METHODS)
     parser.add_argument("--arch", nargs="+", default=["vit_tiny"], help="one or more backbones; one row of the table each")
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--batch_size", type=int, default=8)
