@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -35,14 +35,10 @@ MINUTES = 9.0
 MIN_SHARE = 0.4  # a part is skipped if less than this share of its time is left
 
 
-@dataclass
-class Part:
-    """One question, and the command that answers it. In `command` and `tiny`, {out} is the part's JSON file.
+class Part(NamedTuple):
+    """A question, and the command that answers it within some `seconds`; in a dry run, `tiny` is run instead.
 
-    command: what runs on a GPU; `python` is the Python of this process.
-    tiny: what runs in a dry run instead.
-    seconds: limit of the run.
-    tool: a program that must be installed, or the part is left out.
+    {out} in a command is the part's JSON file. Without the program `tool`, the part is left out.
     """
 
     name: str
@@ -92,32 +88,31 @@ ALL_PARTS = (
 PARTS = {part.name: part for part in ALL_PARTS}
 
 
-# --- one part ----------------------------------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_part(part: Part, command: str, folder: Path, limit: float) -> dict:
-    """Run the part's command; what becomes of it as a record, with its status: ok, failed, timed out, or not here."""
-    words = command.format(out=folder / f"{part.name}.json", folder=folder).split()
-    record = {"name": part.name, "answers": part.answers, "command": " ".join(words), "status": "not here", "seconds": 0.0}
+def run_part(part: Part, folder: Path, left: float, is_dry_run: bool) -> dict:
+    """Run the part, if `left` seconds are enough; a record of what became of it."""
+    command = (part.tiny if is_dry_run else part.command).format(out=folder / f"{part.name}.json", folder=folder)
+    record = {"name": part.name, "answers": part.answers, "command": command, "seconds": 0.0}
     if part.tool and not shutil.which(part.tool):
-        return record | {"reason": f"{part.tool} is not installed"}
-    words = [sys.executable if word == "python" else word for word in words]
-    start = time.monotonic()
-    with open(folder / f"{part.name}.log", "w") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return record | {"status": "not here", "note": f"{part.tool} is not installed"}
+    if left < MIN_SHARE * part.seconds and not is_dry_run:
+        return record | {"status": "skipped", "note": "no time left"}
+    words = [sys.executable if word == "python" else word for word in command.split()]
+    log, start = folder / f"{part.name}.log", time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = process.wait(limit)
-            record["status"] = "ok" if status == 0 else "failed"
+            status = "ok" if process.wait(min(left, part.seconds)) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            record["status"] = "timed out"
+            status = "timed out"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what is left of its children
             process.wait()
-    return record | {"seconds": round(time.monotonic() - start, 1)}
-
-
-# --- all parts ---------------------------------------------------------------------------------------------------------
+    seconds = round(time.monotonic() - start, 1)
+    return record | {"status": status, "seconds": seconds, "note": "" if status == "ok" else str(log)}
 
 
 def run_parts(parts: Sequence[Part], args: argparse.Namespace) -> list[dict]:
@@ -125,23 +120,11 @@ def run_parts(parts: Sequence[Part], args: argparse.Namespace) -> list[dict]:
     folder, records = Path(args.out).resolve(), []
     end = time.monotonic() + 60 * args.minutes
     for part in parts:
-        left = end - time.monotonic()
-        if left < MIN_SHARE * part.seconds and not args.dry_run:
-            records.append({"name": part.name, "answers": part.answers, "status": "skipped", "reason": "no time left"})
-        else:
-            command = part.tiny if args.dry_run else part.command
-            records.append(run_part(part, command, folder, min(left, part.seconds)))
+        record = run_part(part, folder, end - time.monotonic(), args.dry_run)
+        records.append(record)
         save(records, folder, args)
-        print(line(records[-1], folder), flush=True)
+        print(f"{part.name:<20} {record['status']:<10} {record['seconds']:6.1f} s  {record['note']}".rstrip(), flush=True)
     return records
-
-
-def line(record: dict, folder: Path) -> str:
-    """One line about a part, which names its log unless all is well."""
-    text = f"{record['name']:<30} {record['status']:<10} {record.get('seconds', 0):6.1f} s"
-    if record["status"] in ("failed", "timed out"):
-        return f"{text}  {folder / record['name']}.log"
-    return f"{text}  {record.get('reason', '')}".rstrip()
 
 
 def save(records: list[dict], folder: Path, args: argparse.Namespace) -> None:
@@ -150,7 +133,7 @@ def save(records: list[dict], folder: Path, args: argparse.Namespace) -> None:
     utils.save_json({"kind": "gpu_check", **machine, "dry_run": args.dry_run, "parts": records}, folder / "summary.json")
     heading = f"# {device}, {CORES} cores, torch {torch.__version__}, {datetime.date.today()}\n\n"
     overview = "| part | question | result | s |\n|---|---|---|---:|\n" + "".join(
-        f"| {each['name']} | {each['answers']} | {each['status']} | {each.get('seconds', '')} |\n" for each in records
+        f"| {each['name']} | {each['answers']} | {each['status']} | {each['seconds']} |\n" for each in records
     )
     outputs = [section(each, folder / f"{each['name']}.log") for each in records if each["status"] == "ok"]
     utils.write_text_atomically(heading + overview + "".join(outputs), folder / "tables.md")
@@ -185,7 +168,7 @@ def main() -> None:
     args = get_args()
     parts = [PARTS[name] for name in args.parts or PARTS]
     if args.list:
-        print("\n".join(f"{part.name:<30} {part.answers}" for part in parts))
+        print("\n".join(f"{part.name:<20} {part.answers}" for part in parts))
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
     records = run_parts(parts, args)

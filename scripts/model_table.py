@@ -68,9 +68,6 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file, as Markdown")
     args = parser.parse_args()
     check_positive(args, "img_size")
-    if args.markdown and args.markdown.exists() and not args.markdown.read_text(errors="replace").startswith(f"| {HEADER[0]} "):
-        raise InputError(f"--markdown {args.markdown}: exists, and is no such table; choose another file")
-
     rows = []
     for arch in args.names or backbone_names():
         try:

@@ -54,9 +54,6 @@ check_words() {
   [[ $seen != " " ]] || stop "$name=${!name}: must name at least one of $*"
 }
 
-# check_number NAME: stop unless the variable NAME is a whole number, 1 or more.
-check_number() { [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || stop "$1=${!1}: must be a whole number, 1 or more"; }
-
 archs=$(awk 'NF && $1 != "arch" { print $1 }' <<< "$SETTINGS")
 : "${STUDY:=small}"
 check_words STUDY small full
@@ -71,9 +68,7 @@ check_words STEPS $ALL_STEPS
 check_words TUNE 0 1
 [[ $SEEDS =~ ^\ *((0|[1-9][0-9]{0,8})(\ +|$))+$ ]] || stop "SEEDS=$SEEDS: must be whole numbers such as 0 1 2"
 check_words SEEDS $SEEDS
-[[ -z ${EPOCHS:-} ]] || check_number EPOCHS
-suffix=""
-[[ $TUNE == 0 ]] || suffix=_tune
+if [[ $TUNE == 0 ]]; then suffix=""; else suffix=_tune; fi
 : "${RESULT:=results/study$suffix}"
 case $DATA in
   digits)
@@ -98,12 +93,13 @@ case $DATA in
     ;;
 esac
 : "${SIZE:=24}" "${MEAN:=0.485 0.456 0.406}" "${STD:=0.229 0.224 0.225}"
-check_number SIZE
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, -) || gpus=""
 IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES-$gpus}"
 cores=$(env -u OMP_NUM_THREADS nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) # nproc obeys OMP_NUM_THREADS
 : "${JOBS:=$((${#devices[@]} > 0 ? ${#devices[@]} : cores))}"
-check_number JOBS
+for name in EPOCHS SIZE JOBS; do
+  [[ ${!name-1} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name}: must be a whole number, 1 or more"
+done
 
 # --- one cell --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +169,6 @@ equivariance() {
 }
 
 is_complete() {
-  local step
   for step in $STEPS; do [[ -e $folder/$step.done ]] || return 1; done
 }
 

@@ -60,7 +60,7 @@ def test_a_failure_and_a_timeout_do_not_stop_the_others(tmp_path, monkeypatch):
     statuses = {name: record["status"] for name, record in records.items()}
     assert outcome.status == 1
     assert statuses == {"fails": "failed", "hangs": "timed out", "absent": "not here", "works": "ok"}
-    assert 1 <= records["hangs"]["seconds"] < 20 and records["absent"]["reason"] == "no-such-tool is not installed"
+    assert 1 <= records["hangs"]["seconds"] < 20 and records["absent"]["note"] == "no-such-tool is not installed"
     assert str(tmp_path / "fails.log") in outcome.stdout and "why" in (tmp_path / "fails.log").read_text()
     assert "well" in (tmp_path / "tables.md").read_text()
 
