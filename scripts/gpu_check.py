@@ -128,23 +128,17 @@ def run_parts(parts: Sequence[Part], args: argparse.Namespace) -> list[dict]:
 
 
 def save(records: list[dict], folder: Path, args: argparse.Namespace) -> None:
+    """Write summary.json, and tables.md with what the parts printed."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     machine = {"device": device, "cores": CORES, "torch": torch.__version__, "date": f"{datetime.date.today()}"}
     utils.save_json({"kind": "gpu_check", **machine, "dry_run": args.dry_run, "parts": records}, folder / "summary.json")
-    heading = f"# {device}, {CORES} cores, torch {torch.__version__}, {datetime.date.today()}\n\n"
-    overview = "| part | question | result | s |\n|---|---|---|---:|\n" + "".join(
-        f"| {each['name']} | {each['answers']} | {each['status']} | {each['seconds']} |\n" for each in records
-    )
-    outputs = [section(each, folder / f"{each['name']}.log") for each in records if each["status"] == "ok"]
-    utils.write_text_atomically(heading + overview + "".join(outputs), folder / "tables.md")
-
-
-def section(record: dict, log: Path) -> str:
-    """A part's command and what it printed: Markdown tables as they are, other text as it is spaced."""
-    text = log.read_text(errors="replace").strip()
-    if not any(row.startswith("|---") for row in text.splitlines()):
-        text = f"```text\n{text}\n```"
-    return f"\n## {record['name']}\n\n`{record['command']}`\n\n{text}\n"
+    text = f"# {device}, {CORES} cores, torch {torch.__version__}, {datetime.date.today()}\n"
+    for record in records:
+        text += f"\n## {record['name']}: {record['status']}\n\n{record['answers']} `{record['command']}`\n"
+        if record["status"] == "ok":
+            printed = (folder / f"{record['name']}.log").read_text(errors="replace").strip()
+            text += f"\n{printed}\n" if "\n|---" in printed else f"\n```text\n{printed}\n```\n"
+    utils.write_text_atomically(text, folder / "tables.md")
 
 
 def get_args() -> argparse.Namespace:

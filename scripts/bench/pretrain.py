@@ -19,13 +19,12 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import main_dino
 from clever.arguments import ArgumentParser, check_positive
@@ -136,8 +135,8 @@ def train_again(run: Pretraining, batches: Iterable) -> None:
         run.train_one_epoch(batches, epoch=0)
 
 
-def build(options: argparse.Namespace, arch: str, folder: Path) -> tuple[dict[str, Callable[[], object]], DataLoader]:
-    """{column: an epoch of what it measures}, each warmed up, and the loader, which is that of main_dino.py."""
+def measure(options: argparse.Namespace, arch: str, folder: Path) -> dict[str, float]:
+    """Images per second of each column, medians over the rounds, and the cores that feed the step."""
     flags = ["--data_path", folder, "--net", options.net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
     flags += ["--amp_dtype", options.amp_dtype, "--out_dim", options.out_dim, "--num_workers", options.num_workers]
     flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--print_freq", 10**6]
@@ -148,25 +147,14 @@ def build(options: argparse.Namespace, arch: str, folder: Path) -> tuple[dict[st
     views = [run.normalized(view.to(device)) for view in next(iter(loader))[0]]  # V', B, 3, S, S; starts the workers
     args.amp_dtype = options.straightforward_dtype or options.amp_dtype
     plain, criterion = build_straightforward(args, device, len(loader))
-
-    def straightforward(steps: int = len(loader)) -> None:
-        for _ in range(steps):
-            straightforward_step(plain, criterion, views)
-
-    train_again(run, [(views, None)])
-    straightforward(1)
-    return {
+    work = {
         "step": lambda: train_again(run, [(views, None)] * len(loader)),
-        "straightforward": straightforward,
+        "straightforward": lambda: [straightforward_step(plain, criterion, views) for _ in range(len(loader))],
         "loader": lambda: [None for _ in loader],
         "together": lambda: train_again(run, loader),
-    }, loader
-
-
-def measure(options: argparse.Namespace, arch: str, folder: Path) -> dict[str, float]:
-    """Images per second, medians over the rounds, and the cores that the loader needs to keep up with the step."""
-    torch.manual_seed(0)
-    work, loader = build(options, arch, folder)
+    }
+    train_again(run, [(views, None)])  # warm up
+    straightforward_step(plain, criterion, views)
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     rates: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(options.rounds):
@@ -195,9 +183,8 @@ def main() -> None:
     options = parser.parse_args()
     check_positive(options, "out_dim", "batch_size", "steps", "rounds")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
-    print(f"{options.net}, out_dim {options.out_dim}, batch {options.batch_size}, 2 + 8 views, {options.amp_dtype} "
-          f"(straightforward: {options.straightforward_dtype or options.amp_dtype}), {options.num_workers} workers; "
-          f"images per second on {machine}, torch {torch.__version__}\n")  # fmt: skip
+    print(f"{options.net}, out_dim {options.out_dim}, batch {options.batch_size}, {options.amp_dtype}, {options.num_workers} "
+          f"workers; images per second on {machine}, torch {torch.__version__}\n")  # fmt: skip
     print("| backbone | step | straightforward | loader | together | cores needed |\n|---|--:|--:|--:|--:|--:|")
     results = {}
     with tempfile.TemporaryDirectory() as scratch:

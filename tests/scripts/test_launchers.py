@@ -131,19 +131,6 @@ def test_pretrain_overrides_from_another_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("variables", "devices"), [({}, "6,7"), ({"DEVICES": "1"}, "1")])
-def test_devices_default_to_those_of_the_environment(variables, devices):
-    [launch] = dry_run("pretrain.sh", CUDA_VISIBLE_DEVICES="6,7", **variables)
-    assert f"CUDA_VISIBLE_DEVICES={devices}" in launch.start
-
-
-@pytest.mark.parametrize(("processes", "threads"), [("4", "8"), ("64", "1")])
-def test_threads_are_the_cores_divided_among_the_processes(tmp_path, processes, threads):
-    stub(tmp_path, "nproc", "echo 32")
-    [launch] = dry_run("pretrain.sh", path=[tmp_path], GPU_num=processes)
-    assert f"OMP_NUM_THREADS={threads}" in launch.start
-
-
 def test_plain_python_starts_one_process():
     [launch] = dry_run("pretrain.sh", LAUNCHER="python", GPU_num="1", DEVICES="")
     assert launch.start[3:] == ["python"]
@@ -246,17 +233,6 @@ def test_downstream_runs_ten_jobs():
         assert a.pretrained_weights == f"out/{RUN}/checkpoint.pth" and a.trial_name == TRIAL
         assert a.data_path == f"{ROOT}/data" + {"CUB200": "/CUB200", "IN100": "/IN100"}.get(a.dataset_type, "")
     assert [a.semi_list for a in args[16:]] == [f"{ROOT}/data/IN100/IN100_{p}percent.txt" for p in (1, 1, 10, 10)]
-
-
-def test_downstream_overrides():
-    semi, food = dry_run(
-        "downstream.sh", DATASET="digits", DATASET_PATH="my data", JOBS="semi_1:digits linear:Food101", DATA_ROOT="sets",
-        net_name="dino", DS_FLAGS="--seed 3", EPOCH_DS="5", SEMI_LISTS="lists",
-    )  # fmt: skip
-    args = semi.parse()
-    assert (args.data_path, args.dataset_type, args.semi_list) == ("my data", None, "lists/digits_1percent.txt")
-    assert (args.else_part, args.seed, args.epochs) == ("ALL", 3, 5)
-    assert food.parse().data_path == "sets"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """The report: every kind of result, best accuracies, curves, escaping, damaged files; slow: in a browser."""
 
 import base64
+import html
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -59,49 +59,19 @@ RESULTS = {
 }  # fmt: skip
 
 
-class Page(HTMLParser):
-    """A report, read: its text, all its tags, and `tables`, {title: list of rows}, where rows are {heading: text}."""
-
-    VOID = ("meta", "img")
+class Page:
+    """A report, read: its text, and `tables`, {title: list of rows}, where rows are {heading: text}."""
 
     def __init__(self, path: Path):
-        super().__init__()
         self.source = path.read_text(encoding="utf-8")
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = self.title = ""
-        self.tables: dict[str, list[dict]] = {}
-        self.feed(self.source)
-        self.close()
-        assert self.open == [], "elements are not closed"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "h3":
-            self.title = ""
-        elif tag == "table":
-            self.heads, self.tables[self.title] = [], []
-        elif tag == "tr":
-            self.cells = []
-        elif tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "tr" and not self.heads:
-            self.heads = self.cells
-        elif tag == "tr":
-            self.tables[self.title].append(dict(zip(self.heads, self.cells, strict=True)))
-
-    def handle_data(self, data):
-        if not {"script", "style", "svg"} & set(self.open):
-            self.text += data
-            if "h3" in self.open:
-                self.title += data
-            if {"td", "th"} & set(self.open):
-                self.cells[-1] += data
+        hidden = r"<(script|style|svg|title)\b.*?</\1>"
+        self.text = html.unescape(re.sub(r"<[^>]*>", "", re.sub(hidden, "", self.source, flags=re.DOTALL)))
+        self.tables = {}
+        titled = r'<h3>([^<]*)</h3>(?:\s*<p class="note">[^<]*</p>)?\s*<div class="scroll"><table>(.*?)</table>'
+        for title, table in re.findall(titled, self.source, re.DOTALL):
+            lines = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+            heads, *rows = [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", line)] for line in lines]
+            self.tables[html.unescape(title)] = [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 @pytest.fixture
@@ -159,15 +129,6 @@ def test_saliency_without_a_ground_truth_is_a_result(runs):
     assert stderr == "" and page.tables["Saliency"][0]["images"] == "9"
 
 
-def test_what_rows_share_stands_above_the_table_and_the_rest_in_columns(runs):
-    for epoch in (10, 20):
-        save_json(PROBE | {"pretrained_epochs": epoch}, runs / f"{epoch}.json")
-    page, _ = make(runs)
-    assert [row["epochs"] for row in page.tables["Linear probe"]] == ["10", "20"]
-    assert "backbone" not in page.tables["Linear probe"][0]
-    assert "In all rows: part ALL, images ori, data digits, network CLeVER, backbone resnet8, recipe aug1_2" in page.text
-
-
 def test_the_summary_compares_the_best_accuracies_with_dino(runs):
     found = (("dino", "ALL", 80.0), ("CLeVER", "ALL", 83.04), ("CLeVER", "ALL", 70.0), ("CLeVER", "else_part", 60.0))
     for net, part, accuracy in found:
@@ -222,8 +183,8 @@ def test_pictures_are_in_the_page_as_long_as_they_fit(runs):
     save_png(noise, runs / "rotated" / "equivariance_x.png")
     save_png(noise, runs / "masks" / "00001.png")
     page, _ = make(runs, "--max_pictures_mb", 0.1)
-    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == (runs / "results.png").read_bytes()
+    (image,) = re.findall(r'<img src="data:image/png;base64,([^"]*)"', page.source)
+    assert base64.b64decode(image) == (runs / "results.png").read_bytes()
     assert "Left out" in page.text and "equivariance_x.png" in page.text and "masks" not in page.text
 
 
@@ -241,12 +202,10 @@ def test_text_from_files_is_never_markup_and_nothing_is_loaded(runs):
     torch.save({"args": {EVIL_SCRIPT: EVIL_SCRIPT}}, folder / "checkpoint.pth")
     (folder / "c.json").write_text("{")
     page, _ = make(runs)
-    assert [tag for tag, _ in page.tags].count("script") == 1 and "img" not in [tag for tag, _ in page.tags]
+    assert page.source.count("<script") == 1 and "<img" not in page.source
     assert page.text.count(EVIL) > 3 and EVIL_SCRIPT in page.text
-    for _, attributes in page.tags:
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href", "action", "srcset"):
-            assert attributes.get(name, "#").startswith(("#", "data:")), attributes
+    for address in re.findall(r'(?:src|href|action)="([^"]*)"', page.source):
+        assert address.startswith("#"), address
     assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest|import\(", page.source)
 
 

@@ -128,25 +128,6 @@ def test_data_sets_and_seeds_are_not_merged(tmp_path, write):
     ]
 
 
-def test_networks_pretrained_with_other_seeds_have_rows_of_their_own(tmp_path, write):
-    """`untrained` depends on the seed as well. An older file does not say it; dino has only one."""
-    for seed in (0, 1):
-        write(f"c{seed}.json", 10.0 + seed, pretraining_seed=seed)
-        write(f"r{seed}.json", 20.0 + seed, pretraining_seed=seed, epochs=0)
-    write("old.json", 30.0, pretraining_seed=None)
-    write("d.json", 40.0, net="dino", pretraining_seed=1)
-    lines, _, err = table_of(tmp_path)
-    assert err == ""
-    assert lines[2:] == [
-        ["dino ALL", "40.0"],
-        ["CLeVER ALL", "30.0"],
-        ["untrained pretraining seed 0 ALL", "20.0"],
-        ["CLeVER pretraining seed 0 ALL", "10.0"],
-        ["untrained pretraining seed 1 ALL", "21.0"],
-        ["CLeVER pretraining seed 1 ALL", "11.0"],
-    ]
-
-
 def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, monkeypatch):
     equivariance(tmp_path / "runs")
     figures = []
@@ -239,16 +220,5 @@ def test_rotation_of_several_seeds_has_a_row_for_each(tmp_path, write):
     }
     rows = {row["row"] for row in results["table"]["rows"]}
     assert err == "" and "untrained pretraining seed 0 evaluation seed 0 ALL" in rows
-
-
-def test_the_newest_of_several_results_for_rotation_counts(tmp_path, write):
-    write("a.json", 80.0)
-    for when, folder in enumerate(("z", "a")):
-        newest = equivariance(tmp_path / "runs" / folder, "dino", r2=0.6 + 0.1 * when)
-        os.utime(newest, (when, when))
-    _, results, err = table_of(tmp_path)
-    assert results["rotation"]["dino ALL"]["r2"][0] == 0.7
-    rows = ("dino ALL", "dino random dimensions")
-    assert err == "".join(f"note: {row}, R2: 2 results, the newest counts: {newest}\n" for row in rows)
 
 
