@@ -141,7 +141,7 @@ def save(records: list[dict], folder: Path, args: argparse.Namespace) -> None:
     utils.write_text_atomically(text, folder / "tables.md")
 
 
-def get_args() -> argparse.Namespace:
+def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; not given: all")
     parser.add_argument("--list", action="store_true", help="only list the parts")
@@ -149,23 +149,17 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the whole")
     parser.add_argument("--out", default="results/gpu_check", help="folder of the results")
     args = parser.parse_args()
+    check_positive(args, "minutes")
     for name in args.parts:
         if name not in PARTS:
             raise InputError(f"part {name!r}: must be one of {', '.join(PARTS)}")
-    check_positive(args, "minutes")
-    if not (args.list or args.dry_run or torch.cuda.is_available()):
-        raise InputError("torch sees no GPU; --dry_run needs none")
-    return args
-
-
-def main() -> None:
-    args = get_args()
-    parts = [PARTS[name] for name in args.parts or PARTS]
     if args.list:
-        print("\n".join(f"{part.name:<20} {part.answers}" for part in parts))
+        print("\n".join(f"{part.name:<20} {part.answers}" for part in ALL_PARTS))
         return
+    if not (args.dry_run or torch.cuda.is_available()):
+        raise InputError("torch sees no GPU; --dry_run needs none")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    records = run_parts(parts, args)
+    records = run_parts([PARTS[name] for name in args.parts or PARTS], args)
     print(f"wrote {Path(args.out) / 'tables.md'}")
     if any(record["status"] in ("failed", "timed out") for record in records):
         sys.exit(1)

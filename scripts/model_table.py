@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from clever.arguments import ArgumentParser, check_positive
@@ -41,10 +42,6 @@ def _count_scan(inputs: list, outputs: list) -> Counter:
 
 def count_flops(model: nn.Module, img_size: int) -> tuple[float, float]:
     """Multiply-adds of one image's forward pass in train mode, on a CPU: without selective scans, and of the scans alone."""
-    try:
-        from fvcore.nn import FlopCountAnalysis
-    except ImportError:
-        raise InputError("counting needs fvcore: pip install fvcore") from None
     images = torch.randn(2, 3, img_size, img_size)  # batch norm needs more than one value per channel
     analysis = FlopCountAnalysis(model.train(), images)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

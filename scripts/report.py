@@ -8,7 +8,6 @@ pictures that sum up results. Files that cannot be read are named on stderr and 
 """
 
 import base64
-import contextlib
 import datetime
 import fnmatch
 import io
@@ -162,22 +161,15 @@ def fill(table: Table, rows: list[Record]) -> dict[str, Any]:
 
 def read_run(path: Path, problems: list[str]) -> dict[str, Any]:
     """The `folder` of this log.txt, its `log`, {epoch: {name: number}}, and the `arguments` in the checkpoint beside it."""
-    with readable(path, "cannot be read"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    log: dict[int, dict[str, float]] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError, OverflowError):  # a killed run may leave half a line
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("epoch"), int):
-                log[record["epoch"]] = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
-    if len(log) < len(lines) or not lines:
-        problems.append(f"{path}: {len(lines) - len(log)} of {len(lines)} lines left out, no records of an epoch")
+    with readable(path, "is not the log of a pretraining"):
+        records = [json.loads(line, parse_int=float) for line in path.read_text(encoding="utf-8").splitlines()]
+        log = {record["epoch"]: {name: float(value) for name, value in record.items()} for record in records}
     arguments, checkpoint = {}, path.with_name("checkpoint.pth")
     try:
         arguments = plain_args(load_checkpoint(checkpoint, mmap=True).get("args", {})) if checkpoint.exists() else {}
     except InputError as error:
         problems.append(str(error))
-    return {"folder": path.parent, "log": dict(sorted(log.items())), "arguments": arguments}
+    return {"folder": path.parent, "log": log, "arguments": arguments}
 
 
 def collect(folders: list[Path], problems: list[str]) -> tuple[list[dict], list[Record], list[Path]]:
