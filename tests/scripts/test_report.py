@@ -70,7 +70,8 @@ class Page:
         titled = r'<h3>([^<]*)</h3>(?:\s*<p class="note">[^<]*</p>)?\s*<div class="scroll"><table>(.*?)</table>'
         for title, table in re.findall(titled, self.source, re.DOTALL):
             lines = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
-            heads, *rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", html.unescape(line)) for line in lines]
+            cells = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", line) for line in lines]
+            heads, *rows = [[html.unescape(cell) for cell in line] for line in cells]
             self.tables[html.unescape(title)] = [dict(zip(heads, row, strict=True)) for row in rows]
 
 
