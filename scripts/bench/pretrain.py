@@ -4,8 +4,8 @@
     python -m scripts.bench.pretrain --arch vit_small resnet50 --batch_size 64 --amp_dtype bf16 --num_workers 12
 
 The step gets views that are kept, the loader reads random images. Its workers are processes; on a CPU they compete with the
-step for its cores. If "together" is as fast as the slower of the two, they overlap completely. "cores needed" is the rate of the
-step divided by that of the loader per worker. All are measured in turn, an epoch each; the table shows medians over the rounds.
+step for its cores. If "together" is as fast as the slower of the two, they overlap completely. "cores needed" is the rate of
+the step divided by that of the loader per worker. All are measured in turn, an epoch each; the table shows medians over rounds.
 """
 
 import argparse
