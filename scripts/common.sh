@@ -6,16 +6,10 @@ set -euo pipefail
 set -f # lists such as PARTS or PRETRAIN_FLAGS are split into words, without expanding * to file names
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/nets.sh
+source "$ROOT/scripts/nets.sh"
 
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
-
-# check_processes NAME...: stop unless each of these variables is a number of processes.
-check_processes() {
-  local name
-  for name in "$@"; do
-    [[ ${!name} =~ ^[1-9][0-9]{0,4}$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
-  done
-}
 
 # Network and data
 : "${net_name:=CLeVER}" "${backbone_name:=vit_small}" "${PATCH:=16}"
@@ -25,7 +19,9 @@ check_processes() {
 
 # Machine
 : "${GPU_num:=4}" "${GPU_num_LN:=2}" "${GPU_num_EVAL:=1}" # processes: pretraining, probe, evaluation
-check_processes GPU_num GPU_num_LN GPU_num_EVAL
+for name in GPU_num GPU_num_LN GPU_num_EVAL; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a number of processes, 1 or more"
+done
 DEVICES=${DEVICES-${CUDA_VISIBLE_DEVICES-0,1,2,3}}        # empty: CUDA_VISIBLE_DEVICES is not changed
 : "${PORT_NUM:=29500}"                                    # a second run on the same machine needs another port
 : "${LAUNCHER:=python -m torch.distributed.launch}"       # or torchrun; or python, for a single process
@@ -38,8 +34,7 @@ reg=${reg-_reg0.001}    # empty: no regulariser
 
 # Linear probe and evaluation
 : "${EPOCH_LN:=100}" "${BATCH_LN:=128}" "${lr:=0.001}" "${n_last_blocks:=4}"
-[[ $net_name == dino ]] && : "${PARTS:=ALL}"
-: "${PARTS:=ALL main_part else_part}"
+: "${PARTS:=$(parts_of "$net_name")}"
 : "${TEST_AUGS:=basic aug1 aug1_2 aug1_4_2}"
 : "${PROBE_FLAGS:=}" # additional flags of eval_linear.py
 : "${EQUIVARIANCE_FLAGS:=}" # additional flags of eval_equivariance.py
@@ -87,12 +82,10 @@ linear_name() {
   name_of linear --part="$1" --hp1="$HP1" --lr="$lr" --epochs="$EPOCH_LN" --trial_name="$TRIAL_name"
 }
 
-# check_probe: exit unless all PARTS are valid and different, and this run has been pretrained.
+# check_probe: exit unless all PARTS are valid, and this run has been pretrained.
 check_probe() {
-  local part error seen=" "
+  local part error
   for part in $PARTS; do
-    [[ $seen != *" $part "* ]] || die "PARTS: $part is given twice"
-    seen+="$part "
     error=$(linear_name "$part" 2>&1 > /dev/null) || die "PARTS: $error"
   done
   [[ ${DRY_RUN:-0} == 1 || -f $RUN_DIR/checkpoint.pth ]] ||
@@ -101,11 +94,11 @@ check_probe() {
 
 # eval_linear N LOGS flags...: run eval_linear.py on all PARTS of this run's network, in N processes.
 eval_linear() {
-  local processes=$1 logs=$2 dataset_type=""
+  local processes=$1 log_names=$2 dataset_type=""
   shift 2
   [[ $DATASET != Imagenet && $DATASET != IN100 ]] || dataset_type="--dataset_type $DATASET"
   # shellcheck disable=SC2086  # dataset_type, PARTS and PROBE_FLAGS are several words
-  launch "$processes" "$logs" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
+  launch "$processes" "$log_names" eval_linear.py --pretrained_weights "$RUN_DIR/checkpoint.pth" \
     --data_path "$DATASET_PATH" $dataset_type --output_dir "$RUN_DIR" --trial_name "$TRIAL_name" --net "$net_name" \
     --hp1 "$HP1" --arch "$backbone_name" --patch_size "$PATCH" --lr "$lr" --epochs "$EPOCH_LN" \
     --batch_size_per_gpu "$BATCH_LN" --n_last_blocks "$n_last_blocks" --else_part $PARTS "$@" $PROBE_FLAGS

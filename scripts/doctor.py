@@ -63,13 +63,9 @@ def show_builds() -> list[Path]:
         info = extension.build_info(folder)
         is_old = is_outdated(info, build_tool.SELECTIVE_SCAN)
         outdated += [folder] * is_old
-        cuda = info.get("cuda") or {}
-        parts = [f"CPU library by {info['cpu']['compiler']}"] if "cpu" in info else []
-        parts += [f"CUDA library by nvcc {cuda['nvcc']} for {' '.join(cuda['architectures'])}"] if cuda else []
+        parts = [name for name in ("cpu", "cuda") if name in info]
         parts += [f"{name}: {reason}" for name, reason in info.get("not_built", {}).items()]
         row("build", f"{folder}{' (OUT OF DATE: the sources have changed since)' if is_old else ''}: {'; '.join(parts)}")
-    if not extension.build_folders():
-        row("build", "none")
     return outdated
 
 

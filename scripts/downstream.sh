@@ -15,10 +15,9 @@ SETS=(CUB200 Flowers102 Food101 OxfordIIITPet)
 : "${CUB200_PATH:=$DATA_ROOT/CUB200}"    # contains train/ and val/ (scripts/data/make_cub200.py)
 : "${SEMI_LISTS:=$DATASET_PATH}"         # contains ${DATASET}_1percent.txt and ${DATASET}_10percent.txt (make_semi_lists.py)
 : "${GPU_num_DS:=1}" "${BATCH_DS:=256}" "${EPOCH_DS:=200}" "${lr_DS:=0.001}" "${lrbk_DS:=0.001}" "${WD_DS:=1e-4}"
-check_processes GPU_num_DS
 : "${DS_FLAGS:=}" # additional flags of eval_linear_ds.py
-[[ $net_name == dino ]] && : "${PARTS_DS:=ALL}"
-PARTS=${PARTS_DS:-ALL main_part}
+PARTS=$(parts_of "$net_name")
+PARTS=${PARTS_DS:-${PARTS% else_part}}
 
 # downstream MODE DATA PART: run one job.
 downstream() {

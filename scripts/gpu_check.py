@@ -1,7 +1,7 @@
 """All checks and timings that need a GPU, in one command: builds, tests, trainings, speed. See scripts/gpu_check.sh.
 
     bash scripts/gpu_check.sh                     # the parts below in this order, in at most 9 minutes
-    bash scripts/gpu_check.sh scan losses         # only these parts
+    bash scripts/gpu_check.sh scan tests          # only these parts
     bash scripts/gpu_check.sh --list              # the parts, and what each of them answers
     bash scripts/gpu_check.sh --dry_run           # without a GPU, at tiny sizes: does every part start, and end?
 
@@ -20,13 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from clever import utils
-from clever.arguments import ArgumentParser
+from clever.arguments import ArgumentParser, check_positive
 from clever.entry import run_entry_point
 from clever.utils import InputError
 
@@ -35,14 +35,10 @@ MINUTES = 9.0
 MIN_SHARE = 0.4  # a part is skipped if less than this share of its time is left
 
 
-@dataclass
-class Part:
-    """One question, and the command that answers it. In `command` and `tiny`, {out} is the part's JSON file.
+class Part(NamedTuple):
+    """A question, and the command that answers it within some `seconds`; in a dry run, `tiny` is run instead.
 
-    command: what runs on a GPU; `python` is the Python of this process.
-    tiny: what runs in a dry run instead.
-    seconds: limit of the run.
-    tool: a program that must be installed, or the part is left out.
+    {out} in a command is the part's JSON file. Without the program `tool`, the part is left out.
     """
 
     name: str
@@ -55,86 +51,68 @@ class Part:
 
 BUILD_SCAN = "python csrc/selective_scan/setup.py build_ext --inplace"
 BUILD_VIEWS = "python csrc/views/setup.py build_ext --inplace"
-STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16 --straightforward_dtype fp16 --arch"
+STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16"
 TINY = "python -m scripts.bench.pretrain --output {out} --batch_size 2 --out_dim 256 --steps 1 --rounds 1 --arch"
-LOADER = "python -m scripts.bench.loader --output {out}"
+SCAN = "python -m scripts.bench.scan --no-loop --no-model --output {out}"
 CORES = os.cpu_count() or 1
 WORKERS = min(4, CORES)
 PYTEST = "python -m pytest -q -m gpu" + (f" -n {WORKERS}" if importlib.util.find_spec("xdist") else "")
 COLLECT = "python -m pytest -q --collect-only -m gpu"
 SCAN_TESTS = "tests/vmamba/test_scan_cuda.py"
-PARTS = {
-    part.name: part
-    for part in (
-        Part("build_scan", "Does the scan compile here? (Kept for the next call.)", 240, f"env SCAN_CUDA=1 {BUILD_SCAN}",
-             f"env SCAN_CUDA=0 {BUILD_SCAN}"),
-        Part("build_views", "Does the renderer of views compile here?", 60, BUILD_VIEWS, BUILD_VIEWS),
-        Part("doctor", "What is there?", 30, "python -m scripts.doctor", "python -m scripts.doctor"),
-        Part("tests", "Are scan, losses and attention right on the GPU, in all types, with equal bits in 20 runs?", 120,
-             f"{PYTEST} --ignore tests/test_gpu_training.py", COLLECT),
-        Part("step_vit_64", "How fast is a step of ViT-S/16, beside the original's?", 90,
-             f"{STEP} vit_small --batch_size 64 --steps 10 --rounds 2", f"{TINY} vit_micro"),
-        Part("scan", "How fast is the scan, beside the memory's limit?", 90,
-             "python -m scripts.bench.scan --device cuda --dtype bf16 --batch 64 64 --no-loop --output {out}",
-             "python -m scripts.bench.scan --sizes 32 --batch 1 --no-loop --repeats 1 --output {out}"),
-        Part("losses", "How fast are the losses, beside their limit?", 60,
-             "python -m scripts.bench.losses --batch_size 64 --dtype bf16 --output {out}",
-             "python -m scripts.bench.losses --batch_size 2 --out_dim 256 --DVR_out_dim 256 --repeats 1 --output {out}"),
-        Part("training", "Do 200 steps in bf16 and fp16 follow fp32? Does a killed run go on?", 180,
-             f"{PYTEST} tests/test_gpu_training.py", f"{COLLECT} tests/test_gpu_training.py"),
-        Part("step_vmamba_64", "How fast is a step of VMamba-T, beside the original's?", 90,
-             f"{STEP} vssm2-vmambav2_tiny_224 --batch_size 64 --steps 5 --rounds 1", f"{TINY} vssm2-vmambav2_micro"),
-        Part("loader", "How many cores does a GPU need to be fed?", 90,
-             f"{LOADER} --arch vit_small --batch_size 64 --amp_dtype bf16 --steps 30 --num_workers {CORES}",
-             f"{LOADER} --arch vit_micro --batch_size 2 --steps 2 --rounds 1 --num_workers 1 --out_dim 256"),
-        Part("step_resnet_64", "How fast is a step of ResNet-50, beside the original's?", 60,
-             f"{STEP} resnet50 --batch_size 64 --steps 8 --rounds 1", f"{TINY} resnet8"),
-        Part("step_resnet_64_channels_last", "... with channels last?", 60,
-             f"{STEP} resnet50 --batch_size 64 --steps 8 --rounds 1 --channels_last", f"{TINY} resnet8 --channels_last"),
-        Part("step_vit_128", "How fast is a step of ViT-S/16 with 128 images?", 60,
-             f"{STEP} vit_small --batch_size 128 --steps 8 --rounds 1", f"{TINY} vit_micro"),
-        Part("sanitizer", "Does the scan touch memory that is not its own?", 120,
-             f"compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu {SCAN_TESTS} -k images_on_a_gpu",
-             f"{COLLECT} {SCAN_TESTS}", tool="compute-sanitizer"),
-        Part("study", "Does CLeVER learn here, beside DINO?", 240,
-             f"env DATA=digits ARCHS=vit_micro SEEDS=0 RECIPES=aug1_2 EPOCHS=80 JOBS={WORKERS} RESULT={{folder}}/study"
-             " bash scripts/study.sh",
-             "env DATA=digits ARCHS=resnet8 DRY_RUN=1 RESULT={folder}/study bash scripts/study.sh"),
-    )
-}  # fmt: skip
+TRAINING_TESTS = "tests/training/test_gpu_training.py"
+ALL_PARTS = (
+    Part("build_scan", "Does the scan compile here? (Kept for the next call.)", 240, f"env SCAN_CUDA=1 {BUILD_SCAN}",
+         f"env SCAN_CUDA=0 {BUILD_SCAN}"),
+    Part("build_views", "Does the renderer of views compile here?", 60, BUILD_VIEWS, BUILD_VIEWS),
+    Part("doctor", "What is there?", 30, "python -m scripts.doctor", "python -m scripts.doctor"),
+    Part("tests", "Are scan, losses and attention right on the GPU, in all types, with equal bits in 20 runs?", 120,
+         f"{PYTEST} --ignore {TRAINING_TESTS}", COLLECT),
+    Part("step_vit_64", "How fast is a step of ViT-S/16? How many cores feed it?", 120,
+         f"{STEP} --arch vit_small --batch_size 64 --steps 10 --rounds 2 --num_workers {CORES}", f"{TINY} vit_micro"),
+    Part("scan", "How fast is the scan, beside the memory's limit?", 90,
+         f"{SCAN} --device cuda --dtype bf16 --batch 64 64", f"{SCAN} --sizes 32 --batch 1 --repeats 1"),
+    Part("training", "Do 200 steps in bf16 and fp16 follow fp32? Does a killed run go on?", 180,
+         f"{PYTEST} {TRAINING_TESTS}", f"{COLLECT} {TRAINING_TESTS}"),
+    Part("step_vmamba_64", "How fast is a step of VMamba-T?", 90,
+         f"{STEP} --arch vssm2-vmambav2_tiny_224 --batch_size 64 --steps 5 --rounds 1", f"{TINY} vssm2-vmambav2_micro"),
+    Part("step_resnet_64", "How fast is a step of ResNet-50?", 90,
+         f"{STEP} --arch resnet50 --batch_size 64 --steps 8 --rounds 1", f"{TINY} resnet8"),
+    Part("sanitizer", "Does the scan touch memory that is not its own?", 120,
+         f"compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu {SCAN_TESTS} -k images_on_a_gpu",
+         f"{COLLECT} {SCAN_TESTS}", tool="compute-sanitizer"),
+    Part("study", "Does CLeVER learn here, beside DINO?", 240,
+         f"env DATA=digits ARCHS=vit_micro SEEDS=0 RECIPES=aug1_2 EPOCHS=80 JOBS={WORKERS} RESULT={{folder}}/study"
+         " bash scripts/study.sh",
+         "env DATA=digits ARCHS=resnet8 DRY_RUN=1 RESULT={folder}/study bash scripts/study.sh"),
+)  # fmt: skip
+PARTS = {part.name: part for part in ALL_PARTS}
 
 
-# --- one part ----------------------------------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_part(part: Part, command: str, folder: Path, limit: float) -> dict:
-    """Run the part's command; what becomes of it as a record, with its status: ok, failed, timed out, or not here."""
-    words = command.format(out=folder / f"{part.name}.json", folder=folder).split()
-    record = {"name": part.name, "answers": part.answers, "command": " ".join(words), "status": "not here", "seconds": 0.0}
+def run_part(part: Part, folder: Path, left: float, is_dry_run: bool) -> dict:
+    """Run the part, if `left` seconds are enough; a record of what became of it."""
+    command = (part.tiny if is_dry_run else part.command).format(out=folder / f"{part.name}.json", folder=folder)
+    record = {"name": part.name, "answers": part.answers, "command": command, "seconds": 0.0}
     if part.tool and not shutil.which(part.tool):
-        return record | {"reason": f"{part.tool} is not installed"}
-    words = [sys.executable if word == "python" else word for word in words]
-    start = time.monotonic()
-    with open(folder / f"{part.name}.log", "w") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return record | {"status": "not here", "note": f"{part.tool} is not installed"}
+    if left < MIN_SHARE * part.seconds and not is_dry_run:
+        return record | {"status": "skipped", "note": "no time left"}
+    words = [sys.executable if word == "python" else word for word in command.split()]
+    log, start = folder / f"{part.name}.log", time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = process.wait(limit)
-            record["status"] = "ok" if status == 0 else "failed"
+            status = "ok" if process.wait(min(left, part.seconds)) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            record["status"] = "timed out"
+            status = "timed out"
         finally:
-            end_group(process)
-    return record | {"seconds": round(time.monotonic() - start, 1)}
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """Kill what is left of a process and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-# --- all parts ---------------------------------------------------------------------------------------------------------
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what is left of its children
+            process.wait()
+    seconds = round(time.monotonic() - start, 1)
+    return record | {"status": status, "seconds": seconds, "note": "" if status == "ok" else str(log)}
 
 
 def run_parts(parts: Sequence[Part], args: argparse.Namespace) -> list[dict]:
@@ -142,46 +120,28 @@ def run_parts(parts: Sequence[Part], args: argparse.Namespace) -> list[dict]:
     folder, records = Path(args.out).resolve(), []
     end = time.monotonic() + 60 * args.minutes
     for part in parts:
-        left = end - time.monotonic()
-        if left < MIN_SHARE * part.seconds and not args.dry_run:
-            records.append({"name": part.name, "answers": part.answers, "status": "skipped", "reason": "no time left"})
-        else:
-            command = part.tiny if args.dry_run else part.command
-            records.append(run_part(part, command, folder, min(left, part.seconds)))
+        record = run_part(part, folder, end - time.monotonic(), args.dry_run)
+        records.append(record)
         save(records, folder, args)
-        print(line(records[-1], folder), flush=True)
+        print(f"{part.name:<20} {record['status']:<10} {record['seconds']:6.1f} s  {record['note']}".rstrip(), flush=True)
     return records
 
 
-def line(record: dict, folder: Path) -> str:
-    """One line about a part, which names its log unless all is well."""
-    text = f"{record['name']:<30} {record['status']:<10} {record.get('seconds', 0):6.1f} s"
-    if record["status"] in ("failed", "timed out"):
-        return f"{text}  {folder / record['name']}.log"
-    return f"{text}  {record.get('reason', '')}".rstrip()
-
-
 def save(records: list[dict], folder: Path, args: argparse.Namespace) -> None:
+    """Write summary.json, and tables.md with what the parts printed."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     machine = {"device": device, "cores": CORES, "torch": torch.__version__, "date": f"{datetime.date.today()}"}
     utils.save_json({"kind": "gpu_check", **machine, "dry_run": args.dry_run, "parts": records}, folder / "summary.json")
-    heading = f"# {device}, {CORES} cores, torch {torch.__version__}, {datetime.date.today()}\n\n"
-    overview = "| part | question | result | s |\n|---|---|---|---:|\n" + "".join(
-        f"| {each['name']} | {each['answers']} | {each['status']} | {each.get('seconds', '')} |\n" for each in records
-    )
-    outputs = [section(each, folder / f"{each['name']}.log") for each in records if each["status"] == "ok"]
-    utils.write_text_atomically(heading + overview + "".join(outputs), folder / "tables.md")
+    text = f"# {device}, {CORES} cores, torch {torch.__version__}, {datetime.date.today()}\n"
+    for record in records:
+        text += f"\n## {record['name']}: {record['status']}\n\n{record['answers']} `{record['command']}`\n"
+        if record["status"] == "ok":
+            printed = (folder / f"{record['name']}.log").read_text(errors="replace").strip()
+            text += f"\n{printed}\n" if "\n|---" in printed else f"\n```text\n{printed}\n```\n"
+    utils.write_text_atomically(text, folder / "tables.md")
 
 
-def section(record: dict, log: Path) -> str:
-    """A part's command and what it printed: Markdown tables as they are, other text as it is spaced."""
-    text = log.read_text(errors="replace").strip()
-    if not any(row.startswith("|---") for row in text.splitlines()):
-        text = f"```text\n{text}\n```"
-    return f"\n## {record['name']}\n\n`{record['command']}`\n\n{text}\n"
-
-
-def get_args() -> argparse.Namespace:
+def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; not given: all")
     parser.add_argument("--list", action="store_true", help="only list the parts")
@@ -189,24 +149,17 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the whole")
     parser.add_argument("--out", default="results/gpu_check", help="folder of the results")
     args = parser.parse_args()
+    check_positive(args, "minutes")
     for name in args.parts:
         if name not in PARTS:
             raise InputError(f"part {name!r}: must be one of {', '.join(PARTS)}")
-    if args.minutes <= 0:
-        raise InputError(f"--minutes {args.minutes}: must be above 0")
-    if not (args.list or args.dry_run or torch.cuda.is_available()):
-        raise InputError("torch sees no GPU; --dry_run needs none")
-    return args
-
-
-def main() -> None:
-    args = get_args()
-    parts = [PARTS[name] for name in args.parts or PARTS]
     if args.list:
-        print("\n".join(f"{part.name:<30} {part.answers}" for part in parts))
+        print("\n".join(f"{part.name:<20} {part.answers}" for part in ALL_PARTS))
         return
+    if not (args.dry_run or torch.cuda.is_available()):
+        raise InputError("torch sees no GPU; --dry_run needs none")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    records = run_parts(parts, args)
+    records = run_parts([PARTS[name] for name in args.parts or PARTS], args)
     print(f"wrote {Path(args.out) / 'tables.md'}")
     if any(record["status"] in ("failed", "timed out") for record in records):
         sys.exit(1)

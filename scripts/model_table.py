@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from clever.arguments import ArgumentParser, check_positive
@@ -41,10 +42,6 @@ def _count_scan(inputs: list, outputs: list) -> Counter:
 
 def count_flops(model: nn.Module, img_size: int) -> tuple[float, float]:
     """Multiply-adds of one image's forward pass in train mode, on a CPU: without selective scans, and of the scans alone."""
-    try:
-        from fvcore.nn import FlopCountAnalysis
-    except ImportError:
-        raise InputError("counting needs fvcore: pip install fvcore") from None
     images = torch.randn(2, 3, img_size, img_size)  # batch norm needs more than one value per channel
     analysis = FlopCountAnalysis(model.train(), images)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -68,9 +65,6 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file, as Markdown")
     args = parser.parse_args()
     check_positive(args, "img_size")
-    if args.markdown and args.markdown.exists() and not args.markdown.read_text(errors="replace").startswith(f"| {HEADER[0]} "):
-        raise InputError(f"--markdown {args.markdown}: exists, and is no such table; choose another file")
-
     rows = []
     for arch in args.names or backbone_names():
         try:

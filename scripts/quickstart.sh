@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # bash scripts/quickstart.sh   (installs what is missing, then takes about four minutes on two cores, without a GPU)
 #
-# Pretrains dino and CLeVER on small real images, trains linear probes on the whole representation (ALL), the invariant
+# Pretrains each of NETS on small real images, trains linear probes on the whole representation (ALL), the invariant
 # representation (IR) and the equivariant factor (EF), evaluates them on perturbed images, measures what rotation does to the
 # features, and prints two tables. The row `untrained` is a network without pretraining, probed in the same way. Every step runs a
 # launch script with small settings.
 # Can be run again: finished steps are reused, interrupted ones continue.
 #
+#   NETS="dino CLeVER"          the networks (default: all)
 #   QUICK=long                  four times as many epochs of pretraining
 #   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes about 6 minutes
 #   ARCH=vit_micro              a small ViT; takes about 19 minutes. PATCH sets the side of its patches (default 4)
@@ -15,11 +16,14 @@
 #   RESULT=results/mine         folder of the results; default: results/quickstart, or results/quickstart_seed<SEED>
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/nets.sh
+source scripts/nets.sh
 
-QUICK=${QUICK:-short} ARCH=${ARCH:-resnet8} DATA=${DATA:-digits}
+NETS=${NETS:-$ALL_NETS} QUICK=${QUICK:-short} ARCH=${ARCH:-resnet8} DATA=${DATA:-digits}
 RESULT=${RESULT:-results/quickstart${SEED:+_seed$SEED}} SEED=${SEED:-0}
 
 stop() { echo "quickstart: $*" >&2; exit 2; }
+for net in $NETS; do [[ " $ALL_NETS " == *" $net "* ]] || stop "NETS=$NETS: $net is not one of $ALL_NETS"; done
 step() { printf '\n=== quickstart, %d:%02d: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 case $DATA in
@@ -89,18 +93,18 @@ python -m scripts.data.make_small_data "${images[@]}" --out "$DATASET_PATH"
 
 step "the network before pretraining"
 net_name=CLeVER EPOCH=0 bash scripts/pretrain.sh
-step "pretraining of dino and CLeVER at the same time, $epochs epochs"
-pretrain dino & dino=$!
-pretrain CLeVER & clever=$!
-wait_for "$dino" "$clever"
+
+step "pretraining of $NETS at the same time, $epochs epochs"
+jobs=()
+for net in $NETS; do pretrain "$net" & jobs+=($!); done
+wait_for "${jobs[@]}"
 
 step "linear probes, perturbations, rotation"
-measure CLeVER 0 ALL & untrained=$!
-measure dino "$epochs" ALL & dino=$!
-measure CLeVER "$epochs" "ALL main_part else_part" & clever=$!
-wait_for "$untrained" "$dino" "$clever" # three jobs of about the same length: at once, two cores are never idle
+measure CLeVER 0 ALL & jobs=($!)
+for net in $NETS; do measure "$net" "$epochs" "$(parts_of "$net")" & jobs+=($!); done
+wait_for "${jobs[@]}" # jobs of about the same length: at once, two cores are never idle
 
 step "results: top-1 accuracy in percent on clean images (ori) and perturbed ones; then what rotation does to the features"
-python -m scripts.results_table "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
+python -m scripts.tables "$RESULT/${DATASET}_ep0" "$RESULT/${DATASET}_ep$epochs" --out "$RESULT"
 printf '\nquickstart: %d:%02d minutes after the installation. Logs and checkpoints: %s\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$RESULT"

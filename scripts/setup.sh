@@ -18,7 +18,7 @@ die() { echo "setup: $*" >&2; exit 1; }
 # torch and torchvision are really imported: versions that do not match fail only then.
 is_ready() {
   # shellcheck disable=SC2086  # EXTRA_MODULES: one word per module
-  "$1" - torch torchvision timm einops numpy PIL yaml scipy sklearn matplotlib ${EXTRA_MODULES:-} 2>&1 <<'PYTHON'
+  "$1" - torch torchvision timm einops numpy PIL yaml scipy sklearn matplotlib pandas ${EXTRA_MODULES:-} 2>&1 <<'PYTHON'
 import sys
 
 if sys.version_info < (3, 10):
@@ -40,23 +40,14 @@ PYTHON
 
 # find_base: print the executable of a Python >= 3.10 that can create virtual environments.
 find_base() {
-  local name found old="" without_pip=""
+  local name
   for name in python3 python python3.13 python3.12 python3.11 python3.10; do
-    found=$("$name" -c 'import sys; print(sys.executable)' 2>/dev/null) || continue
-    if ! "$found" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-      old=$found
-    elif ! "$found" -c 'import ensurepip, venv' 2>/dev/null; then
-      without_pip=$found
-    else
-      echo "$found"
-      return
-    fi
+    "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10)); ' 2> /dev/null || continue
+    "$name" -c 'import sys; print(sys.executable)'
+    return
   done
-  if [[ $without_pip ]]; then
-    die "$without_pip cannot create virtual environments (no ensurepip). Debian, Ubuntu: apt install python3-venv;" \
-      "with conda: conda env create -f CLeVER.yml && conda activate CLeVER. Then run this again."
-  fi
-  die "needs Python >= 3.10, found ${old:-none}. With conda: conda env create -f CLeVER.yml && conda activate CLeVER"
+  die "needs a Python >= 3.10 that creates virtual environments (Debian, Ubuntu: apt install python3-venv), or" \
+    "conda env create -f CLeVER.yml && conda activate CLeVER. Then run this again."
 }
 
 # setup_venv: create or update .venv. The stamp, a copy of the requirements, is written last: an interrupted installation

@@ -2,9 +2,8 @@
 # bash scripts/study.sh   (installs what is missing; STUDY=small takes about 110 minutes on two cores, without a GPU)
 #
 # Does CLeVER beat DINO on perturbed images, and what do its IR and EF hold? docs/study.md has the protocol and the results.
-# A cell is one network: a backbone pretrained by one of the NETS with one of the RECIPES and one of the SEEDS, or (epochs 0)
-# the untrained backbone of a seed. Each goes through the ordinary scripts: pretraining, linear probes, their accuracy on
-# perturbed images, k-NN, equivariance. Then scripts/study_table.py makes the tables and pictures.
+# A cell is one network: a backbone pretrained by one of the NETS with one of the RECIPES and one of the SEEDS, or the untrained
+# backbone of a seed. Each goes through the ordinary scripts, then scripts/tables.py makes the tables and pictures.
 # Can be run again: finished steps are skipped, interrupted ones continue. A cell that fails does not stop the others.
 #
 #   STUDY=full                  all three backbones instead of resnet8
@@ -19,9 +18,12 @@
 #   STEPS="pretrain knn"        only these steps of every cell
 #   PRETRAIN_FLAGS, PROBE_FLAGS, KNN_FLAGS, EQUIVARIANCE_FLAGS   further flags of main_dino.py, eval_linear.py, ...
 #   DRY_RUN=1                   only print the commands
+# shellcheck disable=SC2046,SC2086,SC2329  # lists such as SEEDS are split into words; the steps are run by their names
 set -euo pipefail
-set -f # lists such as SEEDS are split into words, without expanding * to file names
+set -f # without expanding * to file names
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/nets.sh
+source scripts/nets.sh
 
 # Chosen for dino on the tuning split, and shared by CLeVER; sep, and the momentum of vit_micro, were chosen for CLeVER.
 # batch: images per step. lr: for 256 images per step. out_dim, hidden, bottleneck: widths of the heads. temp: of the teacher.
@@ -52,29 +54,21 @@ check_words() {
   [[ $seen != " " ]] || stop "$name=${!name}: must name at least one of $*"
 }
 
-# check_number NAME LEAST: stop unless the variable NAME is a whole number, LEAST or more.
-check_number() { [[ ${!1} =~ ^[0-9]{1,9}$ ]] && ((10#${!1} >= $2)) || stop "$1=${!1}: must be a whole number, $2 or more"; }
-
-case ${STUDY:=small} in
-  small) : "${ARCHS:=resnet8}" ;;
-  full) : "${ARCHS:=resnet8 vit_micro vssm2-vmambav2_micro}" ;;
-  *) stop "STUDY=$STUDY: must be small or full" ;;
-esac
-: "${NETS:=dino CLeVER untrained}" "${RECIPES:=aug1 aug1_2}" "${SEEDS:=0 1 2}" "${STEPS:=$ALL_STEPS}"
+archs=$(awk 'NF && $1 != "arch" { print $1 }' <<< "$SETTINGS")
+: "${STUDY:=small}"
+check_words STUDY small full
+if [[ $STUDY == small ]]; then : "${ARCHS:=resnet8}"; else : "${ARCHS:=$archs}"; fi
+: "${NETS:=$ALL_NETS untrained}" "${RECIPES:=aug1 aug1_2}" "${SEEDS:=0 1 2}" "${STEPS:=$ALL_STEPS}"
 : "${DATA:=fashion-mnist}" "${TUNE:=0}"
 : "${PRETRAIN_FLAGS:=}" "${PROBE_FLAGS:=}" "${KNN_FLAGS:=}" "${EQUIVARIANCE_FLAGS:=}"
-# shellcheck disable=SC2046  # a word per row of the table
-check_words ARCHS $(awk 'NF && $1 != "arch" { print $1 }' <<< "$SETTINGS")
-check_words NETS dino CLeVER untrained
+check_words ARCHS $archs
+check_words NETS $ALL_NETS untrained
 check_words RECIPES aug1 aug1_2 aug1_4_2
 check_words STEPS $ALL_STEPS
 check_words TUNE 0 1
-[[ $SEEDS =~ ^\ *((0|[1-9][0-9]{0,8})(\ +|$))+$ ]] ||
-  stop "SEEDS=$SEEDS: must be whole numbers without leading zeros, such as 0 1 2"
+[[ $SEEDS =~ ^\ *((0|[1-9][0-9]{0,8})(\ +|$))+$ ]] || stop "SEEDS=$SEEDS: must be whole numbers such as 0 1 2"
 check_words SEEDS $SEEDS
-[[ -z ${EPOCHS:-} ]] || check_number EPOCHS 1
-suffix=""
-[[ $TUNE == 0 ]] || suffix=_tune
+if [[ $TUNE == 0 ]]; then suffix=""; else suffix=_tune; fi
 : "${RESULT:=results/study$suffix}"
 case $DATA in
   digits)
@@ -99,25 +93,25 @@ case $DATA in
     ;;
 esac
 : "${SIZE:=24}" "${MEAN:=0.485 0.456 0.406}" "${STD:=0.229 0.224 0.225}"
-check_number SIZE 1
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, -) || gpus=""
 IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES-$gpus}"
 cores=$(env -u OMP_NUM_THREADS nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) # nproc obeys OMP_NUM_THREADS
 : "${JOBS:=$((${#devices[@]} > 0 ? ${#devices[@]} : cores))}"
-check_number JOBS 1
+for name in EPOCHS SIZE JOBS; do
+  [[ ${!name-1} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name}: must be a whole number, 1 or more"
+done
 
 # --- one cell --------------------------------------------------------------------------------------------------------
 
 # choose_cell ARCH RECIPE NET SEED: set the variables that the functions below use. An untrained network has `-` as recipe.
 choose_cell() {
-  arch=$1 recipe=$2 net=$3 seed=$4 parts="ALL main_part else_part"
+  arch=$1 recipe=$2 net=$3 seed=$4 parts=$(parts_of "$3")
   read -r epochs warmup batch lr wd out_dim hidden bottleneck temp momentum sep crop patch probe_lr \
     <<< "$(awk -v arch="$arch" '$1 == arch { $1 = ""; print }' <<< "$SETTINGS")"
   epochs=${EPOCHS:-$epochs}
   folder=$RESULT/${arch}_${recipe}_${net}_seed$seed
   ((warmup <= epochs)) || warmup=$epochs
-  [[ $net != dino ]] || parts=ALL
-  [[ $net != untrained ]] || epochs=0 folder=$RESULT/${arch}_untrained_seed$seed
+  [[ $net != untrained ]] || epochs=0 folder=$RESULT/${arch}_untrained_seed$seed parts=$(parts_of CLeVER)
 }
 
 # settings: print what the results of the cell depend on, a name and its value per line.
@@ -139,8 +133,6 @@ run() {
   fi
 }
 
-# The steps.
-# shellcheck disable=SC2086
 pretrain() {
   local recipe=$recipe network=$net
   [[ $net != untrained ]] || recipe=aug1_2 network=CLeVER # the backbone, all that is used, is the same with any of them
@@ -155,33 +147,28 @@ pretrain() {
     --global_crops_size "$SIZE" --global_crops_scale "$crop" 1 --local_crops_number 0 --use_fp16 false $PRETRAIN_FLAGS
 }
 
-# shellcheck disable=SC2086
 probe() {
   run eval_linear.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" \
     --else_part $parts --epochs 20 --val_freq 10 --batch_size_per_gpu 64 --lr "$probe_lr" --seed "$seed" $PROBE_FLAGS "$@"
 }
 
-# shellcheck disable=SC2086
 perturbation() { probe --evaluate --test_aug_type $PERTURBATIONS --per_image true; }
 
-# shellcheck disable=SC2086
 knn() {
   run eval_knn.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" \
     --else_part $parts --nb_knn 20 --test_aug_type $PERTURBATIONS --per_image true $KNN_FLAGS
 }
 
-# shellcheck disable=SC2086
 equivariance() {
   [[ $net != untrained ]] || return 0 # it is a control in the results of every trained network
   local hp1=""
-  [[ $net != dino ]] || hp1="--hp1 0.8" # the number of random dimensions; CLeVER's checkpoints say how wide the EF is
+  [[ $parts != ALL ]] || hp1="--hp1 0.8" # the number of random dimensions; other checkpoints say how wide the EF is
   run eval_equivariance.py --pretrained_weights "$folder/checkpoint.pth" --data_path "$data" --output_dir "$folder" $hp1 \
     --transforms rotation crop jitter blur flip solarize --num_images 2000 --views_per_image 4 --seed "$seed" \
     $EQUIVARIANCE_FLAGS # no transformation `grey`, which grey images do not show
 }
 
 is_complete() {
-  local step
   for step in $STEPS; do [[ -e $folder/$step.done ]] || return 1; done
 }
 
@@ -231,7 +218,7 @@ work() {
     mkdir "$claims/$i" 2> /dev/null || continue
     choose_cell ${waiting[i]}
     mkdir -p "$folder"
-    outcome=done
+    outcome="done"
     run_cell >> "$folder/cell.log" 2>&1 || outcome=FAILED
     touch "$claims/$i/ended"
     ended=$(find "$claims" -name ended | wc -l)
@@ -281,7 +268,7 @@ workers=()
 
 select_cells
 status=0
-python -m scripts.study_table "$RESULT" --out "$RESULT" || status=$?
+python -m scripts.tables "$RESULT" --out "$RESULT" || status=$?
 for cell in ${waiting[@]+"${waiting[@]}"}; do
   choose_cell $cell
   tell "failed: $folder, see $folder/cell.log; the same command continues it" >&2

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from support.processes import ROOT
 
-from clever.data import rendering_cpp
 from scripts import doctor
 from vmamba import extension
 
@@ -44,14 +43,3 @@ def test_advice(chosen, outdated, tools, words):
 def test_advice_for_the_renderer_comes_after_that_for_the_scan():
     assert doctor.advice({"cpu": "cpp"}, [], True, True, "build it") == "build it"
     assert doctor.advice({"cpu": "torch"}, [], True, True, "build it") == extension.BUILD
-
-
-@pytest.mark.parametrize("reason", [None, "no such library"])
-def test_a_missing_renderer_is_named_with_its_command(reason, monkeypatch, capsys):
-    monkeypatch.setattr(rendering_cpp, "unavailable_reason", lambda: reason)
-    if reason is None and not rendering_cpp.VIEWS.build_folders():
-        pytest.skip("the renderer is not compiled here")
-    command = doctor.show_renderer()
-    expected = r"^views .*no such library" if reason else r"^views +cpp selected \(\w+ instructions"
-    assert re.search(expected, capsys.readouterr().out)
-    assert command == ("python csrc/views/setup.py build_ext --inplace" if reason else None)

@@ -44,15 +44,6 @@ def test_runs_as_a_module_and_writes_markdown(tmp_path):
     assert (tmp_path / "table.md").read_text() == result.stdout
 
 
-def test_without_names_what_does_not_run_at_the_size_is_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(model_table, "backbone_names", lambda: ["vit_tiny", "resnet8"])
-    monkeypatch.setattr(sys, "argv", ["model_table.py", "--img_size", "40"])
-    model_table.main()
-    printed = capsys.readouterr()
-    assert [line.split()[1] for line in printed.out.splitlines() if "---" not in line] == ["backbone", "resnet8"]
-    assert "vit_tiny left out: image size 40" in printed.err
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -20,9 +20,8 @@ from support.shell import SCRIPTS, run
 
 from clever.evaluation.hits import pack_hits
 from clever.evaluation.tables import SPACES
-from scripts import study_table
-from scripts.study_records import load_study, save_records
-from scripts.study_table import make_row, mean_and_std, paired_interval
+from scripts.study_stats import paired_interval
+from scripts.tables import main as make_tables
 
 IMAGES = 400
 PARTS = {"ALL": "ALL", "IR": "main_part", "EF": "else_part"}
@@ -32,7 +31,7 @@ SETTINGS = {"data": "data/digits", "epochs": "2", "lr": "0.016", "PRETRAIN_FLAGS
 
 def write_cell(root: Path, net: str, seed: int, recipe: str = "aug1_2", **settings: str) -> Path:
     """A cell with known accuracies: `ori` as in ACCURACY, `aug1_2` 10 points less; IR a point more, EF 10 points less."""
-    folder = root / f"resnet8_{recipe}_{net}_seed{seed}"
+    folder = root / f"{settings.get('arch', 'resnet8')}_{recipe}_{net}_seed{seed}"
     folder.mkdir(parents=True)
     values = {"arch": "resnet8", "recipe": recipe, "net": net, "seed": seed, **SETTINGS, **settings}
     (folder / "settings.txt").write_text("".join(f"{name} {value}\n" for name, value in values.items()))
@@ -87,7 +86,7 @@ def cells(tmp_path):
 
 def tables_of(source: Path) -> dict[str, list[list[str]]]:
     """{title: rows of its table} of what the script prints."""
-    outcome = call(study_table.main, source)
+    outcome = call(make_tables, source)
     assert outcome.status == 0, outcome
     tables: dict[str, list[list[str]]] = {}
     for line in outcome.stdout.splitlines():
@@ -118,23 +117,6 @@ def test_interval_of_one_seed_is_that_of_the_binomial_distribution():
 def test_interval_contains_the_variation_between_seeds():
     """Differences 0 and 1 of two seeds, the same on all images: only the seeds vary; a quarter of the draws each is 0 and 1."""
     assert paired_interval(np.array([[0] * 100, [1] * 100])) == pytest.approx((0.5, 0, 1))
-    narrow = paired_interval(np.full((2, 100), 0.5))
-    assert narrow == pytest.approx((0.5, 0.5, 0.5))
-
-
-def test_images_are_shared_by_all_seeds():
-    """Equal hits of all seeds give the interval of one: more seeds on the same images do not count as more images."""
-    hits = (np.arange(500) < 200)[None].astype(float)
-    assert paired_interval(hits) == pytest.approx(paired_interval(np.repeat(hits, 5, axis=0)))
-
-
-def test_interval_is_quick():
-    differences = np.random.default_rng(0).integers(-1, 2, (3, 10_000))
-    paired_interval(differences)  # the draws of the images are made once
-    start = time.process_time()
-    for _ in range(5):
-        paired_interval(differences)
-    assert time.process_time() - start < 2
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -174,26 +156,6 @@ def test_equivariance(cells):
     assert tables["resnet8: cosine gap"][1][4] == "0.300 ± 0.050"
 
 
-def test_no_table_of_equivariance_without_results(cells):
-    """Another backbone without this step; no transformation whose result is an accuracy."""
-    (write_cell(cells / "second", "dino", 0, arch="vit_micro") / "equivariance.json").unlink()
-    file = write_cell(cells / "third", "dino", 0, arch="resnet18") / "equivariance.json"
-    record = json.loads(file.read_text())
-    record["results"] = [result for result in record["results"] if result["transform"] == "rotation"]
-    file.write_text(json.dumps(record))
-    titles = {arch: [] for arch in ("resnet8", "vit_micro", "resnet18")}
-    for title, rows in tables_of(cells).items():
-        titles[title.split(":")[0]].append(title.split(": ")[1].split(" (")[0])
-        assert len(rows) > 1, title
-    accuracies = ["top-1", "differences of top-1"] * 2
-    known = "what is known about transformations"
-    assert titles == {
-        "resnet8": [*accuracies, f"{known}, R2", f"{known}, accuracy", "cosine gap"],
-        "vit_micro": accuracies,
-        "resnet18": [*accuracies, f"{known}, R2", "cosine gap"],
-    }
-
-
 def test_missing_results_are_named(cells):
     """A network without any result, fewer seeds, a single missing file: none is averaged without a word."""
     write_cell(cells, "CLeVER", 0, recipe="aug1")  # aug1: one seed of CLeVER, none of dino
@@ -215,15 +177,10 @@ def test_missing_results_are_named(cells):
     assert rows["rotation", "aug1", "dino"][:3] == ["0", "missing", ""]
 
 
-def test_cells_of_a_row():
-    assert mean_and_std([], 1) == (0, "") and mean_and_std([2.0], 1) == (1, "2.0")
-    assert make_row(["a"], [(3, "x"), None, (0, ""), (2, "y")]) == ["a", "3", "x", "", "missing", "y (2 of 3 seeds)"]
-
-
 def test_tables_and_pictures_from_the_collected_records_alone(cells, tmp_path):
     outcomes = []
     for source, out in ((cells, "first"), (tmp_path / "first" / "records.json", "second")):
-        outcomes.append(call(study_table.main, source, "--out", tmp_path / out))
+        outcomes.append(call(make_tables, source, "--out", tmp_path / out))
         assert outcomes[-1].status == 0 and not outcomes[-1].stderr, outcomes[-1]
         shutil.rmtree(cells, ignore_errors=True)
     first, second = (snapshot(tmp_path / name) for name in ("first", "second"))
@@ -236,84 +193,30 @@ def test_tables_and_pictures_from_the_collected_records_alone(cells, tmp_path):
         assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 10
 
 
-def test_untrained_networks_alone(tmp_path):
-    write_cell(tmp_path / "cells", "untrained", 0, recipe="-")
-    outcome = call(study_table.main, tmp_path / "cells", "--out", tmp_path / "out")
-    assert outcome.status == 0 and "| untrained ALL |     1 | 20.0 |   10.0 |" in outcome.stdout, outcome
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["records.json", "tables.md"]
+@pytest.mark.parametrize("folder", ["", "digits", "sep0.1"])
+def test_committed_tables_come_from_the_committed_records(folder):
+    outcome = call(make_tables, ROOT / "docs" / "study" / folder / "records.json")
+    assert outcome.stdout == (ROOT / "docs" / "study" / folder / "tables.md").read_text() + "\n", outcome.stderr
 
 
 def test_refused_sources(cells, tmp_path):
-    before = snapshot(tmp_path)
-    (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text("{}")
-    for source, words in (("empty", "no cells"), ("other.json", "records.json"), ("none", "records.json")):
-        assert_refused(call(study_table.main, tmp_path / source, "--out", tmp_path / "out"), str(tmp_path / source), words)
+    assert_refused(call(make_tables, tmp_path / "other.json", "--out", tmp_path / "out"), "neither the folder of a study nor")
     shutil.copytree(cells / "resnet8_aug1_2_dino_seed0", cells / "copy")
-    assert_refused(call(study_table.main, cells), "two cells resnet8 aug1_2 dino 0")
+    assert_refused(call(make_tables, cells), "two cells resnet8 aug1_2 dino 0")
     shutil.rmtree(cells / "copy")
     write_cell(cells, "dino", 3, lr="0.5")
-    assert_refused(call(study_table.main, cells), "resnet8 lr: 0.5 in resnet8 aug1_2 dino 3, but 0.016 in ")
+    assert_refused(call(make_tables, cells), "resnet8 has cells with different lr: 0.016, 0.5")
     shutil.rmtree(cells / "resnet8_aug1_2_dino_seed3")
+    half = json.dumps({"part": "ALL", "num_test_images": IMAGES, "accuracy": 5.0, "correct": pack_hits(np.ones(IMAGES // 2))})
     for name in ("knn_ori_ALL.json", "only_eval_ori_linear_ALL.json", "log.txt", "equivariance.json"):
         file = cells / "resnet8_aug1_2_dino_seed0" / name
-        for text in ("{", '{"part": "ALL"}', "[5]", '{"results": []}', '{"results": [1]}'):
-            whole = file.read_text()
-            file.write_text(text)
-            assert_refused(call(study_table.main, cells), str(file), "not a result of the study")
-            file.write_text(whole)
-    for text in ("", "arch resnet8\nrecipe aug1_2\nnet dino\nseed x\n"):
-        file = cells / "resnet8_aug1_2_dino_seed0" / "settings.txt"
         whole = file.read_text()
-        file.write_text(text)
-        assert_refused(call(study_table.main, cells), str(file), "not the settings of a cell")
+        for text in ("{", "[5]", half):
+            file.write_text(text)
+            assert_refused(call(make_tables, cells), str(file), "not ")
         file.write_text(whole)
-    shutil.rmtree(tmp_path / "empty")
-    (tmp_path / "other.json").unlink()
-    assert snapshot(tmp_path) == before
-
-
-def test_damaged_hits_are_refused(cells):
-    file = cells / "resnet8_aug1_2_dino_seed0" / "knn_ori_ALL.json"
-    record = json.loads(file.read_text())
-    record["results"][0]["correct"] = pack_hits(np.ones(IMAGES // 2))
-    file.write_text(json.dumps(record))
-    assert_refused(call(study_table.main, cells), str(file), "not a result of the study", "expected 400")
-
-
-def test_damaged_records_are_refused(cells, tmp_path):
-    """Each field of the collected records that tables need, lost or of another kind."""
-    save_records(load_study(cells), records := tmp_path / "records.json")
-    whole = records.read_text()
-    assert call(study_table.main, records).status == 0
-
-    def damage(**fields):
-        """The text of the records in which these fields of the last cell, one of dino, are others, or are lost if None."""
-        *others, cell = json.loads(whole)["cells"]
-        cell = {name: value for name, value in {**cell, **fields}.items() if value is not None}
-        return json.dumps({"cells": [*others, cell]})
-
-    texts = ["[]", '{"cells": 5}', '{"cells": [1]}', '{"cells": [{"settings": {}}]}']
-    texts += [damage(**{name: value}) for name in ("settings", "probe", "knn", "loss") for value in (None, ["x"], "x")]
-    texts += [damage(results=[1]), damage(gaps=[{}]), damage(num_test_images=8)]
-    texts += [damage(probe={"ALL": {"ori": entry}}) for entry in ({}, {"top1": "x"}, {"top1": 1, "correct": "!"})]
-    for text in texts:
-        records.write_text(text)
-        assert_refused(call(study_table.main, records), f"{records}: neither a folder nor a file records.json")
-
-
-def test_a_file_in_place_of_the_output_folder_is_refused_before_anything_is_read(tmp_path):
-    (file := tmp_path / "file").write_text("x")
-    assert_refused(call(study_table.main, tmp_path / "none", "--out", file), f"--out {file}: is a file")
-
-
-def test_hits_are_kept_only_where_differences_need_them(cells):
-    study = load_study(cells)
-    kept = {
-        (net, part) for (_, _, net, _), cell in study.items() for part, entries in cell["probe"].items()
-        if "correct" in entries["ori"]
-    }  # fmt: skip
-    assert kept == {("dino", "ALL"), ("CLeVER", "ALL"), ("CLeVER", "IR")}
+    assert not (tmp_path / "out").exists()
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
@@ -325,19 +228,14 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"STUDY": "large"}, ("STUDY=large", "small or full")),
+        ({"STUDY": "large"}, ("STUDY=large", "small full")),
         ({"NETS": "dino simclr"}, ("NETS=dino simclr", "simclr", "dino CLeVER untrained")),
         ({"ARCHS": "vit_giant"}, ("ARCHS=vit_giant", "resnet8 vit_micro vssm2-vmambav2_micro")),
         ({"RECIPES": "aug9"}, ("RECIPES=aug9", "aug1 aug1_2 aug1_4_2")),
         ({"RECIPES": "aug1 aug1"}, ("RECIPES=aug1 aug1", "twice")),
         ({"SEEDS": "0 x"}, ("SEEDS=0 x", "whole numbers")),
-        ({"SEEDS": "1 1"}, ("SEEDS=1 1", "twice")),
-        ({"SEEDS": "00 0"}, ("SEEDS=00 0", "leading zeros")),
         ({"STEPS": "train"}, ("STEPS=train", "pretrain probe perturbation knn equivariance")),
         ({"EPOCHS": "0"}, ("EPOCHS=0", "1 or more")),
-        ({"JOBS": "two"}, ("JOBS=two", "1 or more")),
-        ({"SIZE": "0"}, ("SIZE=0", "1 or more")),
-        ({"TUNE": "yes"}, ("TUNE=yes", "0 1")),
         ({"DATA": "cifar"}, ("DATA=cifar", "digits, fashion-mnist, or a folder")),
     ],
 )

@@ -1,15 +1,14 @@
-"""The table of results: rows, columns, the newest of several results, ignored files, errors, written files."""
+"""Tables of networks: rows, columns, the newest of several results, files left out or refused, the picture."""
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.in_process import assert_refused, call, snapshot
+from support.in_process import assert_refused, call
 
-from scripts import results_table
+from scripts import tables
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def write(tmp_path):
 def table_of(tmp_path, *folders):
     """Run the script: (rows of the Markdown table as lists of cells, results.json, stderr)."""
     folders = folders or (tmp_path / "runs",)
-    outcome = call(results_table.main, *folders, "--out", tmp_path / "out")
+    outcome = call(tables.main, *folders, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert outcome.stdout.startswith(results["markdown"])
@@ -80,18 +79,6 @@ def test_order_of_rows_and_columns_and_missing_results(tmp_path, write):
     assert err == ""
 
 
-def test_markdown_columns_are_aligned(tmp_path, write):
-    write("a.json", 100.0)
-    write("b.json", 5.0, net="dino", aug="aug1_4_2")
-    _, results, _ = table_of(tmp_path)
-    assert results["markdown"] == (
-        "| top-1 (%)  |   ori | aug1_4_2 |\n"
-        "| ---------- | ----: | -------: |\n"
-        "| dino ALL   |     - |      5.0 |\n"
-        "| CLeVER ALL | 100.0 |        - |"
-    )
-
-
 def test_the_newest_of_several_results_counts(tmp_path, write):
     write("z/first.json", 10.0)
     newest = write("a/second.json", 20.0)
@@ -102,17 +89,23 @@ def test_the_newest_of_several_results_counts(tmp_path, write):
     assert record["accuracy"] == 20.0 and record["file"] == str(newest) and "args" not in record
 
 
-def test_a_file_that_two_folders_share_is_one_result(tmp_path, write):
-    write("a/x.json", 10.0)
-    _, results, err = table_of(tmp_path, tmp_path / "runs", tmp_path / "runs" / "a")
-    assert len(results["records"]) == 1 and err == ""
-
-
-def test_rows_name_the_architecture_if_there_are_several(tmp_path, write):
-    write("a.json", 10.0, arch="vit_tiny")
-    write("b.json", 20.0, arch="resnet18")
-    lines, _, _ = table_of(tmp_path)
-    assert lines[2:] == [["CLeVER resnet18 ALL", "20.0"], ["CLeVER vit_tiny ALL", "10.0"]]
+def test_what_is_no_result_is_left_out_and_what_is_damaged_refused(tmp_path, write):
+    runs = write("a.json", 10.0).parent
+    write("other.json", 99.0, kind="knn", net="dino", results=[])
+    (runs / "list.json").write_text("[1, 2]")
+    (runs / "link.json").symlink_to(runs / "removed.json")
+    lines, _, err = table_of(tmp_path)
+    assert lines[2:] == [["CLeVER ALL", "10.0"]] and err == ""
+    lines, _, _ = table_of(tmp_path, runs, tmp_path / "out")  # with its own results.json in the input
+    assert lines[2:] == [["CLeVER ALL", "10.0"]]
+    for text in ('{"kind": "linear_pro', '{"kind": "linear_probe", "accuracy": 1.0}', '{"kind": "knn", "net": 5}'):
+        (runs / "broken.json").write_text(text)
+        assert_refused(call(tables.main, runs, "--out", tmp_path / "new"), str(runs / "broken.json"))
+    assert_refused(call(tables.main, tmp_path / "nowhere"), "is not a folder")
+    equivariance(tmp_path / "empty")
+    assert_refused(call(tables.main, tmp_path / "empty", "--out", tmp_path / "new"), "no results of eval_linear.py")
+    assert_refused(call(tables.main, runs, "--out", runs / "a.json"), f"--out {runs / 'a.json'}: is a file")
+    assert not (tmp_path / "new").exists()
 
 
 def test_data_sets_and_seeds_are_not_merged(tmp_path, write):
@@ -135,109 +128,24 @@ def test_data_sets_and_seeds_are_not_merged(tmp_path, write):
     ]
 
 
-def test_networks_pretrained_with_other_seeds_have_rows_of_their_own(tmp_path, write):
-    """`untrained` depends on the seed as well. An older file does not say it; dino has only one."""
-    for seed in (0, 1):
-        write(f"c{seed}.json", 10.0 + seed, pretraining_seed=seed)
-        write(f"r{seed}.json", 20.0 + seed, pretraining_seed=seed, epochs=0)
-    write("old.json", 30.0, pretraining_seed=None)
-    write("d.json", 40.0, net="dino", pretraining_seed=1)
-    lines, _, err = table_of(tmp_path)
-    assert err == ""
-    assert lines[2:] == [
-        ["dino ALL", "40.0"],
-        ["CLeVER ALL", "30.0"],
-        ["untrained pretraining seed 0 ALL", "20.0"],
-        ["CLeVER pretraining seed 0 ALL", "10.0"],
-        ["untrained pretraining seed 1 ALL", "21.0"],
-        ["CLeVER pretraining seed 1 ALL", "11.0"],
-    ]
-
-
-def test_results_without_the_seed_of_the_pretraining_are_read(tmp_path, write):
-    """As older versions wrote them."""
-    for path in (write("a.json", 10.0), write("b.json", 20.0, part="main_part")):
-        record = json.loads(path.read_text())
-        del record["pretraining_seed"]
-        path.write_text(json.dumps(record))
-    lines, _, err = table_of(tmp_path)
-    assert lines[2:] == [["CLeVER ALL", "10.0"], ["CLeVER IR", "20.0"]] and err == ""
-
-
-def test_other_files_are_ignored(tmp_path, write):
-    runs = write("a.json", 10.0).parent
-    write("other.json", 99.0, kind="knn", net="dino")
-    (runs / "list.json").write_text("[1, 2]")
-    (runs / "log.txt").write_text('{"kind": "linear_probe"}')
-    (runs / "half.json").write_text('{"kind": "linear_pro')
-    (runs / "folder.json").mkdir()
-    (runs / "link.json").symlink_to(runs / "removed.json")
-    lines, _, err = table_of(tmp_path)
-    assert lines[2:] == [["CLeVER ALL", "10.0"]]
-    assert sorted(err.splitlines()) == [
-        f"note: {runs / 'half.json'} is not valid JSON, ignored",
-        f"note: {runs / 'link.json'} is a broken link, ignored",
-    ]
-    lines, _, _ = table_of(tmp_path, runs, tmp_path / "out")  # with its own results.json in the input
-    assert lines[2:] == [["CLeVER ALL", "10.0"]]
-
-
-def test_errors_are_one_line_and_nothing_is_written(tmp_path):
-    (tmp_path / "runs").mkdir()
-    arguments = [tmp_path / "runs", "--out", tmp_path / "out"]
-    broken = tmp_path / "runs" / "broken.json"
-    for words in ("no results", "broken.json is a result without net, arch, part", "is not a folder"):
-        assert_refused(call(results_table.main, *arguments), words)
-        if broken.exists():
-            arguments[0] = tmp_path / "nowhere"
-        broken.write_text('{"kind": "linear_probe", "test_aug_type": "ori", "accuracy": 1.0}')
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path, write):
-    path = write("a.json", 10.0)
-    before = path.read_bytes()
-    assert_refused(call(results_table.main, path.parent, "--out", path), f"--out {path}: is a file")
-    assert path.read_bytes() == before
-
-
-def test_an_interrupted_write_leaves_the_old_picture(tmp_path, write, monkeypatch):
-    write("a.json", 10.0)
-    table_of(tmp_path)
-    before = snapshot(tmp_path / "out")
-
-    def interrupted(figure, file, **options):
-        Path(file).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        call(results_table.main, tmp_path / "runs", "--out", tmp_path / "out")
-    assert snapshot(tmp_path / "out") == before
-
-
-def test_chance_level_needs_one_number_of_classes():
-    assert results_table.chance_level([{"num_labels": 10}, {"num_labels": 10}]) == 10.0
-    assert results_table.chance_level([{"num_labels": 10}, {"num_labels": 100}]) is None
-    assert results_table.chance_level([{}]) is None
-
-
 def test_the_plot_has_every_row_and_nothing_is_cut(tmp_path, write, monkeypatch):
+    equivariance(tmp_path / "runs")
     figures = []
-    monkeypatch.setattr(results_table.plt, "close", figures.append)
+    monkeypatch.setattr(tables.plt, "close", figures.append)
     for i, part in enumerate(("ALL", "main_part", "else_part")):
         for j, aug in enumerate(("ori", "aug1_2")):
             write(f"{i}{j}.json", 100.0 if i == 0 else 10.0 * i + j, part=part, aug=aug)
     table_of(tmp_path)
     [figure] = figures
-    [axes] = figure.axes
+    axes, rotation = figure.axes
+    assert [label.get_text().split("\n")[0] for label in rotation.get_xticklabels()] == ["R2 of the angle", "cosine gap"]
     heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
     assert heights == {"CLeVER ALL": [100, 100], "CLeVER IR": [10, 11], "CLeVER EF": [20, 21]}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["ori", "aug1_2"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()][-3:] == list(heights)
-    assert "chance (10 %)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"chance (10 %)", *heights, "CLeVER random dimensions"} <= set(legend) and len(legend) == len(set(legend))
     monkeypatch.undo()
-    results_table.plt.close(figure)
+    tables.plt.close(figure)
 
     pixels = np.asarray(Image.open(tmp_path / "out" / "results.png").convert("L"))
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -314,42 +222,3 @@ def test_rotation_of_several_seeds_has_a_row_for_each(tmp_path, write):
     assert err == "" and "untrained pretraining seed 0 evaluation seed 0 ALL" in rows
 
 
-def test_the_newest_of_several_results_for_rotation_counts(tmp_path, write):
-    write("a.json", 80.0)
-    for when, folder in enumerate(("z", "a")):
-        newest = equivariance(tmp_path / "runs" / folder, "dino", r2=0.6 + 0.1 * when)
-        os.utime(newest, (when, when))
-    _, results, err = table_of(tmp_path)
-    assert results["rotation"]["dino ALL"]["r2"][0] == 0.7
-    rows = ("dino ALL", "dino random dimensions")
-    assert err == "".join(f"note: {row}, rotation: 2 results, the newest counts: {newest}\n" for row in rows)
-
-
-def test_rotation_of_a_single_random_part_has_no_standard_deviation(tmp_path, write):
-    write("a.json", 80.0)
-    path = equivariance(tmp_path / "runs")
-    path.write_text(path.read_text().replace('"draws": 5', '"draws": 1').replace("0.25", "0.0").replace("0.125", "0.0"))
-    lines, results, _ = table_of(tmp_path)
-    assert ["CLeVER random dimensions", "0.50", "0.50"] in lines
-    assert results["rotation"]["CLeVER random dimensions"]["r2"] == [pytest.approx(0.5), None]
-
-
-def test_rotation_alone_is_not_enough(tmp_path):
-    equivariance(tmp_path / "runs")
-    assert_refused(call(results_table.main, tmp_path / "runs", "--out", tmp_path / "out"), "no results of eval_linear.py")
-    assert not (tmp_path / "out").exists()
-
-
-def test_rotation_has_a_panel_with_every_row(tmp_path, write, monkeypatch):
-    figures = []
-    monkeypatch.setattr(results_table.plt, "close", figures.append)
-    write("a.json", 80.0)
-    equivariance(tmp_path / "runs", r2=0.7)
-    _, results, _ = table_of(tmp_path)
-    panel = figures[0].axes[1]
-    labelled = [bars for bars in panel.containers if bars.get_label() in results["rotation"]]
-    bars = {bars.get_label(): bars.patches[0].get_height() for bars in labelled}
-    assert bars == {row: values["r2"][0] for row, values in results["rotation"].items()}
-    assert {text.get_text() for text in figures[0].legends[0].get_texts()} >= set(bars)
-    monkeypatch.undo()
-    results_table.plt.close(figures[0])

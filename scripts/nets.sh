@@ -1,0 +1,12 @@
+# source scripts/nets.sh   (as common.sh, quickstart.sh and study.sh do)
+#
+# The rows of clever.methods.METHODS, for scripts that start before there is a Python; a test compares them.
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # used by those scripts
+ALL_NETS="dino CLeVER"
+SPLIT_NETS="CLeVER" # those with an IR and an EF
+
+# parts_of NET: print the parts of its representation, as --else_part names them.
+parts_of() {
+  if [[ " $SPLIT_NETS " == *" $1 "* ]]; then echo "ALL main_part else_part"; else echo ALL; fi
+}
