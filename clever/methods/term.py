@@ -1,0 +1,83 @@
+"""The interface of equivariant terms: what a method adds to the base objective, loss = base + equiv_lambd * term.
+
+A term is on the student's side only. Its networks are trained by the same optimizer and are not in the teacher.
+
+Shapes: B images; d width of the features that the term sees (of the representation, or of its EF); N extra images; P columns of
+a code of a view (clever/data/codes.py).
+"""
+
+import argparse
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clever.data.augmentations import ViewDistribution
+
+
+class Term(nn.Module):
+    """A term. Subclasses make their networks from (d, args) and define `forward`.
+
+    Class attributes:
+        about: one line for --help.
+        lambd: default of --equiv_lambd.
+        is_told: whether it uses the codes of the views.
+        part: "ALL" or "EF", the default of --equiv_part; `parts`: what may be chosen.
+        needs_batch: whether images of a batch are compared with each other.
+    """
+
+    about: ClassVar[str]
+    lambd: ClassVar[float] = 1.0
+    is_told: ClassVar[bool] = True
+    part: ClassVar[str] = "ALL"
+    parts: ClassVar[tuple[str, ...]] = ("ALL", "EF")
+    needs_batch: ClassVar[bool] = False
+
+    @staticmethod
+    def extra_views(args: argparse.Namespace) -> list[ViewDistribution]:
+        """Distributions of the E views of its own, which are of one size; they never change the base views."""
+        return []
+
+    @staticmethod
+    def images_per_draw(args: argparse.Namespace) -> int:
+        """So many consecutive images of a batch have equal random numbers in the extra views."""
+        return 1
+
+    def images(self, extra: Tensor) -> Tensor:
+        """Extra views [E, B, 3, S, S] -> the images [N, 3, S, S] whose features the term gets."""
+        return extra.flatten(0, 1)
+
+    def forward(self, z: Tensor, codes: Tensor, extra: Tensor | None) -> dict[str, Tensor]:
+        """Named values, 0-dim; "term" is what the weight multiplies, the others are logged.
+
+        Args:
+            z: the student's features [2, B, d] of the global views.
+            codes: [B, 2 + E, P], of the global and the extra views.
+            extra: the student's features [N, d] of `images`.
+        """
+        raise NotImplementedError
+
+
+def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False, last_bias: bool = True) -> nn.Sequential:
+    """Linear layers of these widths; after each but the last a norm and ReLU."""
+    layers: list[nn.Module] = []
+    for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        last = i == len(widths) - 2
+        layers.append(nn.Linear(n_in, n_out, bias=last_bias if last else bias))
+        layers += [] if last else [norm(n_out), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Rows [m, ...] of all processes, in the order of ranks; own rows keep their gradient.
+
+    With a loss that is multiplied by the number of processes, DistributedDataParallel's mean then gives the gradient of the loss
+    of all rows.
+    """
+    from clever.distributed import all_gather_rows, get_rank, get_world_size
+
+    if get_world_size() == 1:
+        return rows
+    shares = list(all_gather_rows(rows.detach()).chunk(get_world_size()))
+    shares[get_rank()] = rows
+    return torch.cat(shares)
