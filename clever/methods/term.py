@@ -7,12 +7,14 @@ a code of a view (clever/data/codes.py).
 """
 
 import argparse
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from clever.data.augmentations import ViewDistribution
+from clever.distributed import all_gather_rows, get_rank, get_world_size
 
 
 class Term(nn.Module):
@@ -47,6 +49,7 @@ class Term(nn.Module):
         """Extra views [E, B, 3, S, S] -> the images [N, 3, S, S] whose features the term gets."""
         return extra.flatten(0, 1)
 
+    @abstractmethod
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor | None) -> dict[str, Tensor]:
         """Named values, 0-dim; "term" is what the weight multiplies, the others are logged.
 
@@ -55,7 +58,6 @@ class Term(nn.Module):
             codes: [B, 2 + E, P], of the global and the extra views.
             extra: the student's features [N, d] of `images`.
         """
-        raise NotImplementedError
 
 
 def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False, last_bias: bool = True) -> nn.Sequential:
@@ -71,11 +73,9 @@ def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Rows [m, ...] of all processes, in the order of ranks; own rows keep their gradient.
 
-    With a loss that is multiplied by the number of processes, DistributedDataParallel's mean then gives the gradient of the loss
-    of all rows.
+    With a loss that is multiplied by the number of processes, DistributedDataParallel's mean then gives the gradient of the
+    loss of all rows.
     """
-    from clever.distributed import all_gather_rows, get_rank, get_world_size
-
     if get_world_size() == 1:
         return rows
     shares = list(all_gather_rows(rows.detach()).chunk(get_world_size()))
