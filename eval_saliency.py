@@ -160,7 +160,7 @@ def main() -> None:
     failures: dict[str, str] = {}
     for name, pairs in sets.items():
         title, output = name or args.images or args.image_path, Path(args.output_dir, name)
-        print(f"{pretrained.net} {pretrained.arch}, {title}: {utils.plural(len(pairs), 'image')}")
+        print(f"{pretrained.net} {pretrained.arch}, {title}: {len(pairs)} images")
         rows = evaluate(detector, build_loader(args, pretrained, pairs), output)
         failures |= {str(Path(name, row["image"])): row["error"] for row in rows if "error" in row}
         if distributed.is_main_process():

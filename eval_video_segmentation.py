@@ -29,7 +29,7 @@ from clever import arguments, distributed, utils
 from clever.arguments import bool_flag
 from clever.data.augmentations import IMAGENET_STD
 from clever.entry import run_entry_point
-from clever.evaluation.images import check_failures, montage
+from clever.evaluation.images import check_failures, montage, save_png
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
 from clever.evaluation.video import davis, metrics
 from clever.evaluation.video.davis import Video
@@ -38,7 +38,7 @@ from clever.evaluation.video.metrics import VideoScores
 from clever.evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
 from clever.locking import locked
 from clever.progress import progress
-from clever.utils import InputError, plural, whole_folder
+from clever.utils import InputError, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
 
@@ -162,7 +162,7 @@ def write_results(scores: list[VideoScores], pretrained: Pretrained, output: Pat
     utils.save_json(record, result_paths(output, args.subset)[0])
     metrics.save_tables(output, args.subset, objects)
     metrics.print_scores(objects)
-    print(f"wrote the scores of {len(objects)} objects of {plural(len(scored), 'video')} to {output}")
+    print(f"wrote the scores of {len(objects)} objects of {len(scored)} videos to {output}")
 
 
 def contact_sheet_row(video: Video, folder: Path, columns: int = 6) -> list[Image.Image]:
@@ -185,7 +185,7 @@ def main() -> None:
             for path in result_paths(output, args.subset):
                 path.unlink(missing_ok=True)
         frames = sum(len(video.frames) for video in videos)
-        print(f"{pretrained.net} {pretrained.arch}, {plural(len(videos), 'video')}, {plural(frames, 'frame')}, {device}")
+        print(f"{pretrained.net} {pretrained.arch}, {len(videos)} videos, {frames} frames, {device}")
         scores, failures = evaluate(segmenter, videos, output, mask_settings(args, pretrained), args.score)
         failures = unreadable | failures
         finished = [video for video in videos if video.name not in failures]
@@ -193,7 +193,7 @@ def main() -> None:
             write_results(scores, pretrained, output, args)
         if distributed.is_main_process() and finished:
             rows = [contact_sheet_row(video, output / video.name) for video in finished]
-            utils.save_png(montage(rows), result_paths(output, args.subset)[1])
+            save_png(montage(rows), result_paths(output, args.subset)[1])
         check_failures(failures, len(names))
 
 

@@ -10,6 +10,7 @@ Objectives: clever/methods/. Training step: clever/training/pretraining.py. Netw
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from clever.training.build import build_networks, build_pretraining, images_per_
 from clever.training.loggers import Loggers, add_logger_argument, check_log_to
 from clever.training.pretraining import EpochSampler, Pretraining
 from clever.training.telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
-from clever.utils import InputError, set_aside, write_text_atomically
+from clever.utils import InputError, write_text_atomically
 
 RESUME = "the same command goes on from there"
 # Arguments that determine the tensors of a checkpoint: a run cannot resume with other ones.
@@ -255,6 +256,15 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
         distributed.barrier()
         raise signals.Interrupted(f"{stop}, saved in {args.output_dir}; {RESUME}", 0) from None
     return means
+
+
+def set_aside(path: Path) -> None:
+    """Give a file that exists another name, log.txt for example log.1.txt, and say so."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        new = next(name for name in names if not name.exists())
+        path.rename(new)
+        print(f"{path} is kept as {new.name}")
 
 
 def write_files(given: argparse.Namespace, log: Path, start_epoch: int, is_new: bool) -> None:

@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clever import arguments, distributed, utils
+from clever import arguments, distributed
 from clever.arguments import bool_flag
 from clever.data.datasets import unchanged, worker_count, worker_options
 from clever.data.files import list_images
 from clever.entry import run_entry_point
 from clever.evaluation.attention import PictureDataset, cls_attention, draw_frame, draw_overview, draw_pictures
-from clever.evaluation.images import check_failures, images_by_name, natural_order
+from clever.evaluation.images import check_failures, images_by_name, natural_order, save_png
 from clever.evaluation.pretrained import add_backbone_arguments, load_pretrained
 from clever.evaluation.video.files import DEFAULT_FPS, FORMATS, extract_frames, import_pyav, write_video
 from clever.locking import locked
@@ -111,11 +111,11 @@ def find_frames(source: Path, output: Path) -> tuple[dict[str, Path], float]:
 def save_pictures(image: torch.Tensor, attention: torch.Tensor, output: Path, args: argparse.Namespace) -> None:
     """Write the picture of a frame, or all pictures of an image to a folder. Image [3, H, W], attention [heads, h, w]."""
     if args.video:
-        utils.save_png(draw_frame(image, attention), output)
+        save_png(draw_frame(image, attention), output)
         return
     pictures = draw_pictures(image, attention, args.threshold)
     for name, pixels in (pictures | {"overview": draw_overview(pictures)}).items():
-        utils.save_png(pixels, output / f"{name}.png")
+        save_png(pixels, output / f"{name}.png")
 
 
 def draw(backbone: nn.Module, loader: DataLoader, outputs: dict[str, Path], args: argparse.Namespace) -> dict[str, str]:
@@ -152,7 +152,7 @@ def visualize(args: argparse.Namespace, device: torch.device) -> None:
     workers = min(worker_count(args.num_workers), max(len(own) - 1, 0))
     loader = DataLoader(dataset, batch_size=None, collate_fn=unchanged, **worker_options(workers))  # sizes differ
     failures = draw(pretrained.backbone, loader, outputs, args)
-    print(f"wrote the attention of {utils.plural(len(outputs) - len(failures), 'image')} to {output}")
+    print(f"wrote the attention of {len(outputs) - len(failures)} images to {output}")
     if args.video:
         save_video([picture for path, picture in outputs.items() if path not in failures], args, fps)
     check_failures(failures, len(outputs))

@@ -159,11 +159,9 @@ def check_choices(flag: str, values: Sequence[str], choices: Iterable[str]) -> N
 
 def check_installed(value: str, modules: Iterable[str]) -> None:
     """Raise InputError unless the modules that a flag's value needs are installed; `value` is, for example, "--plot umap"."""
-    specs = {module: importlib.util.find_spec(module) for module in modules}
-    missing = [module for module, spec in specs.items() if spec is None or spec.origin is None]  # None: a folder of this name
+    missing = [PIP_NAMES.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        names = [PIP_NAMES.get(module, module) for module in missing]
-        raise InputError(f"{value}: {', '.join(names)} not installed: pip install {' '.join(names)}")
+        raise InputError(f"{value}: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
 
 
 def plain_args(args: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,12 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from clever.arguments import check_installed, plain_args
 from clever.utils import InputError, atomic_file, describe_error
@@ -76,40 +75,6 @@ def _foreign_types(path: str | Path) -> list[str]:
     return []
 
 
-def stored_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about its network and training, by the names of our flags; empty if it says nothing.
-
-    Arguments of other programs that have the names of our flags and other values, such as `net="resnet18"`, are left out. An
-    architecture that stands beside the arguments, as PyTorch's examples and timm have it, is taken.
-    """
-    args = checkpoint.get("args")
-    args = {"arch": checkpoint.get("arch")} | (plain_args(args) if isinstance(args, (dict, argparse.Namespace)) else {})
-    return {n: value for n, value in args.items() if value is not None and (n not in _OURS or _OURS[n](value))}
-
-
-def _is_statistic(value: Any) -> bool:
-    """True for three numbers that fit pixels in 0..1: some programs store statistics of pixels in 0..255."""
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) and abs(v) < 10 for v in value)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-# What the values of our flags look like, for flags that evaluations take from a checkpoint.
-_OURS: dict[str, Callable[[Any], bool]] = {
-    "arch": lambda value: isinstance(value, str),
-    "net": lambda value: value in ("dino", "CLeVER"),
-    "hp1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "patch_size": _is_count,
-    "global_crops_size": _is_count,
-    "mean": _is_statistic,
-    "std": lambda value: _is_statistic(value) and min(value) > 0,
-    "aug": lambda value: isinstance(value, str),
-    "seed": lambda value: type(value) is int,
-}
-
-
 def save_atomically(obj: Any, path: str | Path, keep_as: str | Path | None = None) -> None:
     """Write atomically with torch.save, flushed to the disk.
 
@@ -169,20 +134,13 @@ def valid_state(path: str | Path) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"checkpoint {path}: damaged, or of another script ({describe_error(error)[:300]})") from error
+        reason = describe_error(error)[:300]
+        raise InputError(f"checkpoint {path}: damaged, or of another script or network ({reason})") from error
 
 
 def strip_prefix(state: dict[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
     """The state dict with `prefix`, which DistributedDataParallel adds, removed from the names that start with it."""
     return {name.removeprefix(prefix): value for name, value in state.items()}
-
-
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    """Load a state dict, whose names may begin with `module.`. Raises InputError about `what` unless names and shapes match."""
-    try:
-        module.load_state_dict(strip_prefix(state))
-    except RuntimeError as error:
-        raise InputError(f"{what}: does not fit the arguments: {' '.join(str(error).split())[:300]}") from error
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -67,15 +67,10 @@ class CompiledPackage:
         """The library of the first folder that has a usable one, or the reasons why none can be used. Searched once."""
         if name in self.found:
             return self.found[name]
-        reasons = []
-        for folder in self.build_folders():
-            opened = self._open(folder, name)
-            if not isinstance(opened, str):
-                self.found[name] = opened
-                break
-            reasons.append(opened)
-        else:
-            self.found[name] = "; ".join(reasons) or f"the compiled {self.title} is not built: {self.build_command}"
+        opened = [self._open(folder, name) for folder in self.build_folders()]
+        reasons = "; ".join(found for found in opened if isinstance(found, str))
+        missing = reasons or f"the compiled {self.title} is not built: {self.build_command}"
+        self.found[name] = next((found for found in opened if not isinstance(found, str)), missing)
         return self.found[name]
 
     def unavailable_reason(self, name: str) -> str | None:

@@ -46,7 +46,7 @@ def run_entry_point(main: Callable[[], None]) -> None:
             main()
     except signals.Interrupted as stop:
         if _rank_of_launcher() == 0:
-            print(f"stopped by {signals.received()}: {stop}", file=sys.stderr, flush=True)
+            print(f"stopped by {stop.cause}: {stop}", file=sys.stderr, flush=True)
         sys.exit(stop.status)
     except Exception as error:
         if os.environ.get("CLEVER_TRACEBACK", "0") not in ("", "0"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from clever.distributed import all_gather_objects, is_main_process
-from clever.utils import InputError, beside
+from clever.utils import InputError
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def locked(*paths: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = beside(path, ".lock")
+    lock = path.with_name(f"{path.name}.lock")
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

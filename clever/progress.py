@@ -1,6 +1,5 @@
 """How far a loop is: tqdm's line, which redraws itself on a terminal and comes every few seconds elsewhere."""
 
-import datetime
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -46,8 +45,3 @@ def with_progress(batches: Iterable[tuple], header: str, total: int, seconds: fl
         for batch in batches:
             yield batch
             bar.update(len(batch[0]))
-
-
-def time_left(todo: float, rate: float) -> datetime.timedelta:
-    """Time that `todo` items will take at `rate` items per second, in whole seconds."""
-    return datetime.timedelta(seconds=round(todo / max(rate, 1e-9)))

@@ -28,6 +28,7 @@ class Interrupted(BaseException):
     def __init__(self, message: str = UNFINISHED, status: int | None = None) -> None:
         super().__init__(message)
         self.status = 128 + (_received or signal.SIGTERM) if status is None else status
+        self.cause = "Ctrl-C" if _received == signal.SIGINT else "SIGTERM"
 
 
 _received: signal.Signals | None = None
@@ -38,11 +39,6 @@ _response: tuple[str, int | None] | None = None  # the arguments of Interrupted,
 def is_requested() -> bool:
     """True if this process has received one of the signals."""
     return _received is not None
-
-
-def received() -> str:
-    """The signal that this process has received, as users know it."""
-    return "Ctrl-C" if _received == signal.SIGINT else "SIGTERM"
 
 
 @contextlib.contextmanager

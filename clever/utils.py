@@ -1,22 +1,18 @@
 """Errors, seeds, and atomic writers."""
 
 import contextlib
-import csv
-import io
-import itertools
 import json
 import os
 import random
 import re
 import reprlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels, for pixels in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,11 +48,6 @@ def seed_everything(*key: int) -> None:
     random.seed(int(words[1]))
 
 
-def beside(path: Path, ending: str) -> Path:
-    """The name of a file that accompanies `path`: its own and the ending."""
-    return path.with_name(path.name + ending)
-
-
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Write atomically: `path` holds the whole old file or the whole new one at any moment, whatever happens.
@@ -66,7 +57,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path, ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -75,15 +66,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # writing to an open file fails without its name
             error.filename = str(path)
         raise
-
-
-def set_aside(path: Path) -> None:
-    """Give a file that exists another name, log.txt for example log.1.txt, and say so."""
-    if path.exists():
-        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
-        new = next(name for name in names if not name.exists())
-        path.rename(new)
-        print(f"{path} is kept as {new.name}")
 
 
 def write_text_atomically(text: str, path: str | Path) -> None:
@@ -107,11 +89,6 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def plural(count: int, noun: str) -> str:
-    """1 run, 2 runs, 3 processes."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file that are not blank, without spaces around them. They may name files, which need not be UTF-8."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")  # some editors write a byte order mark
@@ -121,19 +98,6 @@ def read_lines(path: str | Path) -> list[str]:
 def save_json(record: Any, path: str | Path) -> None:
     """Write a JSON file atomically."""
     write_text_atomically(json.dumps(record, indent=1) + "\n", path)
-
-
-def save_csv(rows: Iterable[Sequence[Any]], path: str | Path) -> None:
-    """Write a CSV file atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text_atomically(text.getvalue(), path)
-
-
-def save_png(pixels: np.ndarray, path: str | Path) -> None:
-    """Write a picture, uint8 [H, W] or [H, W, channels], as PNG, atomically."""
-    with atomic_file(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 @contextlib.contextmanager

@@ -142,12 +142,12 @@ def other_keys(state):
 def silent_other_head(state):
     state["args"] = {}
     state["student"]["head.mlp.0.weight"] = state["student"]["head.mlp.0.weight"][:, :-1]
-    return "student", "head.mlp.0.weight"
+    return ("head.mlp.0.weight",)
 
 
 def missing_center(state):
     del state["dino_loss"]["center2"]
-    return "dino_loss", "center2"
+    return ("center2",)
 
 
 def other_groups(state):

@@ -19,8 +19,9 @@ from torch import nn
 
 import eval_linear
 import main_dino
-from clever.checkpoint import load_checkpoint, load_moments, stored_arguments
+from clever.checkpoint import load_checkpoint, load_moments
 from clever.evaluation.pretrained import load_pretrained
+from clever.evaluation.stored import stored_arguments
 from clever.models.backbones import build_backbone
 from clever.models.weights import backbone_state, load_backbone_weights
 from clever.training import optim

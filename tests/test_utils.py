@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from clever import arguments, utils
+from clever.evaluation.images import save_png
 from clever.utils import InputError
 
 # --- seeds -------------------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def test_atomic_writes_replace_and_leave_nothing_else(tmp_path):
     for value in (1, 2):
         utils.write_text_atomically(f"{value}\n", folder / "a.txt")
         utils.save_json({"value": value}, folder / "b.json")
-        utils.save_png(np.full((2, 3), value, dtype=np.uint8), folder / "c.png")
+        save_png(np.full((2, 3), value, dtype=np.uint8), folder / "c.png")
     assert (folder / "a.txt").read_text() == "2\n" and json.loads((folder / "b.json").read_text()) == {"value": 2}
     assert np.asarray(Image.open(folder / "c.png")).tolist() == [[2] * 3] * 2
     assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "b.json", "c.png"]

@@ -57,7 +57,7 @@ def test_pictures_of_an_image(world, tmp_path):
     out = tmp_path / "out"
     outcome = visualize("--pretrained_weights", world.weights, "--image_path", world.odd, "--output_dir", out,
                         "--image_size", 0, "--threshold", 0.6)  # fmt: skip
-    assert outcome.status == 0 and f"wrote the attention of 1 image to {out}" in outcome.stdout, outcome
+    assert outcome.status == 0 and f"wrote the attention of 1 images to {out}" in outcome.stdout, outcome
     assert sorted(snapshot(out)) == sorted(PICTURES + MASKS)
     image = ToNormalizedTensor(MEAN, STD)(Image.fromarray(np.asarray(Image.open(world.odd))[:24, :32]))
     assert {pixels(out / name).shape[:2] for name in PICTURES[1:] + MASKS} == {(24, 32)}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from clever.checkpoint import load_file, save_atomically, stored_arguments
+from clever.checkpoint import load_file, save_atomically
+from clever.evaluation.stored import stored_arguments
 from clever.utils import InputError, error_prefix, save_json, unfinished
 
 # Field -> file, with DINO's names. Folders written here also contain a description, which DINO's lack.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clever.data.files import list_images, read_image
-from clever.utils import InputError
+from clever.utils import InputError, atomic_file
 
 
 def natural_order(path: str | Path) -> list[str | int]:
@@ -48,3 +48,9 @@ def check_failures(failures: dict[str, str], total: int) -> None:
     """Raise InputError, which counts the failures {name: reason} and gives the first three reasons, if there are any."""
     if failures:
         raise InputError(f"{len(failures)} of {total} failed: {'; '.join(list(failures.values())[:3])}")
+
+
+def save_png(pixels: np.ndarray, path: str | Path) -> None:
+    """Write a picture, uint8 [H, W] or [H, W, channels], as PNG, atomically."""
+    with atomic_file(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 
 from clever.arguments import TypedFloat, plain_args
-from clever.checkpoint import load_checkpoint, stored_arguments
+from clever.checkpoint import load_checkpoint
 from clever.evaluation.names import part_flag
+from clever.evaluation.stored import stored_arguments
 from clever.methods import METHODS
 from clever.models.backbones import (
     build_backbone,

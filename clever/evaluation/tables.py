@@ -1,10 +1,14 @@
 """Tables in Markdown, and table and plot of the results of eval_equivariance.py, from the record that it writes as JSON."""
 
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clever.utils import atomic_file
+from clever.utils import atomic_file, write_text_atomically
 
 Record = dict[str, Any]
 Space = tuple[str, str | None]  # part and control
@@ -150,3 +154,10 @@ def draw_bars(panel: Any, results: list[Record]) -> None:
     panel.set_xticks(range(len(names)), [TITLES.get(name, name) for name in names])
     panel.set(ylabel="R2 on other images\n(0: nothing, 1: everything)", ylim=(0, 1.05))
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def save_csv(rows: Iterable[Sequence[Any]], path: str | Path) -> None:
+    """Write a CSV file atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text_atomically(text.getvalue(), path)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clever import signals
-from clever.checkpoint import load_moments, load_strictly, save_atomically
+from clever.checkpoint import load_moments, save_atomically, strip_prefix
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from clever.distributed import any_process, get_rank, is_distributed, is_main_process
 from clever.methods.dino import DINOLoss
@@ -197,10 +197,10 @@ class Pretraining:
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Restore the state of a checkpoint, ours or an original's, and return the epoch to continue with.
 
-        Raises InputError if names or shapes differ, and other errors if entries are of another kind.
+        Raises RuntimeError if names or shapes differ, and other errors if entries are of another kind.
         """
         for name, module in (("student", self.student), ("teacher", self.teacher), ("dino_loss", self.criterion)):
-            load_strictly(module, state[name], f"{name} of the checkpoint to continue from")
+            module.load_state_dict(strip_prefix(state[name]))
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])

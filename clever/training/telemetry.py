@@ -1,5 +1,6 @@
 """TrainingProgress and progress of an epoch, log.txt, and warnings of collapse."""
 
+import datetime
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from clever.distributed import all_reduce_sum, get_world_size, is_main_process
-from clever.progress import redraws, time_left
+from clever.progress import redraws
 from clever.utils import write_text_atomically
 
 LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
@@ -130,6 +131,11 @@ def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
     shown = {name: record[f"train_{name}"] for name in (*LOSSES, "lr") if f"train_{name}" in record}
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
     return f"epoch {epoch}/{epochs} done in {record['seconds']:.0f} s: {numbers}  {record['memory_gib']:.1f} GiB  left {left}"
+
+
+def time_left(todo: float, rate: float) -> datetime.timedelta:
+    """Time that `todo` items will take at `rate` items per second, in whole seconds."""
+    return datetime.timedelta(seconds=round(todo / max(rate, 1e-9)))
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from support.in_process import assert_refused, call
 
-from clever.utils import save_json, save_png
+from clever.evaluation.images import save_png
+from clever.utils import save_json
 from scripts import report
 from scripts.report import short_names
 

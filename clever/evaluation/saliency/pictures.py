@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clever import utils
-from clever.evaluation.images import montage, read_upright
+from clever.evaluation.images import montage, read_upright, save_png
 from clever.evaluation.saliency.bilateral_solver import largest_object
 from clever.evaluation.saliency.data import Pair
 from clever.evaluation.saliency.detection import Detection
@@ -18,7 +17,7 @@ def save_masks(detection: Detection, output: Path, name: str) -> None:
     """Write <output>/{masks,solver,objects}/<name>.png."""
     masks = (detection.mask, detection.refined, largest_object(detection.refined))
     for folder, values in zip(MASK_FOLDERS, masks, strict=True):
-        utils.save_png((255 * values.clip(0, 1)).round().astype(np.uint8), output / folder / f"{name}.png")
+        save_png((255 * values.clip(0, 1)).round().astype(np.uint8), output / folder / f"{name}.png")
 
 
 def save_overview(pairs: list[Pair], output: Path) -> None:
@@ -29,4 +28,4 @@ def save_overview(pairs: list[Pair], output: Path) -> None:
         truth = [] if pair.truth is None else [read_upright(pair.truth)]
         rows.append([read_upright(pair.image), *masks, *truth])
     if rows:
-        utils.save_png(montage(rows), output / "overview.png")
+        save_png(montage(rows), output / "overview.png")

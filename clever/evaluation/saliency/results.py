@@ -6,7 +6,7 @@ from typing import Any
 from clever.evaluation.saliency.data import Example
 from clever.evaluation.saliency.detection import Detection
 from clever.evaluation.saliency.metrics import mean_scores, score_image
-from clever.utils import save_csv
+from clever.evaluation.tables import save_csv
 
 METHODS = ("TokenCut", "TokenCut + bilateral solver")
 COLUMNS = (

@@ -11,6 +11,7 @@ from PIL import Image
 
 from clever import utils
 from clever.data.files import read_image
+from clever.evaluation.images import save_png
 from clever.utils import InputError
 
 FORMATS = ("mp4", "avi", "gif")  # that are written
@@ -38,7 +39,7 @@ def extract_frames(video: Path, folder: Path) -> tuple[list[str], float]:
                 # How a phone was held, in degrees; FFmpeg does not turn the frame.
                 picture = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
                 paths.append(str(folder / f"frame-{len(paths):04}.png"))
-                utils.save_png(np.asarray(picture), paths[-1])
+                save_png(np.asarray(picture), paths[-1])
             return paths, float(stream.average_rate or DEFAULT_FPS)
     except (av.error.FFmpegError, IndexError) as error:  # IndexError: there is no stream of pictures
         raise InputError(f"--image_path {video}: is not a video that can be read ({error})") from error

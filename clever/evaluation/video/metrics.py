@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import KDTree
 
-from clever.utils import InputError, save_csv
+from clever.evaluation.tables import save_csv
+from clever.utils import InputError
 
 STATISTICS = ("J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 VOID = 255  # label of pixels that are scored as background
