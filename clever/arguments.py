@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from clever.utils import InputError, describe_error, short_repr
+from clever.utils import InputError, describe_error
 
 OF_THE_LAUNCHER = ("local_rank", "dist_url")  # flags that a configuration does not set
 OF_ONE_CALL = ("help", "config", "debug")  # flags that it cannot set
@@ -98,7 +99,7 @@ def read_config(path: str) -> dict[str, Any]:
     if isinstance(values, dict) and "kind" in values and isinstance(values.get("args"), dict):
         values = values["args"]
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: must be a mapping, lines such as `epochs: 100`, not {short_repr(values)}")
+        raise InputError(f"--config {path}: must be a mapping, lines such as `epochs: 100`, not {reprlib.repr(values)}")
     return values
 
 

@@ -25,10 +25,9 @@ FULL = "free some space there and start the same command again; files that were 
 FAILURES = {
     errno.ENOSPC: f"the disk is full: {FULL}",
     errno.EDQUOT: f"the quota is used up: {FULL}",
-    errno.EROFS: "the file system is read-only",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n), or set fewer --num_workers",
 }
-BAD_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST}
+BAD_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST}
 
 
 def run_entry_point(main: Callable[[], None]) -> None:

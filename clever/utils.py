@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import reprlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,12 +80,6 @@ def printable(text: str) -> str:
     """
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def short_repr(value: Any) -> str:
-    """A value as text in one line of at most 200 characters."""
-    text = reprlib.repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def read_lines(path: str | Path) -> list[str]:

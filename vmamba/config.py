@@ -4,6 +4,7 @@ The architecture `<folder>-<config>` is the file vmamba/configs/<folder>/<config
 """
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from clever.utils import InputError, error_prefix, short_repr
+from clever.utils import InputError, error_prefix
 
 CONFIGS = Path(__file__).parent / "configs"
 Check = tuple[str, str, Callable[[Any], bool]]  # names of values, what they must be, the test of it
@@ -53,7 +54,7 @@ class VSSMConfig:
         for names, expected, is_valid in checks:
             for name in names.split():
                 if not is_valid(getattr(self, name)):
-                    raise InputError(f"{name.upper()} {short_repr(getattr(self, name))}: must be {expected}")
+                    raise InputError(f"{name.upper()} {reprlib.repr(getattr(self, name))}: must be {expected}")
 
     @property
     def dims(self) -> list[int]:
@@ -118,7 +119,7 @@ def _mapping(where: str, content: Any, known: set[str]) -> dict[str, Any]:
     """Returns `content`; raises InputError unless it is a mapping with known keys only."""
     unknown = [key for key in content if key not in known] if isinstance(content, dict) else content
     if unknown or not isinstance(content, dict):
-        raise InputError(f"{where}: must be a mapping with keys among {', '.join(sorted(known))}, not {short_repr(unknown)}")
+        raise InputError(f"{where}: must be a mapping with keys among {', '.join(sorted(known))}, not {reprlib.repr(unknown)}")
     return content
 
 
