@@ -11,7 +11,6 @@ from support.golden import DATA
 
 from clever.data import codes
 from clever.data.augmentations import (
-    RANDOM_NUMBERS,
     VIEW,
     MultiCropAugmentation,
     ViewDistribution,
@@ -19,6 +18,8 @@ from clever.data.augmentations import (
     eval_transform,
 )
 from clever.data.codes import COLUMNS, GROUPS
+from clever.data.datasets import ImageDataset
+from clever.data.rendering import choose_renderer
 
 CASES = json.loads((DATA / "methods.json").read_text())
 NUMBERS = load_file(DATA / "methods.safetensors")
@@ -123,3 +124,49 @@ def test_relative_codes_by_hand():
 def test_what_a_recipe_never_changes(aug, constant):
     views = MultiCropAugmentation(aug, local_crops_number=0)
     assert {group for group in GROUPS if codes.is_constant(group, views)} == constant
+
+
+# --- the data set ------------------------------------------------------------------------------------------------------
+
+BASE = MultiCropAugmentation("aug1_4_2", local_crops_number=2, global_crops_size=32, local_crops_size=16)
+EXTRA = Views([ViewDistribution(16, scale=(0.05, 0.14), flip_p=0.5, blur_p=0.5)] * 2)  # of the size of the local views
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Eight images, of which all but the first have one size."""
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 30 if i else 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    return [(str(tmp_path / f"{i}.png"), -1) for i in range(8)]
+
+
+@pytest.mark.parametrize("renderer", ["torchvision", choose_renderer("auto")])
+@pytest.mark.parametrize("images_per_draw", [1, 3])
+def test_extra_views_leave_the_base_views_as_they_are(samples, renderer, images_per_draw):
+    indices = [3, 0, 5, 6, 1]
+    plain, _ = ImageDataset(samples, BASE, seed=4, renderer=renderer).__getitems__(indices)
+    told, codes_only = ImageDataset(samples, BASE, 4, (), renderer, Views([])).__getitems__(indices)
+    tensors, all_codes = ImageDataset(samples, BASE, 4, (), renderer, EXTRA, images_per_draw).__getitems__(indices)
+    assert len(plain) == len(told) == 2 and [tuple(tensor.shape) for tensor in tensors[2:]] == [(2, 5, 3, 16, 16)]
+    for base, same, again in zip(plain, told, tensors, strict=False):
+        assert torch.equal(base, same) and torch.equal(base, again)
+    assert codes_only.shape == (5, 2, len(COLUMNS)) and all_codes.shape == (5, 4, len(COLUMNS))
+    assert all_codes.dtype == torch.float32 and torch.equal(all_codes[:, :2], codes_only)
+    sizes = [40] * 5, [30, 50, 30, 30, 30]
+    drawn = BASE.draw_seeded([np.random.SeedSequence((4, 0, i)).generate_state(1)[0] for i in indices], *sizes)
+    assert torch.equal(codes_only, torch.from_numpy(codes.encode(drawn[:, :2], *sizes, Views(BASE.distributions[:2]))))
+
+
+def test_chunks_of_a_batch_have_equal_draws_in_the_extra_views(samples):
+    def extra_codes(indices, epoch=0, images_per_draw=3):
+        dataset = ImageDataset(samples, BASE, extra=EXTRA, images_per_draw=images_per_draw)
+        dataset.set_epoch(epoch)
+        return dataset.__getitems__(indices)[1][:, 2:]
+
+    first = extra_codes([1, 2, 3, 4, 5, 6, 7])
+    assert torch.equal(first, extra_codes([1, 2, 3, 4, 5, 6, 7]))
+    assert torch.equal(first, first[[0, 0, 0, 3, 3, 3, 6]]) and len(first.flatten(1).unique(dim=0)) == 3
+    assert not torch.equal(first[:, 0], first[:, 1]) and not torch.equal(first, extra_codes([1, 2, 3, 4, 5, 6, 7], epoch=1))
+    alone = extra_codes([7, 4, 1], images_per_draw=1)  # functions of the index, whatever the batch
+    assert torch.equal(alone, first[[6, 3, 0]]) and len(extra_codes(list(range(1, 8)), images_per_draw=1).unique(dim=0)) == 7
