@@ -78,14 +78,7 @@ def is_constant(group: str, views: Views, draws: int = 1000) -> bool:
     return bool((codes == codes[0, 0]).all())
 
 
-class Told:
-    """What a method is told: the codes of these groups."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.groups = {name: GROUPS[name] for name in names}
-        self.widths = {name: columns.stop - columns.start for name, columns in self.groups.items()}
-
-    def absolute(self, codes: Tensor) -> Tensor:
+def absolute(self, codes: Tensor) -> Tensor:
         return absolute(codes, list(self.groups))
 
     def relative(self, codes1: Tensor, codes2: Tensor) -> dict[str, Tensor]:

@@ -117,7 +117,9 @@ def test_relative_codes_by_hand():
     ):
         assert torch.allclose(told["crop"], crop[None]) and torch.equal(told["flip"], flip[:1, None])
         assert told["rotation"][0].tolist() == pytest.approx([sign * np.sin(np.deg2rad(110)), np.cos(np.deg2rad(110))])
-    assert codes.Told(groups).absolute(first).shape == (1, sum(codes.Told(groups).widths.values()))
+    widths = [codes.absolute(first, [group]).shape[1] for group in groups]
+    assert widths == [values.shape[1] for values in codes.relative(first, second, groups).values()]
+    assert torch.equal(codes.absolute(first, ["blur", "crop"]), first[:, [12, 0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize(("aug", "constant"), [("aug1", {"rotation", "elastic"}), ("aug1_2", {"elastic"}), ("aug1_4_2", set())])
