@@ -26,11 +26,10 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from clever import arguments, distributed, utils
-from clever.data.augmentations import ToNormalizedTensor
-from clever.data.datasets import unchanged, worker_count, worker_options
+from clever.data.datasets import make_loader
 from clever.data.files import read_image
 from clever.entry import run_entry_point
-from clever.evaluation.images import check_failures
+from clever.evaluation.images import ToNormalizedTensor, check_failures
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
 from clever.evaluation.saliency.data import LAYOUTS, Pair, SaliencyDataset, dataset_folders, find_pairs
 from clever.evaluation.saliency.detection import FEATURES, Detector
@@ -106,8 +105,7 @@ def build_loader(args: argparse.Namespace, pretrained: Pretrained, pairs: list[P
     patch_size = pretrained.backbone.patch_embed.patch_size
     max_side = MAX_PATCHES_PER_SIDE * patch_size if args.max_side is None else args.max_side
     dataset = SaliencyDataset(pairs, patch_size, ToNormalizedTensor(*pretrained.stats), max_side, args.gt_threshold)
-    workers = min(worker_count(args.num_workers), max(len(pairs) - 1, 0))
-    return DataLoader(dataset, batch_size=None, collate_fn=unchanged, **worker_options(workers))
+    return make_loader(dataset, batch_size=None, num_workers=args.num_workers)
 
 
 def evaluate(detector: Detector, loader: DataLoader, output: Path) -> list[Row]:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from clever import arguments, distributed
 from clever.arguments import bool_flag
-from clever.data.datasets import unchanged, worker_count, worker_options
+from clever.data.datasets import make_loader
 from clever.data.files import list_images
 from clever.entry import run_entry_point
 from clever.evaluation.attention import PictureDataset, cls_attention, draw_frame, draw_overview, draw_pictures
@@ -149,8 +149,7 @@ def visualize(args: argparse.Namespace, device: torch.device) -> None:
     outputs, fps = find_frames(source, output) if args.video else (find_images(source, output), DEFAULT_FPS)
     own = list(outputs)[distributed.get_rank() :: distributed.get_world_size()]
     dataset = PictureDataset(own, args.image_size, pretrained.backbone.patch_embed.patch_size, *pretrained.stats)
-    workers = min(worker_count(args.num_workers), max(len(own) - 1, 0))
-    loader = DataLoader(dataset, batch_size=None, collate_fn=unchanged, **worker_options(workers))  # sizes differ
+    loader = make_loader(dataset, batch_size=None, num_workers=args.num_workers)  # sizes differ
     failures = draw(pretrained.backbone, loader, outputs, args)
     print(f"wrote the attention of {len(outputs) - len(failures)} images to {output}")
     if args.video:

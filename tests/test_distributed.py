@@ -300,5 +300,8 @@ def test_other_errors_keep_their_traceback():
 
 
 def test_worker_count_is_bounded_by_the_cores():
-    assert datasets.worker_count(0) == 0 and datasets.worker_count(1) == 1
-    assert 1 <= datasets.worker_count(10**6) <= os.cpu_count()
+    def workers(asked, items=10**6):
+        return datasets.make_loader(range(items), 1, num_workers=asked).num_workers
+
+    assert workers(0) == 0 and workers(1) == 1 and 1 <= workers(10**6) <= os.cpu_count()
+    assert workers(4, items=1) == 0

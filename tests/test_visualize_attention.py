@@ -16,8 +16,8 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images
 
 import visualize_attention
-from clever.data.augmentations import ToNormalizedTensor
 from clever.evaluation.attention import cls_attention, colored, threshold_mask
+from clever.evaluation.images import ToNormalizedTensor
 from clever.evaluation.video.files import extract_frames, write_video
 from clever.models.backbones import build_backbone
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
@@ -107,7 +106,6 @@ class ViewDistribution:
         return views
 
 
-
 def random_resized_crop(views: np.ndarray, u: np.ndarray, scale: tuple[float, float], heights, widths) -> None:
     """Fill in a random box of an area in `scale` and a ratio in RATIOS, resized to the view (Szegedy et al., arXiv 1409.4842).
 
@@ -182,7 +180,10 @@ class Views:
     def draw(self, u: np.ndarray, heights: Sequence[int], widths: Sequence[int]) -> np.ndarray:
         """Parameters VIEW [B, V] for images of these heights and widths [B], from random numbers u [B, V, R] in [0, 1)."""
         sizes = np.asarray(heights), np.asarray(widths)
-        return np.stack([view.draw(u[:, v], *sizes) for v, view in enumerate(self.distributions)], axis=1)
+        drawn = np.empty(u.shape[:2], VIEW)
+        for v, view in enumerate(self.distributions):
+            drawn[:, v] = view.draw(u[:, v], *sizes)
+        return drawn
 
     def draw_seeded(self, seeds: Sequence[int], heights: Sequence[int], widths: Sequence[int]) -> np.ndarray:
         """The same with random numbers from torch's generator, seeded for every image: seeds [B] -> VIEW [B, V]."""
@@ -238,14 +239,3 @@ def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Values for pixels in 0..1 -> [3, 1, 1] for pixels in 0..255. Kept: a copy to a GPU waits for the GPU's earlier work."""
     return 255 * torch.tensor(values, device=device)[:, None, None]
-
-
-class ToNormalizedTensor:
-    """RGB image of any size -> float32 [3, H, W], normalised per channel."""
-
-    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
-        self.mean, self.std = mean, std
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # uint8 [3, H, W]
-        return normalize(pixels, self.mean, self.std)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from clever.data.augmentations import Views
+from clever.data.codes import encode
 from clever.data.files import Sample, decode_error, labelled_samples, list_images, read_pixels
 from clever.data.rendering import render_batch
 from clever.data.shards import file_of
@@ -23,6 +24,7 @@ from clever.signals import ignore_signals
 from clever.utils import InputError, atomic_file
 
 UNLABELLED = -1
+EXTRA = 1  # stream of the extra views
 TIMEOUT = 1800.0  # seconds to wait for a batch; a worker that needs longer hangs, or its storage does
 
 
@@ -30,22 +32,27 @@ class ImageDataset(Dataset):
     """Views of images, drawn and rendered for whole batches.
 
     The views of an image are a function of (seed, epoch, index). They do not depend on the number of workers or processes,
-    and a resumed run repeats them.
+    nor on the extra views, and a resumed run repeats them.
 
     Args:
         samples: (path, label) of every image.
         views: what is drawn of every image, from `seed`.
         classes: their names.
         renderer: torchvision or cpp.
+        extra: E more views, of one size; they may be none. With them, batches have codes (codes.py) in place of labels.
+        images_per_draw: so many consecutive images of a batch have equal random numbers in the extra views, which then depend
+            on the batches, too.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], views: Views, seed: int = 0, classes: Sequence[str] = (), renderer: str = "torchvision"
-    ) -> None:
+        self, samples: Sequence[Sample], views: Views, seed: int = 0, classes: Sequence[str] = (),
+        renderer: str = "torchvision", extra: Views | None = None, images_per_draw: int = 1,
+    ) -> None:  # fmt: skip
         # Arrays, which forked workers share; counting references to a million Python objects would copy their pages.
         self._paths = np.array([os.fsencode(path) for path, _ in samples], np.bytes_)
         self._labels = np.array([label for _, label in samples], np.int64)
         self.views, self.seed, self.classes, self.renderer = views, seed, list(classes), renderer
+        self.extra, self.images_per_draw = extra, images_per_draw
         self._epoch = torch.frombuffer(mmap.mmap(-1, 8), dtype=torch.int64)  # shared with workers, without /dev/shm
 
     @property
@@ -59,42 +66,42 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
+    def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], Tensor]:
         """The batch of one image, without its dimension B."""
-        tensors, labels = self.__getitems__([index])
-        if isinstance(tensors, Tensor):
-            return tensors[0], int(labels)
-        return [tensor[:, 0] for tensor in tensors], int(labels)
+        tensors, (told,) = self.__getitems__([index])
+        return (tensors[0] if isinstance(tensors, Tensor) else [tensor[:, 0] for tensor in tensors]), told
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor | list[Tensor], Tensor]:
         """Views of B images and their labels [B]: one tensor uint8 [V', B, 3, S, S] per resolution, or [B, 3, S, S] if V is 1.
 
-        Raises InputError if a file cannot be decoded.
+        With extra views, one more tensor [E, B, 3, S, S] if there are any, and in place of labels the codes float32
+        [B, 2+E, P] of the first two views and the extra ones. Raises InputError if a file cannot be decoded.
         """
-        paths = [os.fsdecode(self._paths[index]) for index in indices]
-        seeds = [image_seed(self.seed, int(self._epoch), index) for index in indices]
-        tensors, _, _ = draw_views(paths, seeds, self.views, self.renderer)
-        labels = torch.from_numpy(self._labels[indices])
-        return (tensors[0][0] if len(self.views) == 1 else tensors), labels
+        images, sizes = read_batch([os.fsdecode(self._paths[index]) for index in indices])
+        base = self.views.draw_seeded(self._seeds(indices), *sizes)  # B, V
+        tensors = render_batch(images, base, self.renderer)
+        if self.extra is None:
+            return (tensors[0][0] if len(self.views) == 1 else tensors), torch.from_numpy(self._labels[indices])
+        firsts = [indices[place - place % self.images_per_draw] for place in range(len(indices))]
+        extra = self.extra.draw_seeded(self._seeds(firsts, EXTRA), *sizes)  # B, E
+        told = Views(self.views.distributions[:2] + self.extra.distributions)
+        codes = encode(np.concatenate([base[:, :2], extra], axis=1), *sizes, told)
+        return tensors + render_batch(images, extra, self.renderer), torch.from_numpy(codes)
+
+    def _seeds(self, indices: list[int], *stream: int) -> list[int]:
+        return [image_seed(self.seed, int(self._epoch), index, *stream) for index in indices]
 
 
-def draw_views(
-    paths: Sequence[str], seeds: Sequence[int], views: Views, renderer: str
-) -> tuple[list[Tensor], np.ndarray, tuple[Sequence[int], Sequence[int]]]:
-    """Reads B images, draws their V views from a seed for each image, and renders them.
-
-    Returns uint8 [V', B, 3, S, S] for each resolution, the parameters VIEW [B, V], and the images' heights and widths [B].
-    Raises InputError if a file cannot be decoded.
-    """
+def read_batch(paths: Sequence[str]) -> tuple[list[np.ndarray], tuple[Sequence[int], Sequence[int]]]:
+    """The pixels of B images, uint8 [H, W, 3] each, and their heights and widths. Raises InputError for unreadable files."""
     images = [read_pixels(path) for path in paths]
     heights, widths = zip(*(image.shape[:2] for image in images), strict=True)
-    parameters = views.draw_seeded(seeds, heights, widths)  # B, V
-    return render_batch(images, parameters, renderer), parameters, (heights, widths)
+    return images, (heights, widths)
 
 
-def image_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed of the views of one image in one epoch."""
-    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
+def image_seed(seed: int, epoch: int, index: int, *stream: int) -> int:
+    """Seed of what is drawn for one image in one epoch; `stream` sets other draws apart from those of the views."""
+    return int(np.random.SeedSequence((seed, epoch, index, *stream)).generate_state(1)[0])
 
 
 def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
@@ -103,38 +110,27 @@ def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, sampler: Sampler | None = None, num_workers: int = 0, drop_last: bool = False
+    dataset: Dataset, batch_size: int | None, sampler: Sampler | None = None, num_workers: int = 0, drop_last: bool = False
 ) -> DataLoader:
-    """Batches that an ImageDataset has rendered, in the order of the sampler or else of the dataset.
+    """Batches that the data set makes, or its items one by one (`batch_size` None), in the sampler's order or else in its own.
 
-    Workers stay alive from epoch to epoch. The loader has a random generator of its own, since workers that start would
-    otherwise change the global one, and a resumed run starts them in another epoch.
+    There are at most `num_workers` workers, as many as this process's share of the cores, and fewer than items; they stay alive
+    from epoch to epoch. The iterator raises RuntimeError if no batch comes within TIMEOUT. The loader has a random generator of
+    its own, since workers that start would otherwise change the global one, and a resumed run starts them in another epoch.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own_cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = max(0, min(num_workers, own_cores, len(dataset) - 1))
+    of_workers = {"persistent_workers": True, "worker_init_fn": ignore_signals, "timeout": TIMEOUT} if workers else {}
     return DataLoader(
-        dataset, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=unchanged, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(), **worker_options(worker_count(num_workers)),
+        dataset, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_unchanged, generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(), num_workers=workers, **of_workers,
     )  # fmt: skip
 
 
-def unchanged(batch: Any) -> Any:
-    """collate_fn for batches that are already made, or for examples without batches."""
+def _unchanged(batch: Any) -> Any:
+    """collate_fn for batches that are already made, and for items."""
     return batch
-
-
-def worker_count(num_workers: int) -> int:
-    """Number of data loading workers: `num_workers`, but at most this process's share of the cores it may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def worker_options(workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader with that many workers, which may be none; they stay alive from epoch to epoch.
-
-    Its iterator raises RuntimeError if no batch comes within TIMEOUT.
-    """
-    if workers == 0:
-        return {}
-    return {"num_workers": workers, "persistent_workers": True, "worker_init_fn": ignore_signals, "timeout": TIMEOUT}
 
 
 # --- checking images -------------------------------------------------------------------------------------------------
@@ -211,16 +207,16 @@ def keep_readable(
 
 def dataset_of(
     classes: Sequence[str], samples: Sequence[Sample], views: Views, seed: int = 0, renderer: str = "torchvision",
-    skip_bad_images: bool = False, threads: int = 8, check: bool = True, record: CheckRecord | None = None,
+    skip_bad_images: bool = False, threads: int = 8, check: bool = True, record: CheckRecord | None = None, **extra: Any,
 ) -> ImageDataset:  # fmt: skip
     """A dataset of these samples, after every image was decoded once with `threads` threads (unless `check` is false).
 
-    Raises InputError for unreadable images; with `skip_bad_images` they are left out.
+    `extra`: of ImageDataset. Raises InputError for unreadable images; with `skip_bad_images` they are left out.
     """
     if skip_bad_images and not check:
         raise InputError("--skip_bad_images true with --check_images false: unreadable images are found by the check")
     samples = keep_readable(samples, skip_bad_images, threads, record) if check else samples
-    return ImageDataset(samples, views, seed, classes, renderer)
+    return ImageDataset(samples, views, seed, classes, renderer, **extra)
 
 
 def pretraining_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from clever.data.augmentations import ToNormalizedTensor
-from clever.evaluation.images import montage, read_upright
+from clever.evaluation.images import ToNormalizedTensor, montage, read_upright
 from clever.utils import InputError
 
 RED = np.array([255, 0, 0])

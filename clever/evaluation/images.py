@@ -6,10 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from clever.data.augmentations import normalize
 from clever.data.files import list_images, read_image
-from clever.utils import InputError, atomic_file
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, atomic_file
+
+
+class ToNormalizedTensor:
+    """RGB image of any size -> float32 [3, H, W], normalised per channel."""
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # uint8 [3, H, W]
+        return normalize(pixels, self.mean, self.std)
 
 
 def natural_order(path: str | Path) -> list[str | int]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clever.data.augmentations import DINO_VIEW, Views, eval_transform
-from clever.data.datasets import draw_views, image_seed
+from clever.data.codes import describe
+from clever.data.datasets import image_seed, read_batch
+from clever.data.rendering import render_batch
 
-# A target as a function of the parameters VIEW [B, V] and of the images' heights and widths [B, 1].
-Target = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # -> B, V
+# A target as a function of what was drawn: `codes.describe`, columns [B, V] each.
+Target = Callable[[dict[str, np.ndarray]], np.ndarray]  # -> B, V
 
 
 @dataclass(frozen=True)
@@ -45,30 +47,25 @@ class Transform:
 
 
 def _angle(factor: float = 1.0) -> dict[str, Target]:
-    return {
-        "sin": lambda views, heights, widths: np.sin(factor * np.deg2rad(views["angle"].astype(float))),
-        "cos": lambda views, heights, widths: np.cos(factor * np.deg2rad(views["angle"].astype(float))),
-    }
+    return {"sin": lambda drawn: np.sin(factor * drawn["angle"]), "cos": lambda drawn: np.cos(factor * drawn["angle"])}
 
 
 def _applied(name: str) -> dict[str, Target]:
-    return {name: lambda views, heights, widths: 2.0 * views[name] - 1}
+    return {name: lambda drawn: 2.0 * drawn[name] - 1}
+
+
+def _scaled(names: Sequence[str], factor: float = 1.0) -> dict[str, Target]:
+    return {name: lambda drawn, name=name: factor * drawn[name] for name in names}
 
 
 _BOX: dict[str, Target] = {  # as shares of the image
-    "centre x": lambda views, heights, widths: (views["left"] + views["width"] / 2) / widths,
-    "centre y": lambda views, heights, widths: (views["top"] + views["height"] / 2) / heights,
-    "log width": lambda views, heights, widths: np.log(views["width"] / widths),
-    "log height": lambda views, heights, widths: np.log(views["height"] / heights),
+    **_scaled(("centre x", "centre y")),
+    "log width": lambda drawn: np.log(drawn["width"]),
+    "log height": lambda drawn: np.log(drawn["height"]),
 }
-_JITTER = {name: getattr(DINO_VIEW, name) for name in ("brightness", "contrast", "saturation", "hue")}  # the largest changes
-_COLOURS: dict[str, Target] = {  # as shares of them
-    "brightness": lambda views, heights, widths: (views["brightness"] - 1) / DINO_VIEW.brightness,
-    "contrast": lambda views, heights, widths: (views["contrast"] - 1) / DINO_VIEW.contrast,
-    "saturation": lambda views, heights, widths: (views["saturation"] - 1) / DINO_VIEW.saturation,
-    "hue": lambda views, heights, widths: views["hue"] / DINO_VIEW.hue,
-}
-_RADIUS: dict[str, Target] = {"radius": lambda views, heights, widths: views["blur"].astype(float)}  # pixels
+_COLOURS = _scaled(("brightness", "contrast", "saturation", "hue"), 2)  # as shares of the largest changes, those of DINO
+_JITTER = {name: getattr(DINO_VIEW, name) for name in _COLOURS}
+_RADIUS: dict[str, Target] = {"radius": lambda drawn: DINO_VIEW.radius[1] * drawn["blur"]}  # pixels
 
 TRANSFORMS = {
     "rotation": Transform({"rotation": 90.0}, _angle(), "angle", disc=True),
@@ -116,12 +113,13 @@ class TransformDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Pixels, uint8 [B, 1+V, 3, S, S], the clean view first, and targets, float64 [B, V, T]."""
         seeds = [image_seed(self.seed, self.stream, index // self.images_per_draw) for index in indices]
-        paths = [self.paths[index] for index in indices]
-        (pixels,), parameters, sizes = draw_views(paths, seeds, self.views, self.renderer)  # 1+V, B, 3, S, S; B, 1+V
+        images, sizes = read_batch([self.paths[index] for index in indices])
+        parameters = self.views.draw_seeded(seeds, *sizes)  # B, 1+V
+        (pixels,) = render_batch(images, parameters, self.renderer)  # 1+V, B, 3, S, S
         if self.transform.disc:
             pixels *= inscribed_disc(self.size)
-        heights, widths = (np.array(lengths)[:, None] for lengths in sizes)  # B, 1
-        targets = np.stack([target(parameters[:, 1:], heights, widths) for target in self.transform.targets.values()], axis=-1)
+        drawn = describe(parameters[:, 1:], *sizes, Views(self.views.distributions[1:]))
+        targets = np.stack([target(drawn) for target in self.transform.targets.values()], axis=-1, dtype=float)
         return pixels.transpose(0, 1), torch.from_numpy(targets)  # B, V, T
 
 

@@ -19,13 +19,14 @@ from clever.data.datasets import (
     CheckRecord,
     ImageDataset,
     check_images,
-    draw_views,
     keep_readable,
     make_loader,
     pretraining_dataset,
+    read_batch,
     shard,
 )
 from clever.data.files import labelled_samples, list_images, read_image, read_pixels
+from clever.data.rendering import render_batch
 from clever.utils import InputError
 
 
@@ -156,8 +157,9 @@ def test_batches_are_the_items(samples):
     for b, i in enumerate((5, 2, 7)):
         assert all(torch.equal(tensor[:, b], own) for tensor, own in zip(tensors, dataset[i][0], strict=True))
     images, _ = ImageDataset(samples, CLEAN).__getitems__([5, 2, 7])
-    expected, _, _ = draw_views([samples[i][0] for i in (5, 2, 7)], [0, 0, 0], CLEAN, "torchvision")
-    assert images.shape == (3, 3, 16, 16) and torch.equal(images, expected[0][0])
+    pixels, sizes = read_batch([samples[i][0] for i in (5, 2, 7)])
+    (expected,) = render_batch(pixels, CLEAN.draw_seeded([0, 0, 0], *sizes), "torchvision")
+    assert images.shape == (3, 3, 16, 16) and torch.equal(images, expected[0])
 
 
 def test_draws_depend_on_seed_epoch_and_index_only(samples):

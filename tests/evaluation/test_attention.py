@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from support.golden import GOLDEN, fill_, rel_error, tensor
 
-from clever.data.augmentations import ToNormalizedTensor
 from clever.evaluation.attention import PictureDataset, cls_attention, overlay, threshold_mask
+from clever.evaluation.images import ToNormalizedTensor
 from clever.models.backbones import build_backbone
 from clever.models.vision_transformer import vit_tiny
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from support.equivariant_network import STATS, PixelReader, write_ramps
 
-from clever.data.augmentations import VIEW, eval_transform
+from clever.data.augmentations import DINO_VIEW, VIEW, Views, eval_transform
+from clever.data.codes import describe
 from clever.data.files import read_pixels
 from clever.data.rendering import render_batch
 from clever.evaluation.equivariance import (
@@ -53,8 +54,9 @@ def views_of(paths, name, **options):
 def test_targets_by_hand():
     """Of one view in a crop of 20 x 60 pixels at (10, 30) of an image of 100 x 120 pixels."""
     view = np.zeros((1, 1), VIEW)
-    values = {"top": 10, "left": 30, "height": 20, "width": 60, "angle": 30, "blur": 1.5, "brightness": 1.2, "contrast": 0.8,
-              "saturation": 1.1, "hue": -0.1, "flip": 1, "solarize": 0, "grey": 1}  # fmt: skip
+    values = {"top": 10, "left": 30, "height": 20, "width": 60, "resized_height": 32, "resized_width": 32, "size": 32,
+              "angle": 30, "blur": 1.5, "jitter": 1, "brightness": 1.2, "contrast": 0.8, "saturation": 1.1, "hue": -0.1,
+              "flip": 1, "solarize": 0, "grey": 1}  # fmt: skip
     for field, value in values.items():
         view[field] = value
     expected = {
@@ -67,12 +69,12 @@ def test_targets_by_hand():
         "solarize": {"solarize": -1},
         "grey": {"grey": 1},
     }
-    sizes = np.array([[100]]), np.array([[120]])
+    drawn = describe(view, [100], [120], Views([DINO_VIEW]))
     for name, transform in TRANSFORMS.items():
-        found = {target: float(function(view, *sizes)[0, 0]) for target, function in transform.targets.items()}
+        found = {target: float(function(drawn)[0, 0]) for target, function in transform.targets.items()}
         assert found == pytest.approx(expected[name], abs=1e-6), name
     half = with_half_angles(TRANSFORMS["rotation"])
-    assert float(half.targets["sin"](view, *sizes)[0, 0]) == pytest.approx(np.sin(np.pi / 12))
+    assert float(half.targets["sin"](drawn)[0, 0]) == pytest.approx(np.sin(np.pi / 12))
     assert with_half_angles(TRANSFORMS["crop"]) is TRANSFORMS["crop"]
 
 

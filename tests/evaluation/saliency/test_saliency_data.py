@@ -8,8 +8,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from clever.data.augmentations import ToNormalizedTensor
-from clever.evaluation.images import images_by_name
+from clever.evaluation.images import ToNormalizedTensor, images_by_name
 from clever.evaluation.saliency.data import LAYOUTS, Pair, SaliencyDataset, dataset_folders, find_pairs, resize_to_patches
 from clever.evaluation.saliency.detection import patch_features
 from clever.models import vision_transformer
