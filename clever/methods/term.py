@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clever.data.augmentations import ViewDistribution
 from clever.distributed import all_gather_rows, get_rank, get_world_size
+from clever.utils import InputError
 
 
 class Term(nn.Module):
@@ -34,6 +35,14 @@ class Term(nn.Module):
     part: ClassVar[str] = "ALL"
     parts: ClassVar[tuple[str, ...]] = ("ALL", "EF")
     needs_batch: ClassVar[bool] = False
+
+    @staticmethod
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        """The flags of this term alone."""
+
+    @staticmethod
+    def check_args(args: argparse.Namespace) -> None:
+        """Raise InputError for invalid values of these flags."""
 
     @staticmethod
     def extra_views(args: argparse.Namespace) -> list[ViewDistribution]:
@@ -71,13 +80,20 @@ def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Rows [m, ...] of all processes, in the order of ranks; own rows keep their gradient.
+    """Rows [m, ...] of all processes, in the order of ranks.
 
-    With a loss that is multiplied by the number of processes, DistributedDataParallel's mean then gives the gradient of the
-    loss of all rows.
+    The gradient of the own rows is multiplied by the number of processes, as DistributedDataParallel divides by it: so the
+    gradient of a loss of all rows is exact, and its value is the same in all processes.
     """
     if get_world_size() == 1:
         return rows
-    shares = list(all_gather_rows(rows.detach()).chunk(get_world_size()))
-    shares[get_rank()] = rows
+    fixed = rows.detach()
+    shares = list(all_gather_rows(fixed).chunk(get_world_size()))
+    shares[get_rank()] = fixed + get_world_size() * (rows - fixed)
     return torch.cat(shares)
+
+
+def check_batch(args: argparse.Namespace) -> None:
+    """Raise InputError if a batch is a single image, for terms that compare images."""
+    if args.batch_size_per_gpu < 2:
+        raise InputError(f"--batch_size_per_gpu {args.batch_size_per_gpu}: must be 2 or greater for --net {args.net}")
