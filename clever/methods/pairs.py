@@ -27,8 +27,8 @@ def cross_entropy_of_pairs(
     """
     if runs_triton(student):
         return _kernels().mean_over_pairs(student, teacher, center, student_temp, teacher_temp, power=1)
-    log_t = F.log_softmax((_at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
-    log_s = F.log_softmax(_at_least_float32(student) / student_temp, dim=-1)  # V, B, K
+    log_t = F.log_softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
+    log_s = F.log_softmax(at_least_float32(student) / student_temp, dim=-1)  # V, B, K
     t = log_t.exp()
     entropy = -(t * log_t).sum(-1).mean()
     return mean_of_different_views(-torch.einsum("qbk,vbk->qv", t, log_s), student.shape[1]), entropy
@@ -38,8 +38,8 @@ def cosine_of_pairs(student: Tensor, teacher: Tensor, center: Tensor, student_te
     """Mean of the cosine between t[q] and s[v]; arguments as those of `cross_entropy_of_pairs`."""
     if runs_triton(student):
         return _kernels().mean_over_pairs(student, teacher, center, student_temp, teacher_temp, power=2)[0]
-    t = F.softmax((_at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
-    s = F.softmax(_at_least_float32(student) / student_temp, dim=-1)  # V, B, K
+    t = F.softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
+    s = F.softmax(at_least_float32(student) / student_temp, dim=-1)  # V, B, K
     cosines = torch.einsum("qbk,vbk->qv", F.normalize(t, dim=-1), F.normalize(s, dim=-1))
     return mean_of_different_views(cosines, student.shape[1])
 
@@ -67,5 +67,6 @@ def _kernels():
     return pairs_triton
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision -> float32; float32 and float64 stay as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -36,6 +36,14 @@ class Term(nn.Module):
     needs_batch: ClassVar[bool] = False
 
     @staticmethod
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        """The flags of this term alone."""
+
+    @staticmethod
+    def check_args(args: argparse.Namespace) -> None:
+        """Raise InputError for invalid values of these flags."""
+
+    @staticmethod
     def extra_views(args: argparse.Namespace) -> list[ViewDistribution]:
         """Distributions of the E views of its own, which are of one size; they never change the base views."""
         return []
