@@ -1,0 +1,98 @@
+"""CARE: images that are transformed alike keep their inner products.
+
+Shapes: B images in chunks of n, which share random numbers; d width of the features, E of the embeddings.
+"""
+
+import argparse
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clever.data.augmentations import MultiCropAugmentation, ViewDistribution
+from clever.methods.pairs import at_least_float32
+from clever.methods.term import Term, mlp
+from clever.utils import InputError
+
+
+class CARE(Term):
+    """Equal inner products of the embeddings of two views, among images that were transformed alike.
+
+    Gupta et al., Structuring Representation Geometry with Rotationally Equivariant Contrastive Learning (arXiv 2306.13924):
+    a transformation acts on the sphere as one orthogonal map of all images, which leaves their inner products as they are.
+
+        a, b = unit(projector(z of view 1)), unit(projector(z of view 2))         # n, E of a chunk
+        term = mean over chunks of 2/n sum_{i != j} (<a_i, a_j> - <b_i, b_j>)^2
+
+    As in the authors' code: two extra global views, without stop-gradient; the projector has a hidden layer of 512 and 128
+    outputs, and is called once per view. Weight and n: 0.03 and 16 as for CIFAR-10; CIFAR-100: 0.001 and 64, ImageNet-100:
+    0.005 and 8, there without random crops in the extra views.
+
+    On DINO: the extra views are drawn as the two global views of --aug. The images of a chunk share their random numbers; in
+    the authors' code all chunks of a batch do. The backbone sees both views as one batch (there: one call per view), which
+    matters to batch normalisation alone. The projector is the term's own (there: also that of the contrastive loss), since
+    DINO's head has no embedding of this kind.
+    """
+
+    about: ClassVar[str] = "DINO, and equal inner products among images that are transformed alike (CARE)"
+    lambd: ClassVar[float] = 0.03
+    is_told: ClassVar[bool] = False
+    needs_batch: ClassVar[bool] = True
+
+    def __init__(self, dim: int, args: argparse.Namespace, layout: Any = None, hidden: int = 512, embedding: int = 128):
+        super().__init__()
+        self.chunk = args.care_chunk
+        self.projector = mlp(dim, hidden, embedding)
+
+    @staticmethod
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        group.add_argument("--care_chunk", type=int, default=16, help="images that are transformed alike; a divisor of "
+            "--batch_size_per_gpu")  # fmt: skip
+
+    @staticmethod
+    def check_args(args: argparse.Namespace) -> None:
+        if args.care_chunk < 2:
+            raise InputError(f"--care_chunk {args.care_chunk}: must be 2 or greater, since images are compared")
+
+    @staticmethod
+    def extra_views(args: argparse.Namespace) -> list[ViewDistribution]:
+        scale, size = args.global_crops_scale, args.global_crops_size
+        return MultiCropAugmentation(args.aug, scale, local_crops_number=0, global_crops_size=size).distributions
+
+    @staticmethod
+    def images_per_draw(args: argparse.Namespace) -> int:
+        return args.care_chunk
+
+    def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
+        """Features [2B, d] of both views -> term, the mean error of an inner product, and the spread of view 1's.
+
+        A spread of 0 means that all embeddings are equal, which the term allows.
+        """
+        projected = [self.projector(view) for view in extra.chunk(2)]  # 2 of B, E
+        chunks = len(projected[0]) // self.chunk
+        with torch.autocast(extra.device.type, enabled=False):
+            rows1, rows2 = (F.normalize(at_least_float32(rows), dim=1) for rows in projected)
+            term = inner_product_loss(rows1, rows2, chunks)
+            with torch.no_grad():
+                products1, products2 = (inner_products(rows, chunks) for rows in (rows1, rows2))
+                error, spread = (products1 - products2).abs().mean(), products1.std(correction=0)
+        return {"term": term, "inner_product_error": error, "inner_product_spread": spread}
+
+
+def inner_product_loss(rows1: Tensor, rows2: Tensor, chunks: int) -> Tensor:
+    """Mean over chunks of 2/n sum_{i != j} (<a_i, a_j> - <b_i, b_j>)^2, for unit rows a and b [B, E] and n = B // chunks.
+
+    A chunk is n consecutive rows; rows that are left over do not count.
+    """
+    n = len(rows1) // chunks
+    errors = inner_products(rows1, chunks) - inner_products(rows2, chunks)  # chunks, pairs; each pair stands for (i, j), (j, i)
+    return 4 / n * errors.square().sum(1).mean()
+
+
+def inner_products(rows: Tensor, chunks: int) -> Tensor:
+    """Rows [B, E] -> inner products [chunks, n * (n - 1) / 2] of all pairs i < j of a chunk of n = B // chunks rows."""
+    n = len(rows) // chunks
+    rows = rows[: chunks * n].unflatten(0, (chunks, n))  # chunks, n, E
+    i, j = torch.triu_indices(n, n, offset=1, device=rows.device)
+    return (rows @ rows.transpose(1, 2))[:, i, j]

@@ -1,0 +1,95 @@
+"""E-SSL: which of four quarter turns was a small view given?
+
+Shapes: N = B views, of side S; d width of the features.
+"""
+
+import argparse
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clever.arguments import check_positive
+from clever.data.augmentations import DINO_VIEW, ViewDistribution, check_crop_scale
+from clever.methods.pairs import at_least_float32
+from clever.methods.term import Term, mlp
+
+SMALL = 96  # global views of fewer pixels are treated as the authors treat CIFAR's images
+
+
+class ESSL(Term):
+    """Cross-entropy of the quarter turn of an extra view, predicted from the features of that view alone.
+
+    Dangovski et al., Equivariant Contrastive Learning (arXiv 2111.00899):
+
+        x = small view of every image                               # B, 3, S, S
+        images, k = rotate(x)                                       # 4B, 3, S, S and 4B: by k quarter turns
+        term = cross_entropy(head(backbone(images)), k)
+
+    As for ImageNet in the authors' code (imagenet/simclr): a view of 96 pixels of 5 to 14 % of the image, blurred with
+    probability 0.1; the head has two hidden layers of 2048 and a bottleneck of 128. Where the global views are smaller than 96
+    pixels, as for CIFAR: half their side, 20 to 100 % of the image. Weight: 0.4 (0.3 in arXiv 2603.06693, on DINO).
+
+    On DINO: the view has DINO's colours, and is upright whatever --aug says, since a rotation of its own would make the label
+    ambiguous. The student alone sees it; DINO's loss does not.
+
+    Args:
+        bottleneck: outputs of the last hidden layer; the authors' SimSiam has 256.
+    """
+
+    about: ClassVar[str] = "DINO, and which of four quarter turns a small extra view was given (E-SSL)"
+    lambd: ClassVar[float] = 0.4
+    is_told: ClassVar[bool] = False
+
+    def __init__(self, dim: int, args: argparse.Namespace, layout: Any = None, hidden: int = 2048, bottleneck: int = 128):
+        super().__init__()
+        hidden_layers = mlp(dim, hidden, hidden, bottleneck, norm=nn.LayerNorm, bias=True)
+        self.head = nn.Sequential(*hidden_layers, nn.LayerNorm(bottleneck), nn.Linear(bottleneck, 4))
+
+    @staticmethod
+    def add_arguments(group: argparse._ArgumentGroup) -> None:
+        add = group.add_argument
+        add("--essl_size", type=int, help="side of the extra view, pixels (default: --local_crops_size, or half of "
+            f"--global_crops_size if that is less than {SMALL})")  # fmt: skip
+        add("--essl_scale", type=float, nargs="+", help="minimum and maximum share of the image's area in the extra view "
+            f"(default: 0.05 0.14, or 0.2 1 if --global_crops_size is less than {SMALL})")  # fmt: skip
+
+    @staticmethod
+    def check_args(args: argparse.Namespace) -> None:
+        if args.essl_size is not None:
+            check_positive(args, "essl_size")
+        if args.essl_scale is not None:
+            check_crop_scale("essl_scale", args.essl_scale)
+
+    @staticmethod
+    def extra_views(args: argparse.Namespace) -> list[ViewDistribution]:
+        if args.global_crops_size < SMALL:
+            size, scale = args.global_crops_size // 2, (0.2, 1.0)
+        else:
+            size, scale = args.local_crops_size, (0.05, 0.14)
+        return [replace(DINO_VIEW, size=args.essl_size or size, scale=tuple(args.essl_scale or scale), blur_p=0.1)]
+
+    def images(self, extra: Tensor) -> Tensor:
+        return rotate(extra.flatten(0, 1))[0]
+
+    def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
+        """Features [4N, d] of `images` -> term, and the share of turns that the head names."""
+        labels = turns(len(extra) // 4, extra.device)
+        logits = at_least_float32(self.head(extra))  # 4N, 4
+        return {"term": F.cross_entropy(logits, labels), "rotation_accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+def rotate(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Square images [N, 3, S, S] -> [4N, 3, S, S], all of them turned by 0, then by 90, 180, 270 degrees, and the turns [4N].
+
+    Turns are counter-clockwise.
+    """
+    turned = torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])
+    return turned, turns(len(images), images.device)
+
+
+def turns(n: int, device: torch.device) -> Tensor:
+    """The labels [4N] of N images that were turned in blocks: N times 0, 1, 2, 3."""
+    return torch.arange(4, device=device).repeat_interleave(n)

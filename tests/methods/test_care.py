@@ -1,0 +1,94 @@
+"""CARE: the loss of inner products, the projector, and the views."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.golden_methods import METHODS, check, fill_as, inputs, settings
+
+from clever.data.augmentations import MultiCropAugmentation
+from clever.methods.care import CARE, inner_product_loss
+from clever.utils import InputError
+
+
+def unit_rows(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("case", [f"care.rows{i}" for i in range(5)])
+def test_loss_and_gradients_are_the_official_ones(case):
+    raws = inputs(case)
+    rows = [raw / raw.norm(dim=1, keepdim=True) for raw in raws]
+    loss = inner_product_loss(*rows, settings(case)["chunks"])
+    check(f"{case}.loss", loss)
+    gradients = torch.autograd.grad(loss, [*rows, *raws])
+    for name, gradient in zip(("rows1", "rows2", "raw1", "raw2"), gradients, strict=True):
+        if f"{case}.grad_{name}" in METHODS["numbers"]:
+            check(f"{case}.grad_{name}", gradient)
+
+
+@pytest.mark.parametrize("case", ["hand3", "hand4"])
+def test_loss_by_hand(case):
+    rows1, rows2 = (torch.tensor(rows, dtype=torch.float64) for rows in inputs(case))
+    check(f"{case}.value", inner_product_loss(rows1, rows2, settings(case)["chunks"]))
+
+
+def test_projector_and_term_are_the_official_ones():
+    case = "care.path0"
+    features = inputs(case)
+    term = CARE(512, argparse.Namespace(care_chunk=4))
+    fill_as(term.projector, case, "g")
+    for i in range(2):
+        check(f"{case}.rows{i + 1}", F.normalize(term.projector(features[i]), dim=1))
+    value = term(None, None, torch.cat(features))["term"]
+    check(f"{case}.loss", value)
+    for i, gradient in enumerate(torch.autograd.grad(value, features), 1):
+        check(f"{case}.grad_features{i}", gradient)
+
+
+def test_an_orthogonal_map_of_all_images_costs_nothing():
+    rows, (q, _) = unit_rows(12, 6), torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    assert inner_product_loss(rows, rows @ q, 3) < 1e-28
+    assert inner_product_loss(rows, unit_rows(12, 6), 3) > 0.1
+
+
+def test_order_within_a_chunk_does_not_matter():
+    rows1, rows2 = unit_rows(12, 6), unit_rows(12, 6)
+    loss = inner_product_loss(rows1, rows2, 3)
+    within = torch.tensor([3, 1, 0, 2, 4, 5, 7, 6, 8, 11, 9, 10])
+    across = torch.arange(12).view(3, 4).T.flatten()
+    torch.testing.assert_close(inner_product_loss(rows1[within], rows2[within], 3), loss)
+    assert (inner_product_loss(rows1[across], rows2[across], 3) - loss).abs() > 1e-3
+
+
+def test_telemetry_shows_error_and_collapse():
+    term = CARE(6, argparse.Namespace(care_chunk=4))
+    term.projector = torch.nn.Identity()
+    rows = unit_rows(8, 6)
+    equal = term(None, None, torch.cat([rows, rows]))
+    assert equal["inner_product_error"] == 0 and equal["inner_product_spread"] > 0.1
+    assert term(None, None, torch.ones(16, 6))["inner_product_spread"] < 1e-6
+    term.chunk = 2
+    pair = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8], [1, 0]])  # inner products 0 and 0.6
+    assert term(None, None, pair)["inner_product_error"].item() == pytest.approx(0.6)
+
+
+def test_inner_products_are_in_full_precision_within_autocast():
+    term = CARE(64, argparse.Namespace(care_chunk=8))
+    term.projector = torch.nn.Identity()
+    features = torch.cat([torch.randn(8, 64)] * 2) + 1e-3 * torch.randn(16, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = term(None, None, features)["term"]
+    torch.testing.assert_close(value, term(None, None, features)["term"])
+
+
+def test_views_are_the_two_global_ones_of_the_recipe():
+    args = argparse.Namespace(aug="aug1_2", global_crops_scale=[0.3, 1.0], global_crops_size=32, care_chunk=8)
+    assert CARE.extra_views(args) == MultiCropAugmentation("aug1_2", (0.3, 1.0), global_crops_size=32).distributions[:2]
+    assert CARE.images_per_draw(args) == 8
+
+
+def test_bad_flags():
+    with pytest.raises(InputError, match="care_chunk"):
+        CARE.check_args(argparse.Namespace(care_chunk=1))
