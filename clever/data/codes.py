@@ -78,13 +78,6 @@ def is_constant(group: str, views: Views, draws: int = 1000) -> bool:
     return bool((codes == codes[0, 0]).all())
 
 
-def absolute(self, codes: Tensor) -> Tensor:
-        return absolute(codes, list(self.groups))
-
-    def relative(self, codes1: Tensor, codes2: Tensor) -> dict[str, Tensor]:
-        return relative(codes1, codes2, list(self.groups))
-
-
 def absolute(codes: Tensor, groups: Sequence[str]) -> Tensor:
     """Codes [..., P] -> the columns of these groups [..., p]."""
     return torch.cat([codes[..., GROUPS[group]] for group in groups], dim=-1)
@@ -97,14 +90,14 @@ def relative(codes1: Tensor, codes2: Tensor, groups: Sequence[str]) -> dict[str,
     if that view is flipped; flip: 1 if both or neither are. Rotation: sine and cosine of angle 1 - angle 2, whatever the flips.
     """
     differences = codes1 - codes2
-    relative = {group: differences[..., GROUPS[group]] for group in groups}
-    if "crop" in relative:
-        y, x, height, width = relative["crop"].unbind(-1)
+    told = {group: differences[..., GROUPS[group]] for group in groups}
+    if "crop" in told:
+        y, x, height, width = told["crop"].unbind(-1)
         (mirrored,) = codes1[..., GROUPS["flip"]].unbind(-1)
-        relative["crop"] = torch.stack([y, x * (1 - 2 * mirrored), height, width], dim=-1)  # B, 4
-    if "flip" in relative:
-        relative["flip"] = 1 - relative["flip"].abs()
-    if "rotation" in relative:
+        told["crop"] = torch.stack([y, x * (1 - 2 * mirrored), height, width], dim=-1)  # B, 4
+    if "flip" in told:
+        told["flip"] = 1 - told["flip"].abs()
+    if "rotation" in told:
         (sin1, cos1), (sin2, cos2) = (codes[..., GROUPS["rotation"]].unbind(-1) for codes in (codes1, codes2))
-        relative["rotation"] = torch.stack([sin1 * cos2 - cos1 * sin2, cos1 * cos2 + sin1 * sin2], dim=-1)  # B, 2
-    return relative
+        told["rotation"] = torch.stack([sin1 * cos2 - cos1 * sin2, cos1 * cos2 + sin1 * sin2], dim=-1)  # B, 2
+    return told
