@@ -128,7 +128,7 @@ def read_features(args: argparse.Namespace) -> FeatureSet:
     net, hp1 = resolve_net_and_hp1(args, features.description)
     features.description |= {"net": net, "hp1": float(hp1)}
     for part in args.else_part:
-        check_part(PARTS[part], split_of(net, hp1, features.train.shape[1]))
+        check_part(PARTS[part], split_of(net, hp1, features.train.shape[1], features.description.get("equiv_part")))
     return features
 
 
@@ -137,7 +137,7 @@ def classify(
 ) -> list[dict[str, Any]]:
     """Accuracies of --else_part, a single one, for every k and temperature; prints them in DINO's words."""
     about, part = features.description, PARTS[args.else_part]
-    split = split_of(about["net"], about["hp1"], features.train.shape[1])
+    split = split_of(about["net"], about["hp1"], features.train.shape[1], about.get("equiv_part"))
     results = knn_accuracies(
         select_part(features.train, part, split),
         features.train_labels,

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader
 from clever import arguments, distributed, signals
 from clever.arguments import bool_flag
 from clever.checkpoint import load_resumable, save_atomically, valid_state
-from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, check_crop_scale
+from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, Views, check_crop_scale
 from clever.data.datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from clever.data.rendering import add_renderer_argument, renderer_line, resolve_renderer
 from clever.entry import run_entry_point
 from clever.evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from clever.locking import locked
-from clever.methods import METHODS
+from clever.methods import METHODS, add_method_arguments, resolve_method
+from clever.methods.pairs import TEACHER_VIEWS
 from clever.models.backbones import default_drop_path_rate
 from clever.training import optim
 from clever.training.build import build_networks, build_pretraining, images_per_step, peak_lr
@@ -129,8 +130,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = arguments.ArgumentParser(description=__doc__)
     add_network_arguments(parser.add_argument_group("network"))
-    for name, method in METHODS.items():
-        method.add_arguments(parser.add_argument_group(f"--net {name}"))
+    add_method_arguments(parser)
     add_optimization_arguments(parser.add_argument_group("teacher and optimisation"))
     add_data_arguments(parser.add_argument_group("data"))
     add_run_arguments(parser.add_argument_group("run"))
@@ -166,18 +166,17 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: longer than the run ({args.epochs} epochs)")
     check_crop_scale("global_crops_scale", args.global_crops_scale)
     check_crop_scale("local_crops_scale", args.local_crops_scale)
-    for method in METHODS.values():
-        method.check_args(args)
     check_online_args(args)
     arguments.check_writable(args.output_dir)
     check_log_to(args)
 
 
 def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Checked arguments, with the defaults of --drop_path_rate and --views filled in: checkpoints record what was used."""
+    """Checked arguments, with defaults that depend on others filled in: checkpoints record what was used."""
     check_args(args)
     rate = default_drop_path_rate(args.arch) if args.drop_path_rate is None else args.drop_path_rate
-    return resolve_renderer(argparse.Namespace(**vars(args) | {"drop_path_rate": rate}))
+    term = resolve_method(args, Views(build_views(args).distributions[:TEACHER_VIEWS]))
+    return resolve_renderer(argparse.Namespace(**vars(args) | {"drop_path_rate": rate} | term))
 
 
 # --- data --------------------------------------------------------------------------------------------------------------
@@ -191,9 +190,9 @@ def check_options(args: argparse.Namespace, record: CheckRecord) -> dict[str, An
     }  # fmt: skip
 
 
-def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset:
-    """Training images with the views of --aug. Raises InputError if they do not fill one optimizer step."""
-    views = MultiCropAugmentation(
+def build_views(args: argparse.Namespace) -> MultiCropAugmentation:
+    """The views of --aug."""
+    return MultiCropAugmentation(
         args.aug,
         global_crops_scale=args.global_crops_scale,
         local_crops_scale=args.local_crops_scale,
@@ -201,7 +200,14 @@ def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset
         global_crops_size=args.global_crops_size,
         local_crops_size=args.local_crops_size,
     )
-    dataset = pretraining_dataset(args.data_path, views, args.seed, **check_options(args, record))
+
+
+def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset:
+    """Training images with the views of --aug. Raises InputError if they do not fill one optimizer step."""
+    term, options = METHODS[args.net].term, check_options(args, record)
+    if term is not None:
+        options |= {"extra": Views(term.extra_views(args)), "images_per_draw": term.images_per_draw(args)}
+    dataset = pretraining_dataset(args.data_path, build_views(args), args.seed, **options)
     if len(dataset) < images_per_step(args):
         raise InputError(
             f"batch of {images_per_step(args)} images ({args.batch_size_per_gpu} x {distributed.get_world_size()} processes x "
@@ -244,7 +250,7 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
     loader.dataset.set_epoch(epoch)
     try:
         means = run.train_one_epoch(loader, epoch)
-        optim.check_weights(run.student, f"epoch {epoch}/{args.epochs}")
+        optim.check_weights(run.model, f"epoch {epoch}/{args.epochs}")
     except FloatingPointError as error:
         if distributed.is_main_process():
             save_atomically(run.state_dict(epoch), Path(args.output_dir) / "nonfinite.pth")
@@ -281,7 +287,8 @@ def write_files(given: argparse.Namespace, log: Path, start_epoch: int, is_new: 
 def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.device) -> None:
     """Start the run, or continue it from its checkpoint. `given`: the arguments before their defaults were filled in."""
     method = METHODS[args.net]
-    fixed = (*TENSOR_ARGUMENTS, *method.head_flags, *(["hp1"] if method.split else []))
+    of_parts = ["hp1"] if method.is_split(args.equiv_part) else []
+    fixed = (*TENSOR_ARGUMENTS, *method.base.head_flags, *of_parts, "equiv_part", "equiv_params")
     state = load_resumable(Path(args.output_dir) / "checkpoint.pth", args, fixed)
     student, teacher = build_networks(args, device, resuming=state is not None)
     readable = CheckRecord(Path(args.output_dir) / "checked_images.npy")

@@ -97,7 +97,7 @@ class OnlineEvaluation:
             record["knn_top1"] = knn_accuracy(backbone, *self.knn_data, **options)["ALL"]
         if self.probe_data and self._is_due(epoch, self.args.probe_freq):
             start = time.perf_counter()
-            split = split_of(self.args.net, self.args.hp1, backbone.embed_dim)
+            split = split_of(self.args.net, self.args.hp1, backbone.embed_dim, self.args.equiv_part)
             options |= {"parts": ("ALL", "IR", "EF") if split else ("ALL",), "split": split}
             knn = knn_accuracy(backbone, *self.probe_data, **options)
             r2 = linear_r2(backbone, *self.rotated, **options)

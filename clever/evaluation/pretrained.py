@@ -13,7 +13,7 @@ from clever.arguments import TypedFloat, plain_args
 from clever.checkpoint import load_checkpoint
 from clever.evaluation.names import part_flag
 from clever.evaluation.stored import stored_arguments
-from clever.methods import METHODS
+from clever.methods import FLAGS, METHODS
 from clever.models.backbones import (
     build_backbone,
     default_image_size,
@@ -56,14 +56,16 @@ class Pretrained:
     @property
     def split(self) -> Split | None:
         """Where IR and EF are cut; None: the representation has no parts."""
-        return split_of(self.net, self.hp1, self.backbone.embed_dim)
+        return split_of(self.net, self.hp1, self.backbone.embed_dim, self.training_args.get("equiv_part"))
 
     def record(self) -> dict[str, Any]:
         """What a result file says about the network."""
-        return {
+        record = {
             "net": self.net, "arch": self.arch, "pretrained_epochs": self.epochs, "aug": self.aug,
             "pretraining_seed": self.pretraining_seed, "backbone": self.fingerprint,
         }  # fmt: skip
+        term = {name: self.training_args[name] for name in FLAGS if name in self.training_args}
+        return record | term
 
     def check_patches(self, reason: str) -> None:
         """Raise InputError, which gives the `reason`, unless the backbone is one of our ViTs: others pool their features."""
@@ -81,12 +83,13 @@ class Pretrained:
 # --- parts and files -----------------------------------------------------------------------------------------------------
 
 
-def split_of(net: str, hp1: float, dim: int) -> Split | None:
+def split_of(net: str, hp1: float, dim: int, equiv_part: str | None) -> Split | None:
     """Where IR and EF are cut in a representation of width `dim`. This is the one place that knows which networks have parts.
 
-    None if the objective does not divide the representation (dino), or if an hp1 near 0 or 1 leaves a part empty.
+    None if the pretraining did not divide the representation (dino), or if an hp1 near 0 or 1 leaves a part empty.
+    `equiv_part`: --equiv_part of the pretraining.
     """
-    return Split(dim, hp1) if METHODS[net].split and Split.leaves_both(dim, hp1) else None
+    return Split(dim, hp1) if METHODS[net].is_split(equiv_part) and Split.leaves_both(dim, hp1) else None
 
 
 def check_part(part: str, split: Split | None, flag: str = "--else_part") -> None:
@@ -155,7 +158,7 @@ def resolve_arch(given: str | None, stored: str | None) -> str:
 def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any]) -> tuple[str, float]:
     """--net and --hp1, or what is stored. Raises InputError if nothing says where the representation is cut."""
     net = resolve_option("net", args.net, stored.get("net"), "dino")
-    stored_hp1, default = (stored.get("hp1"), None) if METHODS[net].split else (None, 1.0)
+    stored_hp1, default = (stored.get("hp1"), None) if METHODS[net].is_split(stored.get("equiv_part")) else (None, 1.0)
     hp1 = resolve_option("hp1", args.hp1, stored_hp1, default)
     if hp1 is None or not 0 < hp1 <= 1:
         raise InputError(f"--hp1 {hp1}: must lie in (0, 1]; give the pretraining's hp1, which cuts IR and EF")

@@ -32,6 +32,7 @@ def _is_count(value: Any) -> bool:
 _OURS: dict[str, Callable[[Any], bool]] = {
     "arch": lambda value: isinstance(value, str),
     "net": lambda value: value in METHODS,
+    "equiv_part": lambda value: value in ("ALL", "EF"),
     "hp1": lambda value: type(value) in (int, float) and 0 <= value <= 1,
     "patch_size": _is_count,
     "global_crops_size": _is_count,

@@ -69,6 +69,30 @@ class Term(nn.Module):
         """
 
 
+class WithTerm(nn.Module):
+    """The student and a term as one module, which is what distributed training and the optimizer see.
+
+    Args:
+        student: crops -> output of the heads, and with return_features the representation [V*B, D].
+        term: None: there is none, and nothing is added to the student's work.
+        columns: of the representation that the term sees.
+    """
+
+    def __init__(self, student: nn.Module, term: Term | None, columns: slice = slice(None)) -> None:
+        super().__init__()
+        self.student, self.term, self.columns = student, term, columns
+
+    def forward(self, crops: list[Tensor], extra: Tensor | None = None, codes: Tensor | None = None):
+        """Crops [V'*B, 3, S, S], extra views [E, B, 3, S, S], codes [B, 2+E, P] -> output of the heads, values of the term."""
+        if self.term is None:
+            return self.student(crops), {}
+        output, z = self.student(crops, return_features=True)  # V*B, D
+        pair = z[: 2 * len(codes), self.columns].unflatten(0, (2, -1))  # 2, B, d
+        if extra is not None:  # after the base views, whose batch statistics and random numbers they leave alone
+            extra = self.student.backbone(self.term.images(extra))[:, self.columns]  # N, d
+        return output, self.term(pair, codes, extra)
+
+
 def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False, last_bias: bool = True) -> nn.Sequential:
     """Linear layers of these widths; after each but the last a norm and ReLU."""
     layers: list[nn.Module] = []

@@ -132,9 +132,9 @@ class MultiCropWrapper(nn.Module):
 
     Args:
         backbone: images [B, 3, H, W] -> representations z [B, D].
-        head: projection head of the whole representation (DINO), or of its IR if there is a head2 (CLeVER).
+        head: projection head of the representation, or of its IR if there is a head2 or hp1 is less than 1.
         head2: projection head of the EF, or None.
-        hp1: share of the IR in the representation.
+        hp1: share of the IR in the representation; 1 without a head2: there are no parts.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, head2: nn.Module | None = None, hp1: float = 1.0):
@@ -152,12 +152,14 @@ class MultiCropWrapper(nn.Module):
         groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
         batches = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
         z = torch.cat([self.backbone(batch) for batch in batches])  # V*B, D
-        if self.head2 is None:
-            out = self.head(z)  # V*B, K
-        else:
-            ir, ef = split_ir_ef(z, self.hp1)
-            out = self.head(ir), self.head2(ef)  # V*B, K and V*B, K2
+        ir, ef = (z, None) if self.is_whole else split_ir_ef(z, self.hp1)
+        out = self.head(ir) if self.head2 is None else (self.head(ir), self.head2(ef))  # V*B, K and V*B, K2
         return (out, z) if return_features else out
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the representation has no parts."""
+        return self.head2 is None and self.hp1 == 1
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -165,8 +167,8 @@ class MultiCropWrapper(nn.Module):
         return [head for head in (self.head, self.head2) if head is not None]
 
     def split(self, z: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Split representations z [B, D] into {"_IR": IR, "_EF": EF}; without a head2, return {"": z}.
+        """Split representations z [B, D] into {"_IR": IR, "_EF": EF}; without parts, return {"": z}.
 
         The keys are suffixes: the log has `feature_std_IR` and `feature_std_EF`, or `feature_std`.
         """
-        return {"": z} if self.head2 is None else dict(zip(("_IR", "_EF"), split_ir_ef(z, self.hp1), strict=True))
+        return {"": z} if self.is_whole else dict(zip(("_IR", "_EF"), split_ir_ef(z, self.hp1), strict=True))

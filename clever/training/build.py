@@ -9,6 +9,7 @@ import torch.nn as nn
 from clever.arguments import plain_args
 from clever.distributed import get_world_size, resolve_amp_dtype
 from clever.methods import METHODS
+from clever.methods.term import WithTerm
 from clever.models.backbones import build_backbone, check_timm_size, is_ours, synchronize_batch_norm
 from clever.models.heads import DINOHead, MultiCropWrapper, Split
 from clever.models.weights import load_backbone_file
@@ -18,7 +19,7 @@ from clever.utils import InputError, seed_everything
 
 
 def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> MultiCropWrapper:
-    """The backbone with the head of --net dino, or with the two heads of --net CLeVER."""
+    """The backbone with the heads of --net."""
     backbone = build_backbone(
         args.arch,
         patch_size=args.patch_size,
@@ -34,9 +35,11 @@ def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> Mul
         "bottleneck_dim": args.head_bottleneck_dim,
     }
     method = METHODS[args.net]
-    widths = Split(backbone.embed_dim, args.hp1).widths if method.split else [backbone.embed_dim]
-    heads = [DINOHead(width, getattr(args, flag), **options) for width, flag in zip(widths, method.head_flags, strict=True)]
-    return MultiCropWrapper(backbone, *heads, hp1=args.hp1)
+    is_split = method.is_split(args.equiv_part)
+    widths = Split(backbone.embed_dim, args.hp1).widths if is_split else [backbone.embed_dim]
+    flags = method.base.head_flags  # one head: on the IR, if the representation is split
+    heads = [DINOHead(width, getattr(args, flag), **options) for width, flag in zip(widths, flags, strict=False)]
+    return MultiCropWrapper(backbone, *heads, hp1=args.hp1 if is_split else 1.0)
 
 
 def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
@@ -67,6 +70,17 @@ def build_networks(
     return student.to(device), teacher.to(device)
 
 
+def build_student(args: argparse.Namespace, student: MultiCropWrapper, device: torch.device) -> WithTerm:
+    """The student with the term of --net. It is built after the networks, whose initial weights it leaves as they are."""
+    kind, columns, dim = METHODS[args.net].term, slice(None), student.backbone.embed_dim
+    if kind is None:
+        return WithTerm(student, None)
+    if args.equiv_part == "EF":
+        columns, dim = Split(dim, args.hp1).ef, Split(dim, args.hp1).widths[1]
+    (term,) = synchronize_batch_norm([kind(dim, args, args.equiv_params)], "resnet18", device)
+    return WithTerm(student, term.to(device), columns)
+
+
 def images_per_step(args: argparse.Namespace) -> int:
     """Images per optimizer step, over all processes and micro-batches."""
     return args.batch_size_per_gpu * get_world_size() * args.accumulation
@@ -95,12 +109,14 @@ def build_pretraining(
     steps_per_epoch: int,
 ) -> Pretraining:
     """The run: networks, objective, optimizer and schedules."""
+    model = build_student(args, student, device)
     amp_dtype = resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
     return Pretraining(
-        student=student,
+        model=model,
         teacher=teacher,
-        criterion=METHODS[args.net].from_args(args, student.heads).to(device),
-        optimizer=optim.OPTIMIZERS[args.optimizer](optim.param_groups(student)),
+        criterion=METHODS[args.net].base.from_args(args, student.heads).to(device),
+        equiv_lambd=args.equiv_lambd or 0.0,
+        optimizer=optim.OPTIMIZERS[args.optimizer](optim.param_groups(model)),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         schedules=build_schedules(args, steps_per_epoch),
         device=device,

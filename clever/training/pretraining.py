@@ -41,15 +41,17 @@ class Pretraining:
     """Networks, objective, optimizer and schedules of a run, on one device and at one precision.
 
     Args:
-        student, teacher: the same network; the teacher is not trained by gradients.
+        model: the student, with the term of an equivariant method if there is one.
+        teacher: the same network as the student, not trained by gradients.
         criterion: (student's output, teacher's output, epoch, update_center) -> terms of the loss, "loss" first.
-        optimizer: of the student's parameters.
+        optimizer: of the model's parameters.
         scaler: of the gradients, enabled for fp16 only.
         schedules: one value per step of "lr", "wd" (weight decay) and "momentum" (of the teacher).
         device: of the networks and the criterion.
         amp_dtype: type that autocast computes in; float32 means no autocast.
         epochs: number of epochs of the run.
         images_per_step: images per step, summed over processes and micro-batches.
+        equiv_lambd: weight of the term.
         accumulation: micro-batches per step.
         clip_grad: the gradient of each parameter is clipped to this norm; 0: no clipping.
         freeze_last_layer: number of epochs during which the heads' last layers do not move.
@@ -62,7 +64,7 @@ class Pretraining:
         so_far: the last "epoch" that was begun, how many "images" of it were used by all processes, and their "averages".
     """
 
-    student: MultiCropWrapper
+    model: nn.Module
     teacher: MultiCropWrapper
     criterion: DINOLoss
     optimizer: torch.optim.Optimizer
@@ -72,6 +74,7 @@ class Pretraining:
     amp_dtype: torch.dtype
     epochs: int
     images_per_step: int
+    equiv_lambd: float = 0.0
     accumulation: int = 1
     clip_grad: float = 3.0
     freeze_last_layer: int = 1
@@ -83,14 +86,15 @@ class Pretraining:
     so_far: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.model: nn.Module = self.student  # called in training: the student, or DistributedDataParallel around it
-        self.trainable_parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.student: MultiCropWrapper = self.model.student
+        self.term: nn.Module | None = self.model.term
+        self.trainable_parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def distribute(self) -> None:
         """Average the student's gradients over the processes of the group, if there is one."""
         if is_distributed():
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.student, device_ids=device_ids, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     # --- training ---
 
@@ -125,14 +129,15 @@ class Pretraining:
     def train_step(self, batches: Iterable[Batch], progress: TrainingProgress, epoch: int, step: int) -> None:
         """One step of the optimizer, with the gradients of all micro-batches, then of the teacher.
 
-        batches: for each micro-batch the views, one tensor [V', B, 3, S, S] per resolution, the two global views first.
+        batches: for each micro-batch the views, one tensor [V', B, 3, S, S] per resolution, the two global views first, then
+            the term's own, if it has any; and the codes of the views, which only a term reads.
         """
         set_schedules(self.optimizer, self.schedules["lr"][step], self.schedules["wd"][step])
-        for micro_batch, (views, _) in enumerate(batches, start=1):
+        for micro_batch, (views, codes) in enumerate(batches, start=1):
             last = micro_batch == self.accumulation
             views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
-            with contextlib.nullcontext() if last or self.model is self.student else self.model.no_sync():
-                terms = self.compute_loss(views, epoch, update_center=last)
+            with contextlib.nullcontext() if last or not is_distributed() else self.model.no_sync():
+                terms = self.compute_loss(views, codes, epoch, update_center=last)
                 progress.update(**terms)  # stops the run if a term is not finite
                 self.scaler.scale(terms["loss"] / self.accumulation).backward()
         self.scaler.unscale_(self.optimizer)
@@ -145,16 +150,26 @@ class Pretraining:
         self.optimizer.zero_grad()
         update_teacher(self.teacher, self.student, self.schedules["momentum"][step])
 
-    def compute_loss(self, views: list[torch.Tensor], epoch: int, update_center: bool = True) -> dict[str, torch.Tensor]:
+    def compute_loss(
+        self, views: list[torch.Tensor], codes: torch.Tensor, epoch: int, update_center: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Forward pass of both networks: terms of the loss, "loss" first, then telemetry."""
+        extra = None
+        if self.term is not None:
+            codes = codes.to(self.device, non_blocking=True)
+            extra = views.pop() if codes.shape[1] > TEACHER_VIEWS else None  # E, B, 3, S, S
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             with torch.no_grad():
                 global_views = views[0][:TEACHER_VIEWS].flatten(0, 1)  # 2*B, 3, S, S
                 teacher_output, z = self.teacher(global_views, return_features=True)  # 2*B, K; 2*B, D
-            student_output = self.model([view.flatten(0, 1) for view in views])  # V*B, K
+            student_output, values = self.model([view.flatten(0, 1) for view in views], extra, codes)  # V*B, K
         terms = self.criterion(student_output, teacher_output, epoch, update_center)
+        telemetry = self.criterion.telemetry(terms)
+        if self.term is not None:
+            terms["loss_base"], terms["loss_term"] = terms["loss"], values.pop("term")
+            terms["loss"] = terms["loss_base"] + self.equiv_lambd * terms["loss_term"]
         spread = {f"feature_std{part}": feature_std(features) for part, features in self.teacher.split(z).items()}
-        return terms | self.criterion.telemetry(terms) | spread
+        return terms | values | telemetry | spread
 
     def normalized(self, views: torch.Tensor) -> torch.Tensor:
         """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
@@ -184,6 +199,8 @@ class Pretraining:
             state["fp16_scaler"] = self.scaler.state_dict()
         if self.so_far.get("epoch") == epoch:  # which has been interrupted, or is not yet measured
             state["epoch_so_far"] = self.so_far
+        if self.term is not None:
+            state["term"] = self.term.state_dict()
         return state
 
     def save(self, folder: str | Path, epoch: int, saveckp_freq: int = 0) -> None:
@@ -201,6 +218,8 @@ class Pretraining:
         """
         for name, module in (("student", self.student), ("teacher", self.teacher), ("dino_loss", self.criterion)):
             module.load_state_dict(strip_prefix(state[name]))
+        if self.term is not None:
+            self.term.load_state_dict(state["term"])
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
