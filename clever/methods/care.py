@@ -4,7 +4,8 @@ Shapes: B images in chunks of n, which share random numbers; d width of the feat
 """
 
 import argparse
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,10 @@ class CARE(Term):
     is_told: ClassVar[bool] = False
     needs_batch: ClassVar[bool] = True
 
-    def __init__(self, dim: int, args: argparse.Namespace, layout: Any = None, hidden: int = 512, embedding: int = 128):
+    def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = (), hidden: int = 512, embedding: int = 128):
         super().__init__()
+        if args.batch_size_per_gpu % args.care_chunk:
+            raise InputError(f"--care_chunk {args.care_chunk}: must divide --batch_size_per_gpu {args.batch_size_per_gpu}")
         self.chunk = args.care_chunk
         self.projector = mlp(dim, hidden, embedding)
 

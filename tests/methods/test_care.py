@@ -12,6 +12,10 @@ from clever.methods.care import CARE, inner_product_loss
 from clever.utils import InputError
 
 
+def care(dim, chunk, batch=8):
+    return CARE(dim, argparse.Namespace(care_chunk=chunk, batch_size_per_gpu=batch))
+
+
 def unit_rows(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
@@ -37,7 +41,7 @@ def test_loss_by_hand(case):
 def test_projector_and_term_are_the_official_ones():
     case = "care.path0"
     features = inputs(case)
-    term = CARE(512, argparse.Namespace(care_chunk=4))
+    term = care(512, chunk=4)
     fill_as(term.projector, case, "g")
     for i in range(2):
         check(f"{case}.rows{i + 1}", F.normalize(term.projector(features[i]), dim=1))
@@ -63,7 +67,7 @@ def test_order_within_a_chunk_does_not_matter():
 
 
 def test_telemetry_shows_error_and_collapse():
-    term = CARE(6, argparse.Namespace(care_chunk=4))
+    term = care(6, chunk=4)
     term.projector = torch.nn.Identity()
     rows = unit_rows(8, 6)
     equal = term(None, None, torch.cat([rows, rows]))
@@ -75,7 +79,7 @@ def test_telemetry_shows_error_and_collapse():
 
 
 def test_inner_products_are_in_full_precision_within_autocast():
-    term = CARE(64, argparse.Namespace(care_chunk=8))
+    term = care(64, chunk=8)
     term.projector = torch.nn.Identity()
     features = torch.cat([torch.randn(8, 64)] * 2) + 1e-3 * torch.randn(16, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -90,5 +94,7 @@ def test_views_are_the_two_global_ones_of_the_recipe():
 
 
 def test_bad_flags():
-    with pytest.raises(InputError, match="care_chunk"):
+    with pytest.raises(InputError, match="care_chunk 1"):
         CARE.check_args(argparse.Namespace(care_chunk=1))
+    with pytest.raises(InputError, match="care_chunk 3: must divide --batch_size_per_gpu 8"):
+        care(6, chunk=3)

@@ -13,8 +13,8 @@ from clever.utils import InputError
 
 
 def arguments(**values):
-    defaults = {"essl_size": None, "essl_scale": None, "global_crops_size": 224, "local_crops_size": 96}
-    return argparse.Namespace(**{**defaults, **values})
+    sizes = {"global_crops_size": 224, "global_crops_scale": [0.4, 1.0], "local_crops_size": 96}
+    return argparse.Namespace(**{"essl_size": None, "essl_scale": None, **sizes, **values})
 
 
 @pytest.mark.parametrize("case", ["essl.rotate0", "essl.rotate1"])
@@ -65,9 +65,9 @@ def test_view_is_small_and_upright():
     assert (view.size, view.scale, view.rotation, view.elastic_p, view.blur_p) == (96, (0.05, 0.14), 0, 0, 0.1)
     assert (view.flip_p, view.jitter_p, view.grey_p) == (DINO_VIEW.flip_p, DINO_VIEW.jitter_p, DINO_VIEW.grey_p)
     (view,) = ESSL.extra_views(arguments(global_crops_size=32))
+    assert (view.size, view.scale) == (32, (0.4, 1))
+    (view,) = ESSL.extra_views(arguments(global_crops_size=32, essl_size=16, essl_scale=[0.2, 1]))
     assert (view.size, view.scale) == (16, (0.2, 1))
-    (view,) = ESSL.extra_views(arguments(global_crops_size=32, essl_size=24, essl_scale=[0.5, 1]))
-    assert (view.size, view.scale) == (24, (0.5, 1))
 
 
 @pytest.mark.parametrize("bad", [{"essl_size": 0}, {"essl_scale": [0.5]}, {"essl_scale": [0.5, 0.2]}])
