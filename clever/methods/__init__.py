@@ -57,8 +57,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--equiv_lambd", type=float, help="weight of the term; default: the method's")
     add("--equiv_params", nargs="+", metavar="PARAMETER", help="what the term is told about the views: "
         f"{', '.join(GROUPS)}; default: crop, color, and rotation if --aug has it")  # fmt: skip
-    add("--equiv_part", choices=("ALL", "EF"), help="ALL: the term sees the whole representation; EF: it sees the EF alone, and "
-        "DINO's head the IR; default: ALL, for sie EF")  # fmt: skip
+    add("--equiv_part", choices=("ALL", "EF"), help="ALL: the term sees the whole representation; EF: the EF alone, and "
+        "DINO's head the IR alone; default: ALL, for sie EF")  # fmt: skip
     for name, method in METHODS.items():
         for kind in filter(None, (method.base if method.term is None else None, method.term)):
             kind.add_arguments(parser.add_argument_group(f"--net {name}"))
