@@ -31,10 +31,9 @@ class EquiMod(Term):
 
     The clean view is the resized centre crop. Nothing is detached. All other rows are negatives, even those of the same image
     (the paper's equation 4 leaves these out).
-
     On DINO: the student sees the clean view after all others (there: in one batch with them), and as in the authors' BYOL no
-    teacher takes part. Codes are the columns that --equiv_params names; a BatchNorm without gain standardises them, since
-    their statistics depend on the recipe (there: fixed numbers).
+    teacher takes part. Codes are what --equiv_params names, standardised by a BatchNorm without gain, as their statistics
+    depend on the recipe (there: by fixed numbers).
     """
 
     about: ClassVar[str] = "DINO, and the embedding of a view predicted from that of the clean image (EquiMod)"
@@ -69,8 +68,7 @@ class EquiMod(Term):
         """Features [3B, d] of clean view, view 1, view 2, and codes [2B, p] -> y0 twice, y, yhat, [2B, E] each."""
         clean, *views = self.projector(features).chunk(3)  # B, E
         start = torch.cat([clean, clean])
-        predicted = self.predictor(torch.cat([start, self.code_projector(told)], dim=1))
-        return start, torch.cat(views), predicted
+        return start, torch.cat(views), self.predictor(torch.cat([start, self.code_projector(told)], dim=1))
 
 
 class EquiModPair(EquiMod):

@@ -32,17 +32,13 @@ class SIE(Term):
         cov = covariance(x) + covariance(y)
         term = equi + 10/4.5 (std + predstd) + 1/4.5 cov
 
-    On DINO: DINO's loss on the IR takes the place of the mean square error of the invariant part, so the regularisers see
-    the EF alone. equi and predstd are means of both directions, as the two views have different distributions (there: one).
-    The code of a rotation is the sine and cosine of half the angle from view 1 to 2, its quaternion. A constant 1 is added to
-    the code: there the map has no bias and a code of zeros would predict zeros, which a quaternion never is. E is 256 (there:
-    1024), as the map has P E^2 weights and the covariance of many more columns than images is noise.
+    On DINO: its loss on the IR takes the place of the invariant part's mean square error, and the regularisers see the EF
+    alone. equi and predstd are means of both directions, as the views have different distributions (there: one direction).
+    A rotation is told as sine and cosine of half the angle from view 1 to 2, its quaternion. A constant 1 is added to the
+    code, without which a code of zeros would predict zeros; a quaternion is never zero. E is 256 (there: 1024): the map has
+    P E^2 weights, and covariances of many more columns than images are noise. `hidden`: of the projector; default E.
 
-    Args:
-        hidden: width of the projector's hidden layers; default: E.
-
-    Raises:
-        InputError: the EF has a single column, whose covariance with others is nothing.
+    Raises InputError if the EF is a single column, which has no covariance.
     """
 
     about: ClassVar[str] = "DINO on the IR; on the EF, a map made from the transformation predicts the other view (SIE)"
@@ -71,7 +67,7 @@ class SIE(Term):
             raise InputError(f"--sie_width {args.sie_width}: must be 2 or greater")
 
     def forward(self, z: Tensor, codes: Tensor, extra: None = None) -> dict[str, Tensor]:
-        """As `Term.forward` -> term, its parts, and the spread of the embeddings, 0 after a collapse; see `compare`."""
+        """As `Term.forward` -> the values of `compare`."""
         code1, code2 = codes[:, 0], codes[:, 1]
         return self.compare(z, self.describe(code1, code2), self.describe(code2, code1))
 
@@ -85,14 +81,14 @@ class SIE(Term):
         return torch.cat([*told.values(), codes1.new_ones(len(codes1), 1)], dim=1)
 
     def compare(self, z: Tensor, d12: Tensor, d21: Tensor) -> dict[str, Tensor]:
-        """Features [2, B, d] and relative codes [B, P] -> term, equi, std, predstd, cov over all processes, and spread.
+        """Features [2, B, d] and relative codes [B, P] -> term and its parts, over all processes, and the spread.
 
-        spread: mean over columns of the standard deviation of the embeddings.
+        spread: standard deviation of the embeddings, mean over columns; 0 after a collapse.
         """
         x, y = (self.projector(features) for features in z)  # B, E
         with torch.autocast(z.device.type, enabled=False):
-            x, y, weight = at_least_float32(x), at_least_float32(y), self.hypernetwork.weight
-            rows = [x, y, predict(d12, x, weight), predict(d21, y, weight)]
+            x, y, maps = at_least_float32(x), at_least_float32(y), self.hypernetwork.weight
+            rows = [x, y, predict(d12, x, maps), predict(d21, y, maps)]
             x, y, yhat, xhat = (gather_with_gradient(part) for part in rows)  # G, E
             equi = (F.mse_loss(yhat, y) + F.mse_loss(xhat, x)) / 2
             std = variance_hinge(x) + variance_hinge(y)
