@@ -39,6 +39,7 @@ from clever.evaluation.pretrained import (
     split_of,
 )
 from clever.locking import locked
+from clever.methods import FLAGS
 from clever.utils import InputError
 
 
@@ -167,8 +168,9 @@ def write_result(args: argparse.Namespace, features: FeatureSet, results: list[d
     perturbation = "" if args.test_aug_type == "ori" else f"_{args.test_aug_type}"
     name = "_".join(filter(None, [f"knn{perturbation}{part_suffix(PARTS[args.else_part], hp1)}", args.trial_name]))
     fields = ("net", "arch", "img_size", "pretrained_epochs", "aug", "pretraining_seed", "backbone")
+    term = {key: about[key] for key in FLAGS if key in about}  # of an equivariant method
     record = result_record(
-        "knn", {key: about.get(key) for key in fields}, args, part=args.else_part, hp1=about["hp1"],
+        "knn", {key: about.get(key) for key in fields} | term, args, part=args.else_part, hp1=about["hp1"],
         test_aug_type=args.test_aug_type, results=results, num_train_images=len(features.train),
         num_test_images=len(features.test), num_labels=len(about["classes"]),
     )  # fmt: skip

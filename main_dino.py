@@ -288,7 +288,7 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
     """Start the run, or continue it from its checkpoint. `given`: the arguments before their defaults were filled in."""
     method = METHODS[args.net]
     of_parts = ["hp1"] if method.is_split(args.equiv_part) else []
-    fixed = (*TENSOR_ARGUMENTS, *method.base.head_flags, *of_parts, "equiv_part", "equiv_params")
+    fixed = (*TENSOR_ARGUMENTS, *method.base.head_flags, *of_parts, "equiv_part", "equiv_params", "sie_width")
     state = load_resumable(Path(args.output_dir) / "checkpoint.pth", args, fixed)
     student, teacher = build_networks(args, device, resuming=state is not None)
     readable = CheckRecord(Path(args.output_dir) / "checked_images.npy")
