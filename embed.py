@@ -19,9 +19,9 @@ import torch
 from clever import arguments, distributed
 from clever.arguments import bool_flag
 from clever.data.augmentations import eval_transform
-from clever.data.datasets import UNLABELLED, ImageDataset, dataset_of
+from clever.data.datasets import UNLABELLED, ImageDataset, keep_readable
 from clever.data.files import list_images
-from clever.data.rendering import add_renderer_argument, resolve_renderer
+from clever.data.rendering import add_renderer_argument, choose_renderer
 from clever.data.shards import file_of
 from clever.entry import run_entry_point
 from clever.evaluation.embeddings import MAX_CLASSES, REDUCTIONS, WRITERS, Embeddings, plot
@@ -139,15 +139,13 @@ def draw(
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    args = resolve_renderer(args)
+    args.views = choose_renderer(args.views)
     device = distributed.init_distributed(args)
     pretrained = load_pretrained(args, device)
     check_part(PARTS[args.else_part], pretrained.split)
     samples = [(path, UNLABELLED) for path in list_images(args.data_path)]
-    dataset = dataset_of(
-        (), samples, eval_transform("ori", pretrained.img_size), renderer=args.views, skip_bad_images=args.skip_bad_images,
-        check=args.skip_bad_images, threads=args.num_workers,
-    )  # fmt: skip
+    samples = keep_readable(samples, args.skip_bad_images, check=args.skip_bad_images, threads=args.num_workers)
+    dataset = ImageDataset(samples, eval_transform("ori", pretrained.img_size), renderer=args.views)
     if args.plot:
         check_picture(args, dataset)
     print(f"{pretrained.net} {pretrained.arch}, {len(dataset)} images of {pretrained.img_size} pixels", flush=True)

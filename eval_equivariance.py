@@ -20,7 +20,7 @@ from clever import arguments, distributed, utils
 from clever.arguments import bool_flag
 from clever.data.datasets import UNLABELLED, keep_readable
 from clever.data.files import list_images
-from clever.data.rendering import add_renderer_argument, resolve_renderer
+from clever.data.rendering import add_renderer_argument, choose_renderer
 from clever.entry import run_entry_point
 from clever.evaluation.equivariance import (
     GRAM_IMAGES,
@@ -186,7 +186,8 @@ def write_results(args: argparse.Namespace, pretrained: Pretrained, results: lis
 
 
 def main() -> None:
-    args = resolve_renderer(resolve_args(get_args_parser().parse_args()))
+    args = resolve_args(get_args_parser().parse_args())
+    args.views = choose_renderer(args.views)
     device = distributed.init_distributed(args)
     images = choose_images(args)
     pretrained = load_pretrained(args, device)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from clever import arguments, distributed, utils
 from clever.arguments import bool_flag
 from clever.data.augmentations import PERTURBATIONS, eval_transform
-from clever.data.datasets import check_same_classes, labelled_dataset
-from clever.data.rendering import add_renderer_argument, resolve_renderer
+from clever.data.datasets import labelled_dataset
+from clever.data.rendering import add_renderer_argument, choose_renderer
 from clever.entry import run_entry_point
+from clever.evaluation.downstream_data import check_same_classes
 from clever.evaluation.feature_files import FeatureSet, load_features, save_features
 from clever.evaluation.features import FeatureExtractor, extract_all, select_part
 from clever.evaluation.knn import MIN_TEMPERATURE, knn_accuracies
@@ -182,7 +183,7 @@ def write_result(args: argparse.Namespace, features: FeatureSet, results: list[d
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    args = resolve_renderer(args)
+    args.views = choose_renderer(args.views)
     device = distributed.init_distributed(args)
     sets = {"ori": read_features(args)} if args.load_features else compute_features(args, device)
     if args.dump_features:

@@ -22,12 +22,13 @@ import torch.nn as nn
 
 from clever import arguments
 from clever.arguments import bool_flag
-from clever.data.augmentations import Views, eval_transform, probe_train_transform
-from clever.data.datasets import ImageDataset, check_same_classes
+from clever.data.augmentations import Views, eval_transform
+from clever.data.datasets import ImageDataset
 from clever.data.files import labelled_samples
-from clever.data.rendering import resolve_renderer
+from clever.data.rendering import choose_renderer
 from clever.distributed import add_distributed_arguments, init_distributed
 from clever.entry import run_entry_point
+from clever.evaluation.downstream_data import check_same_classes
 from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.names import NUMBER, PARTS, classifier_name, linear_probe_name
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained, single_run
@@ -37,6 +38,7 @@ from clever.evaluation.probe_arguments import (
     add_probe_arguments,
     check_probe_args,
     probe_dataset,
+    probe_train_transform,
     write_result,
 )
 from clever.locking import locked
@@ -141,7 +143,7 @@ def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
-    args = resolve_renderer(args)
+    args.views = choose_renderer(args.views)
     device = init_distributed(args)
 
     pretrained = load_pretrained(args, device)

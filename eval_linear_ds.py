@@ -22,13 +22,13 @@ import torch.nn as nn
 
 from clever import arguments
 from clever.arguments import TypedFloat, bool_flag
-from clever.data.augmentations import Views, eval_transform, probe_train_transform
-from clever.data.datasets import ImageDataset, check_same_classes
+from clever.data.augmentations import Views, eval_transform
+from clever.data.datasets import ImageDataset
 from clever.data.files import labelled_samples
-from clever.data.rendering import resolve_renderer
+from clever.data.rendering import choose_renderer
 from clever.distributed import add_distributed_arguments, init_distributed
 from clever.entry import run_entry_point
-from clever.evaluation.downstream_data import TORCHVISION, listed_samples, torchvision_samples
+from clever.evaluation.downstream_data import TORCHVISION, check_same_classes, listed_samples, torchvision_samples
 from clever.evaluation.features import FeatureExtractor
 from clever.evaluation.names import NUMBER, PARTS, classifier_name, downstream_name
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, check_part, load_pretrained
@@ -38,6 +38,7 @@ from clever.evaluation.probe_arguments import (
     add_probe_arguments,
     check_probe_args,
     probe_dataset,
+    probe_train_transform,
     write_result,
 )
 from clever.locking import locked
@@ -94,7 +95,8 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
         if wrong:
             raise InputError(message)
     arguments.check_writable(output_folder(args))
-    return resolve_renderer(args)
+    args.views = choose_renderer(args.views)
+    return args
 
 
 def data_name(args: argparse.Namespace) -> str:

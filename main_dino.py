@@ -26,7 +26,7 @@ from clever.arguments import bool_flag
 from clever.checkpoint import load_resumable, save_atomically, valid_state
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, Views, check_crop_scale
 from clever.data.datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
-from clever.data.rendering import add_renderer_argument, renderer_line, resolve_renderer
+from clever.data.rendering import add_renderer_argument, choose_renderer, renderer_line
 from clever.entry import run_entry_point
 from clever.evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
 from clever.locking import locked
@@ -176,7 +176,8 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
     check_args(args)
     rate = default_drop_path_rate(args.arch) if args.drop_path_rate is None else args.drop_path_rate
     term = resolve_method(args, Views(build_views(args).distributions[:TEACHER_VIEWS]))
-    return resolve_renderer(argparse.Namespace(**vars(args) | {"drop_path_rate": rate} | term))
+    rest = {"drop_path_rate": rate, "views": choose_renderer(args.views)} | term
+    return argparse.Namespace(**vars(args) | rest)
 
 
 # --- data --------------------------------------------------------------------------------------------------------------

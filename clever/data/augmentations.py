@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clever.arguments import check_choices
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 # The parameters of a view, in the order in which they are applied. The compiled renderer reads the same layout.
@@ -199,7 +200,8 @@ class MultiCropAugmentation(Views):
         self, aug: str, global_crops_scale: Sequence[float] = (0.4, 1.0), local_crops_scale: Sequence[float] = (0.05, 0.4),
         local_crops_number: int = 8, global_crops_size: int = 224, local_crops_size: int = 96,
     ) -> None:  # fmt: skip
-        view = replace(DINO_VIEW, **_choose("aug", aug, RECIPES))
+        check_choices("aug", [aug], RECIPES)
+        view = replace(DINO_VIEW, **RECIPES[aug])
         large = replace(view, size=global_crops_size, scale=tuple(global_crops_scale))
         small = replace(view, size=local_crops_size, scale=tuple(local_crops_scale), blur_p=0.5)
         first, second = replace(large, blur_p=1.0), replace(large, blur_p=0.1, solarize_p=0.2)
@@ -208,19 +210,8 @@ class MultiCropAugmentation(Views):
 
 def eval_transform(test_aug_type: str = "ori", size: int = 224) -> Views:
     """The resized centre crop, perturbed. Raises InputError on an unknown perturbation."""
-    perturbation = _choose("test_aug_type", test_aug_type, PERTURBATIONS)
-    return Views([ViewDistribution(size, **{"bicubic": False, **perturbation})])
-
-
-def probe_train_transform(size: int = 224, scale: Sequence[float] = (0.08, 1.0)) -> Views:
-    """Training images of the linear probe and of fine-tuning: a random crop of this share of the area, flipped or not."""
-    return Views([ViewDistribution(size, scale=tuple(scale), bicubic=False, flip_p=0.5)])
-
-
-def _choose(name: str, choice: str, table: dict[str, Any]) -> Any:
-    if choice not in table:
-        raise InputError(f"--{name} {choice!r}: choose one of {', '.join(table)}")
-    return table[choice]
+    check_choices("test_aug_type", [test_aug_type], PERTURBATIONS)
+    return Views([ViewDistribution(size, **{"bicubic": False, **PERTURBATIONS[test_aug_type]})])
 
 
 def check_crop_scale(name: str, scale: Sequence[float]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clever.data.augmentations import Views
 from clever.data.codes import encode
@@ -104,11 +104,6 @@ def image_seed(seed: int, epoch: int, index: int, *stream: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index, *stream)).generate_state(1)[0])
 
 
-def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
-    """Every `world_size`-th image, starting at `rank`: all ranks together have each image once, without padding."""
-    return Subset(dataset, range(rank, len(dataset), world_size))
-
-
 def make_loader(
     dataset: Dataset, batch_size: int | None, sampler: Sampler | None = None, num_workers: int = 0, drop_last: bool = False
 ) -> DataLoader:
@@ -187,13 +182,16 @@ def check_images(paths: Sequence[str], threads: int = 8, record: CheckRecord | N
 
 
 def keep_readable(
-    samples: Sequence[Sample], skip_bad_images: bool = False, threads: int = 8, record: CheckRecord | None = None
-) -> list[Sample]:
-    """Decode all images once, and return the samples if all can be read; with `skip_bad_images` only the readable ones.
+    samples: Sequence[Sample], skip_bad_images: bool = False, check: bool = True, threads: int = 8,
+    record: CheckRecord | None = None,
+) -> list[Sample]:  # fmt: skip
+    """The samples if all images can be decoded, which is tried if `check`; with `skip_bad_images` the readable ones.
 
     Raises InputError naming the first unreadable images, or if no image can be read.
     """
-    bad = check_images([path for path, _ in samples], threads, record)
+    if skip_bad_images and not check:
+        raise InputError("--skip_bad_images true with --check_images false: unreadable images are found by the check")
+    bad = check_images([path for path, _ in samples], threads, record) if check else {}
     if not bad:
         return list(samples)
     first = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:3])
@@ -205,33 +203,18 @@ def keep_readable(
     return [(path, label) for path, label in samples if path not in bad]
 
 
-def dataset_of(
-    classes: Sequence[str], samples: Sequence[Sample], views: Views, seed: int = 0, renderer: str = "torchvision",
-    skip_bad_images: bool = False, threads: int = 8, check: bool = True, record: CheckRecord | None = None, **extra: Any,
+def pretraining_dataset(
+    root: str | os.PathLike, views: Views, seed: int = 0, renderer: str = "torchvision", extra: Views | None = None,
+    images_per_draw: int = 1, **checks: Any,
 ) -> ImageDataset:  # fmt: skip
-    """A dataset of these samples, after every image was decoded once with `threads` threads (unless `check` is false).
-
-    `extra`: of ImageDataset. Raises InputError for unreadable images; with `skip_bad_images` they are left out.
-    """
-    if skip_bad_images and not check:
-        raise InputError("--skip_bad_images true with --check_images false: unreadable images are found by the check")
-    samples = keep_readable(samples, skip_bad_images, threads, record) if check else samples
-    return ImageDataset(samples, views, seed, classes, renderer, **extra)
+    """All images below `root`, flat or nested, with label -1; `checks` are options of keep_readable."""
+    samples = keep_readable([(path, UNLABELLED) for path in list_images(root)], **checks)
+    return ImageDataset(samples, views, seed, (), renderer, extra, images_per_draw)
 
 
-def pretraining_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:
-    """All images below `root`, flat or nested, with label -1; options and errors are those of dataset_of and list_images."""
-    return dataset_of((), [(path, UNLABELLED) for path in list_images(root)], views, seed, **options)
-
-
-def labelled_dataset(root: str | os.PathLike, views: Views, seed: int = 0, **options: Any) -> ImageDataset:
-    """Images of <root>/<class>/ with their classes; options and errors are those of dataset_of and labelled_samples."""
-    return dataset_of(*labelled_samples(root), views, seed, **options)
-
-
-def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
-    """Raise InputError unless both have the same class folders: a label must mean the same class in both."""
-    differing = sorted(set(train.classes) ^ set(val.classes))
-    if differing:
-        names = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise InputError(f"train/ and val/ must contain the same class folders; found in only one of them: {names}")
+def labelled_dataset(
+    root: str | os.PathLike, views: Views, seed: int = 0, renderer: str = "torchvision", **checks: Any
+) -> ImageDataset:
+    """Images of <root>/<class>/ with their classes; `checks` are options of keep_readable."""
+    classes, samples = labelled_samples(root)
+    return ImageDataset(keep_readable(samples, **checks), views, seed, classes, renderer)

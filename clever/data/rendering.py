@@ -132,11 +132,6 @@ def choose_renderer(name: str) -> str:
     return name
 
 
-def resolve_renderer(args: argparse.Namespace) -> argparse.Namespace:
-    """Arguments with `--views auto` replaced by the renderer that is chosen."""
-    return argparse.Namespace(**vars(args) | {"views": choose_renderer(args.views)})
-
-
 def renderer_line(name: str) -> str:
     """Which renderer runs, and why if it is not the fastest."""
     if name == "cpp":

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from clever.data.datasets import ImageDataset
 from clever.data.files import Sample, labelled_samples
 from clever.utils import InputError, describe_error, read_lines
 
@@ -66,3 +67,11 @@ def listed_samples(path: str | os.PathLike, root: str | os.PathLike) -> tuple[li
             f"{len(without)} class folders have no image in it: {', '.join(sorted(without)[:3])}"
         )
     return classes, [found[image] for image in listed]
+
+
+def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
+    """Raise InputError unless both have the same class folders: a label must mean the same class in both."""
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        names = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise InputError(f"train/ and val/ must contain the same class folders; found in only one of them: {names}")

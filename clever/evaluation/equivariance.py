@@ -15,9 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clever.data.datasets import image_seed, make_loader, shard
+from clever.data.datasets import image_seed, make_loader
 from clever.distributed import all_gather_objects, get_rank, get_world_size
-from clever.evaluation.features import FeatureExtractor, gather_in_order, in_eval_mode, select_part
+from clever.evaluation.features import FeatureExtractor, gather_in_order, in_eval_mode, select_part, shard
 from clever.evaluation.regression import (
     LinearRegressor,
     accuracy,

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
-from clever.data.datasets import make_loader, shard
+from clever.data.datasets import make_loader
 from clever.distributed import all_gather_rows, broadcast_buffers, get_rank, get_world_size
 from clever.models.heads import Split
 from clever.progress import with_progress
@@ -108,6 +108,11 @@ def extract_parts(
             rows.append(extractor.select(tokens).float())  # B, dim
         labels.append(batch_labels.clone())  # a tensor of a worker lies in shared memory and keeps a file open
     return [torch.cat(rows) for rows in features], torch.cat(labels).to(device)
+
+
+def shard(dataset: Dataset, rank: int, world_size: int) -> Subset:
+    """Every `world_size`-th image, starting at `rank`: all ranks together have each image once, without padding."""
+    return Subset(dataset, range(rank, len(dataset), world_size))
 
 
 def extract_all(

@@ -14,7 +14,8 @@ import torch.nn as nn
 
 from clever import arguments
 from clever.data.augmentations import eval_transform
-from clever.data.datasets import ImageDataset, check_same_classes, labelled_dataset
+from clever.data.datasets import ImageDataset, labelled_dataset
+from clever.evaluation.downstream_data import check_same_classes
 from clever.evaluation.equivariance import HELD_OUT, linear_r2
 from clever.evaluation.knn import knn_accuracy
 from clever.evaluation.pretrained import split_of

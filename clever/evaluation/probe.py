@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from clever import arguments, signals, utils
 from clever.checkpoint import load_checkpoint, save_atomically, strip_prefix, valid_state
-from clever.data.datasets import ImageDataset, make_loader, shard
+from clever.data.datasets import ImageDataset, make_loader
 from clever.distributed import all_reduce_sum, broadcast_buffers, get_rank, get_world_size, is_distributed, is_main_process
-from clever.evaluation.features import FeatureExtractor, extract_parts, gather_in_order
+from clever.evaluation.features import FeatureExtractor, extract_parts, gather_in_order, shard
 from clever.evaluation.hits import pack_hits
 from clever.evaluation.pretrained import Pretrained
 from clever.models.backbones import has_batch_norm

@@ -7,8 +7,8 @@ from typing import Any
 
 from clever import arguments, utils
 from clever.arguments import TypedFloat, bool_flag
-from clever.data.augmentations import PERTURBATIONS, Views, check_crop_scale
-from clever.data.datasets import ImageDataset, dataset_of
+from clever.data.augmentations import PERTURBATIONS, ViewDistribution, Views, check_crop_scale
+from clever.data.datasets import ImageDataset, keep_readable
 from clever.data.files import Sample
 from clever.data.rendering import add_renderer_argument
 from clever.distributed import is_main_process
@@ -65,6 +65,11 @@ def check_probe_args(args: argparse.Namespace) -> None:
     arguments.check_not_negative(args, "num_workers", "seed")
 
 
+def probe_train_transform(size: int = 224, scale: Sequence[float] = (0.08, 1.0)) -> Views:
+    """Training images of the linear probe and of fine-tuning: a random crop of this share of the area, flipped or not."""
+    return Views([ViewDistribution(size, scale=tuple(scale), bicubic=False, flip_p=0.5)])
+
+
 def probe_dataset(
     args: argparse.Namespace, classes: Sequence[str], samples: Sequence[Sample], views: Views, where: str
 ) -> ImageDataset:
@@ -76,10 +81,8 @@ def probe_dataset(
         if expected is not None and len(classes) != expected:
             raise InputError(f"--{flag} {getattr(args, flag)}: means {expected} classes, but {where} holds {len(classes)}")
     check = args.check_images and (args.skip_bad_images or not args.evaluate)  # an evaluation that fails loses nothing
-    return dataset_of(
-        classes, samples, views, args.seed, renderer=args.views, skip_bad_images=args.skip_bad_images,
-        threads=args.num_workers, check=check,
-    )  # fmt: skip
+    samples = keep_readable(samples, args.skip_bad_images, check, threads=args.num_workers)
+    return ImageDataset(samples, views, args.seed, classes, args.views)
 
 
 def write_result(path: Path, kind: str, args: argparse.Namespace, pretrained: Pretrained, result: dict[str, Any]) -> None:

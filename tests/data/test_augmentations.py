@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from clever.data import augmentations
 from clever.data.augmentations import RANDOM_NUMBERS, RECIPES, VIEW, MultiCropAugmentation, eval_transform
 from clever.evaluation.images import ToNormalizedTensor
+from clever.evaluation.probe_arguments import probe_train_transform
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 DRAWS = 4000
@@ -127,7 +128,7 @@ def test_centre_crops_are_torchvisions(size, side, height, width):
 
 
 def test_probe_training_images():
-    view = draw(augmentations.probe_train_transform(32, (0.5, 0.75)), 400, 400)[:, 0]
+    view = draw(probe_train_transform(32, (0.5, 0.75)), 400, 400)[:, 0]
     area = view["height"] * view["width"] / 400**2
     assert 0.49 < area.min() < 0.51 and 0.74 < area.max() < 0.76
     assert_share(view["flip"], 0.5)

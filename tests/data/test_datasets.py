@@ -23,10 +23,10 @@ from clever.data.datasets import (
     make_loader,
     pretraining_dataset,
     read_batch,
-    shard,
 )
 from clever.data.files import labelled_samples, list_images, read_image, read_pixels
 from clever.data.rendering import render_batch
+from clever.evaluation.features import shard
 from clever.utils import InputError
 
 

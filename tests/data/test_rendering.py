@@ -1,6 +1,5 @@
 """The readable renderer, operation by operation beside Pillow and torchvision; batches; the choice of a renderer."""
 
-import argparse
 
 import numpy as np
 import pytest
@@ -139,5 +138,4 @@ def test_the_choice_says_why(monkeypatch):
         rendering.choose_renderer("cpp")
     monkeypatch.setattr(rendering.rendering_cpp, "unavailable_reason", lambda: None)
     assert [rendering.choose_renderer(name) for name in ("auto", "cpp", "torchvision")] == ["cpp", "cpp", "torchvision"]
-    assert rendering.resolve_renderer(argparse.Namespace(views="auto", seed=1)) == argparse.Namespace(views="cpp", seed=1)
     assert "cpp" in rendering.renderer_line("cpp") and "--views cpp" in rendering.renderer_line("torchvision")
