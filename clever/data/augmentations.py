@@ -120,9 +120,8 @@ def random_resized_crop(views: np.ndarray, u: np.ndarray, scale: tuple[float, fl
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
     rows, first = np.arange(len(u)), fits.argmax(1)
-    whole = widths / heights  # B: ratio of the image
-    fallback_w = np.where(whole > RATIOS[1], np.rint(heights * RATIOS[1]), widths)
-    fallback_h = np.where(whole < RATIOS[0], np.rint(widths / RATIOS[0]), heights)
+    fallback_w = np.minimum(widths, np.rint(heights * RATIOS[1]))
+    fallback_h = np.minimum(heights, np.rint(widths / RATIOS[0]))
     found = fits.any(1)
     width, height = np.where(found, w[rows, first], fallback_w), np.where(found, h[rows, first], fallback_h)
     views["width"], views["height"] = width, height

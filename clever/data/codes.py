@@ -6,7 +6,7 @@ What was not applied has the code of what it leaves unchanged. GROUPS are what a
 Shapes: B images; V views; P columns of a code; n columns of a group, p of all groups told.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -38,28 +38,24 @@ def describe(parameters: np.ndarray, heights: Sequence[int], widths: Sequence[in
     height, width = size * view["height"] / view["resized_height"], size * view["width"] / view["resized_width"]
     top, left = height * view["y"] / size, width * view["x"] / size  # of the window in the box
     angle = np.deg2rad(view["angle"].astype(float))
-    columns = {
+    columns = {name: view[name] for name in ("flip", "grey", "solarize")} | {
         "centre y": (view["top"] + top + height / 2) / H,
         "centre x": (view["left"] + left + width / 2) / W,
         "height": height / H,
         "width": width / W,
-        "flip": view["flip"],
         "angle": angle,
         "sin": np.sin(angle),
         "cos": np.cos(angle),
+        "blur": view["blur"] / _divisors(distribution.radius[1] for distribution in views.distributions),
+        "elastic": view["elastic_alpha"] > 0,
     }
     for name, neutral in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0)):
         ranges = _divisors(2 * getattr(distribution, name) for distribution in views.distributions)  # V
         columns[name] = jitter * (view[name] - np.float32(neutral)) / ranges
-    return columns | {
-        "grey": view["grey"],
-        "blur": view["blur"] / _divisors(distribution.radius[1] for distribution in views.distributions),
-        "solarize": view["solarize"],
-        "elastic": view["elastic_alpha"] > 0,
-    }
+    return columns
 
 
-def _divisors(ranges) -> np.ndarray:
+def _divisors(ranges: Iterable[float]) -> np.ndarray:
     """As float32 [V]; 1 for a range of 0, within which nothing changes."""
     return np.array([value or 1 for value in ranges], np.float32)
 

@@ -5,7 +5,6 @@ import mmap
 import os
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,19 +76,17 @@ class ImageDataset(Dataset):
         With extra views, one more tensor [E, B, 3, S, S] if there are any, and in place of labels the codes float32
         [B, 2+E, P] of the first two views and the extra ones. Raises InputError if a file cannot be decoded.
         """
+        epoch, n = int(self._epoch), self.images_per_draw
         images, sizes = read_batch([os.fsdecode(self._paths[index]) for index in indices])
-        base = self.views.draw_seeded(self._seeds(indices), *sizes)  # B, V
+        base = self.views.draw_seeded([image_seed(self.seed, epoch, index) for index in indices], *sizes)  # B, V
         tensors = render_batch(images, base, self.renderer)
         if self.extra is None:
             return (tensors[0][0] if len(self.views) == 1 else tensors), torch.from_numpy(self._labels[indices])
-        firsts = [indices[place - place % self.images_per_draw] for place in range(len(indices))]
-        extra = self.extra.draw_seeded(self._seeds(firsts, EXTRA), *sizes)  # B, E
+        seeds = [image_seed(self.seed, epoch, indices[place - place % n], EXTRA) for place in range(len(indices))]
+        extra = self.extra.draw_seeded(seeds, *sizes)  # B, E
         told = Views(self.views.distributions[:2] + self.extra.distributions)
         codes = encode(np.concatenate([base[:, :2], extra], axis=1), *sizes, told)
         return tensors + render_batch(images, extra, self.renderer), torch.from_numpy(codes)
-
-    def _seeds(self, indices: list[int], *stream: int) -> list[int]:
-        return [image_seed(self.seed, int(self._epoch), index, *stream) for index in indices]
 
 
 def read_batch(paths: Sequence[str]) -> tuple[list[np.ndarray], tuple[Sequence[int], Sequence[int]]]:
@@ -134,14 +131,13 @@ def _unchanged(batch: Any) -> Any:
 class CheckRecord:
     """Keys of the files that were found readable before, so that a second start need not decode them.
 
-    Args:
-        path: the file of the record, which need not exist; None: no record.
+    They are kept in the file `path`, which need not exist; None: nowhere.
     """
 
     def __init__(self, path: str | os.PathLike | None) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = path
         # Not by np.load, which fails in many ways if the file is damaged: the few numbers of the header match no image.
-        self.known = np.fromfile(self.path, np.uint64) if self.path and self.path.is_file() else np.empty(0, np.uint64)
+        self.known = np.fromfile(path, np.uint64) if path and os.path.isfile(path) else np.empty(0, np.uint64)
         self.readable = np.empty(0, np.uint64)  # keys of this start, from before the files were decoded
 
     @staticmethod

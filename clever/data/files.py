@@ -42,7 +42,6 @@ def list_images(root: str | os.PathLike) -> list[str]:
     root = os.fspath(root)
     if tar_files := find_shards(root, IMAGE_SUFFIXES):
         return [path for path, _ in list_members(tar_files, IMAGE_SUFFIXES)]
-    _check_is_folder(root)
     return _find_images(root, [root])[0]
 
 
@@ -61,17 +60,11 @@ def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
         numbers = sorted({label for _, label in members})
         index = {number: i for i, number in enumerate(numbers)}
         return [str(number) for number in numbers], [(path, index[label]) for path, label in members]
-    _check_is_folder(root)
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
     if not classes:
         raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
     found = _find_images(root, [os.path.join(root, name) for name in classes])
     return classes, [(path, label) for label, paths in enumerate(found) for path in paths]
-
-
-def _check_is_folder(root: str) -> None:
-    if not os.path.isdir(root):
-        raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
 
 
 def _find_images(root: str, folders: list[str]) -> list[list[str]]:

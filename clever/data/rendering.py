@@ -146,15 +146,13 @@ def render_batch(images: Sequence[np.ndarray], views: np.ndarray, renderer: str)
     """
     sizes = [int(size) for size in views["size"][0]]  # V
     tensors = [torch.empty(len(list(group)), len(images), 3, size, size, dtype=torch.uint8) for size, group in groupby(sizes)]
-    if renderer == "cpp":
-        by_view = [tensor[v].data_ptr() for tensor in tensors for v in range(len(tensor))]  # V addresses of [B, 3, S, S]
-        steps = np.arange(len(images))[:, None] * (3 * np.square(sizes))  # B, V: bytes before each image
-        addresses = np.array(by_view, np.uint64) + steps.astype(np.uint64)  # B, V
-        for image, parameters, address in zip(images, np.ascontiguousarray(views), addresses, strict=True):
-            rendering_cpp.render(image, parameters, address)
-        return tensors
-    outputs = [tensor[v].numpy() for tensor in tensors for v in range(len(tensor))]  # V times B, 3, S, S
-    for b, image in enumerate(images):
-        for view, output in zip(views[b], outputs, strict=True):
-            output[b] = render_view(image, view)
+    outputs = [view.numpy() for tensor in tensors for view in tensor]  # V times B, 3, S, S
+    first = np.array([output.ctypes.data for output in outputs], np.uint64)  # V: addresses
+    steps = np.array([output.strides[0] for output in outputs], np.uint64)
+    for b, (image, parameters) in enumerate(zip(images, np.ascontiguousarray(views), strict=True)):
+        if renderer == "cpp":
+            rendering_cpp.render(image, parameters, first + np.uint64(b) * steps)
+        else:
+            for view, output in zip(parameters, outputs, strict=True):
+                output[b] = render_view(image, view)
     return tensors

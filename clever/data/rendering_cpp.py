@@ -38,14 +38,9 @@ def instruction_set() -> str:
 
 
 def render(image: np.ndarray, views: np.ndarray, addresses: np.ndarray) -> None:
-    """Views of one image.
+    """Views VIEW [V] of an image uint8 [H, W, 3], written to memory for uint8 [3, S, S] each at the `addresses`, uint64 [V].
 
-    Args:
-        image: uint8 [H, W, 3], contiguous.
-        views: parameters, augmentations.VIEW [V], contiguous.
-        addresses: uint64 [V], of the memory that the views are written to, each uint8 [3, S, S]. They are not checked.
-
-    Raises ValueError if an array has another type or layout, or a view is invalid; compiled.Unavailable without the library.
+    Addresses are not checked. Raises ValueError if an array is not contiguous or has another type, or if a view is invalid.
     """
     for array, dtype, shape in ((image, "u1", (*image.shape[:2], 3)), (addresses, "u8", views.shape)):
         if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
@@ -53,8 +48,7 @@ def render(image: np.ndarray, views: np.ndarray, addresses: np.ndarray) -> None:
     height, width, _ = image.shape
     status = _function()(image.ctypes.data, height, width, views.ctypes.data, len(views), addresses.ctypes.data)
     if status > 0:
-        view = views[status - 1]
-        values = ", ".join(f"{name} {view[name]}" for name in view.dtype.names)
+        values = dict(zip(views.dtype.names, views[status - 1].tolist(), strict=True))
         raise ValueError(f"view {status - 1} is invalid for an image of {height} x {width} pixels: {values}")
     if status < 0:
         raise MemoryError("views_render: not enough memory for the working buffers")

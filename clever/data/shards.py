@@ -32,7 +32,7 @@ Member = tuple[str, int | None]  # an image in a tar file: its path, see above, 
 def find_shards(root: str, suffixes: tuple[str, ...]) -> list[str]:
     """The tar files that `root` means: one, a pattern such as `data/*.tar`, or a folder that has tar files but no images.
 
-    `suffixes` are those of images. An empty list if `root` means no tar files. Raises InputError if nothing has the pattern.
+    `suffixes` are those of images. An empty list if `root` is another folder. Raises InputError if it does not exist.
     """
     if root.endswith(".tar"):
         paths = [root] if os.path.isfile(root) else sorted(glob.glob(root))
@@ -40,7 +40,7 @@ def find_shards(root: str, suffixes: tuple[str, ...]) -> list[str]:
             raise InputError(f"tar files {root}: do not exist")
         return paths
     if not os.path.isdir(root):
-        return []
+        raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
     entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     if any(entry.is_dir() or entry.name.lower().endswith(suffixes) for entry in entries):
         return []  # images beside an archive, perhaps of the same images

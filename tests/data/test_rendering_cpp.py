@@ -97,7 +97,7 @@ def test_invalid_views_are_refused_before_anything_is_rendered(compiled, changes
     image = np.zeros((10, 12, 3), np.uint8)
     views = np.concatenate([view_of(10, 12, 8), view_of(10, 12, 8, **changes)])
     first = np.full((3, 8, 8), 77, np.uint8)
-    with pytest.raises(ValueError, match=r"view 1 is invalid for an image of 10 x 12 pixels: top \S+, left \S+"):
+    with pytest.raises(ValueError, match="view 1 is invalid for an image of 10 x 12 pixels: .*'top': .*'blur': "):
         rendering_cpp.render(image, views, addresses([first, first]))
     assert (first == 77).all()
 
