@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from clever import arguments, distributed, utils
 from clever.arguments import bool_flag
-from clever.data.augmentations import IMAGENET_STD
 from clever.entry import run_entry_point
 from clever.evaluation.images import check_failures, montage, save_png
 from clever.evaluation.pretrained import Pretrained, add_backbone_arguments, load_pretrained, result_record
@@ -38,7 +37,7 @@ from clever.evaluation.video.metrics import VideoScores
 from clever.evaluation.video.segmentation import SETTINGS_FILE, Segmenter, is_finished
 from clever.locking import locked
 from clever.progress import progress
-from clever.utils import InputError, whole_folder
+from clever.utils import IMAGENET_STD, InputError, whole_folder
 
 DINO_STD = (0.228, 0.224, 0.225)  # DINO's evaluation has 0.228 for 0.229; its published numbers were measured with it
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from clever import arguments, distributed, signals
 from clever.arguments import bool_flag
 from clever.checkpoint import load_resumable, save_atomically, valid_state
-from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugmentation, Views, check_crop_scale
+from clever.data.augmentations import MultiCropAugmentation, Views, check_crop_scale
 from clever.data.datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
 from clever.data.rendering import add_renderer_argument, choose_renderer, renderer_line
 from clever.entry import run_entry_point
@@ -38,7 +38,7 @@ from clever.training.build import build_networks, build_pretraining, images_per_
 from clever.training.loggers import Loggers, add_logger_argument, check_log_to
 from clever.training.pretraining import EpochSampler, Pretraining
 from clever.training.telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
-from clever.utils import InputError, write_text_atomically
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, write_text_atomically
 
 RESUME = "the same command goes on from there"
 # Arguments that determine the tensors of a checkpoint: a run cannot resume with other ones.

@@ -12,17 +12,14 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import run, write_images, write_labelled_images
 
 import eval_knn
-from clever.data.augmentations import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    eval_transform,
-    normalize,
-)
+from clever.data.augmentations import eval_transform
 from clever.data.datasets import labelled_dataset
 from clever.data.rendering import choose_renderer
 from clever.evaluation.feature_files import TENSORS, FeatureSet, save_features
 from clever.evaluation.hits import unpack_hits
 from clever.models.backbones import build_backbone
+from clever.models.layers import normalize
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD
 
 
 def knn(*flags):

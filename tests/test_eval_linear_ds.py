@@ -16,10 +16,11 @@ from torchvision.ops import StochasticDepth
 
 import eval_linear_ds as ds
 from clever.checkpoint import load_checkpoint
-from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from clever.evaluation.pretrained import Pretrained
 from clever.evaluation.probe import ProbeGroup
 from clever.models.backbones import build_backbone
+from clever.models.layers import normalize
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD
 from vmamba import load_config
 
 CPU = torch.device("cpu")

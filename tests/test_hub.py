@@ -12,11 +12,12 @@ from support.processes import ROOT, write_images
 import clever
 import hubconf
 from clever import load_backbone
-from clever.data.augmentations import eval_transform, normalize
+from clever.data.augmentations import eval_transform
 from clever.data.datasets import ImageDataset
 from clever.data.files import list_images
 from clever.data.rendering import choose_renderer
 from clever.models.backbones import build_backbone
+from clever.models.layers import normalize
 from clever.utils import InputError
 
 STATS = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)

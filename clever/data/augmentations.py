@@ -7,17 +7,15 @@ run, does not depend on how views are rendered, and an evaluation of equivarianc
 Shapes: V views of an image, R random numbers of a view.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clever.arguments import check_choices
-from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
+from clever.utils import InputError
 
 # The parameters of a view, in the order in which they are applied. The compiled renderer reads the same layout.
 VIEW = np.dtype(
@@ -217,15 +215,3 @@ def check_crop_scale(name: str, scale: Sequence[float]) -> None:
     """Raise InputError, which names the flag, unless `scale` is a minimum and a maximum share of the image's area."""
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise InputError(f"--{name} {' '.join(map(str, scale))}: must be two numbers in (0, 1], minimum and maximum")
-
-
-def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32, normalised with the channels' mean and standard deviation for pixels in 0..1."""
-    mean, std = (_per_channel(tuple(values), pixels.device) for values in (mean, std))  # 3, 1, 1
-    return pixels.to(torch.float32).sub_(mean).div_(std)
-
-
-@functools.cache
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Values for pixels in 0..1 -> [3, 1, 1] for pixels in 0..255. Kept: a copy to a GPU waits for the GPU's earlier work."""
-    return 255 * torch.tensor(values, device=device)[:, None, None]

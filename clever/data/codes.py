@@ -85,12 +85,9 @@ def relative(codes1: Tensor, codes2: Tensor, groups: Sequence[str]) -> dict[str,
     AugSelf's convention (arXiv 2111.09613): differences, in the frame of the first view, where the horizontal one changes sign
     if that view is flipped; flip: 1 if both or neither are. Rotation: sine and cosine of angle 1 - angle 2, whatever the flips.
     """
-    differences = codes1 - codes2
+    differences = codes1 - codes2  # B, P
+    differences[..., COLUMNS.index("centre x")] *= 1 - 2 * codes1[..., COLUMNS.index("flip")]
     told = {group: differences[..., GROUPS[group]] for group in groups}
-    if "crop" in told:
-        y, x, height, width = told["crop"].unbind(-1)
-        (mirrored,) = codes1[..., GROUPS["flip"]].unbind(-1)
-        told["crop"] = torch.stack([y, x * (1 - 2 * mirrored), height, width], dim=-1)  # B, 4
     if "flip" in told:
         told["flip"] = 1 - told["flip"].abs()
     if "rotation" in told:

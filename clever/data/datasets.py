@@ -129,10 +129,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 class CheckRecord:
-    """Keys of the files that were found readable before, so that a second start need not decode them.
-
-    They are kept in the file `path`, which need not exist; None: nowhere.
-    """
+    """Keys of the files that former starts have found readable, kept in a file, which need not exist; None: no record."""
 
     def __init__(self, path: str | os.PathLike | None) -> None:
         self.path = path

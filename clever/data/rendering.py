@@ -120,10 +120,7 @@ def add_renderer_argument(parser: argparse.ArgumentParser | argparse._ArgumentGr
 
 
 def choose_renderer(name: str) -> str:
-    """The renderer for `--views auto`, torchvision or cpp; auto is cpp where its compiled library can be used.
-
-    Raises InputError for cpp where the library cannot be used.
-    """
+    """The renderer for --views; auto is cpp where its compiled library can be used. Raises InputError for cpp where not."""
     reason = rendering_cpp.unavailable_reason()
     if name == "cpp" and reason:
         raise InputError(f"--views cpp: {reason}")

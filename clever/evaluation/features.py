@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from clever.data.datasets import make_loader
 from clever.distributed import all_gather_rows, broadcast_buffers, get_rank, get_world_size
 from clever.models.heads import Split
+from clever.models.layers import normalize
 from clever.progress import with_progress
-from clever.utils import InputError
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 
 def select_part(x: torch.Tensor, part: str, split: Split | None) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clever.data.augmentations import normalize
 from clever.data.files import list_images, read_image
+from clever.models.layers import normalize
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, atomic_file
 
 

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clever.data.augmentations import eval_transform, normalize
+from clever.data.augmentations import eval_transform
 from clever.data.files import to_rgb
 from clever.data.rendering import choose_renderer, render_batch
 from clever.evaluation.pretrained import load_pretrained
+from clever.models.layers import normalize
 from clever.utils import InputError
 
 

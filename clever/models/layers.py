@@ -1,17 +1,32 @@
-"""Layers that all backbones share: stochastic depth (Huang et al., arXiv 1603.09382), and activation checkpointing.
+"""What all backbones share: normalised pixels, stochastic depth (arXiv 1603.09382), and activation checkpointing.
 
 Activation checkpointing (Chen et al., arXiv 1604.06174): the activations inside a ResNet stage, a ViT block or a VMamba block
 are not kept for the backward pass but recomputed there: less memory, one more forward pass. Random numbers are drawn again as
 they were, and batch norms count a batch once, so the results are the same.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD
+
+
+def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32, normalised with the channels' mean and standard deviation for pixels in 0..1."""
+    mean, std = (_per_channel(tuple(values), pixels.device) for values in (mean, std))  # 3, 1, 1
+    return pixels.to(torch.float32).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values for pixels in 0..1 -> [3, 1, 1] for pixels in 0..255. Kept: a copy to a GPU waits for the GPU's earlier work."""
+    return 255 * torch.tensor(values, device=device)[:, None, None]
 
 
 class StochasticDepth(torchvision.ops.StochasticDepth):

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from clever import signals
 from clever.checkpoint import load_moments, save_atomically, strip_prefix
-from clever.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, normalize
 from clever.distributed import any_process, get_rank, is_distributed, is_main_process
 from clever.methods.dino import DINOLoss
 from clever.methods.pairs import TEACHER_VIEWS
 from clever.models.heads import MultiCropWrapper
+from clever.models.layers import normalize
 from clever.training.optim import clip_gradients, set_schedules, update_teacher
 from clever.training.telemetry import TrainingProgress, feature_std
-from clever.utils import seed_everything
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, seed_everything
 
 Batch = tuple[list[torch.Tensor], Any]  # views of a micro-batch, and what goes with them
 

@@ -14,6 +14,7 @@ from clever.data import augmentations
 from clever.data.augmentations import RANDOM_NUMBERS, RECIPES, VIEW, MultiCropAugmentation, eval_transform
 from clever.evaluation.images import ToNormalizedTensor
 from clever.evaluation.probe_arguments import probe_train_transform
+from clever.models.layers import normalize
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 DRAWS = 4000
@@ -154,7 +155,7 @@ def test_normalisation():
     expected = (pixels / 255 - np.array(IMAGENET_MEAN)[:, None, None]) / np.array(IMAGENET_STD)[:, None, None]
     np.testing.assert_allclose(ToNormalizedTensor(IMAGENET_MEAN, IMAGENET_STD)(image), expected, atol=1e-5)
     batch = torch.from_numpy(pixels.copy()).expand(2, 4, -1, -1, -1)
-    np.testing.assert_allclose(augmentations.normalize(batch, IMAGENET_MEAN, IMAGENET_STD)[1, 3], expected, atol=1e-5)
+    np.testing.assert_allclose(normalize(batch, IMAGENET_MEAN, IMAGENET_STD)[1, 3], expected, atol=1e-5)
 
 
 def test_unknown_names_and_bad_scales_are_refused():
