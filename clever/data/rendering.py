@@ -144,11 +144,11 @@ def render_batch(images: Sequence[np.ndarray], views: np.ndarray, renderer: str)
     sizes = [int(size) for size in views["size"][0]]  # V
     tensors = [torch.empty(len(list(group)), len(images), 3, size, size, dtype=torch.uint8) for size, group in groupby(sizes)]
     outputs = [view.numpy() for tensor in tensors for view in tensor]  # V times B, 3, S, S
-    first = np.array([output.ctypes.data for output in outputs], np.uint64)  # V: addresses
-    steps = np.array([output.strides[0] for output in outputs], np.uint64)
+    first, step = np.array([(output.ctypes.data, output.strides[0]) for output in outputs], np.uint64).reshape(-1, 2).T  # V
+    addresses = first + step * np.arange(len(images), dtype=np.uint64)[:, None]  # B, V
     for b, (image, parameters) in enumerate(zip(images, np.ascontiguousarray(views), strict=True)):
         if renderer == "cpp":
-            rendering_cpp.render(image, parameters, first + np.uint64(b) * steps)
+            rendering_cpp.render(image, parameters, addresses[b])
         else:
             for view, output in zip(parameters, outputs, strict=True):
                 output[b] = render_view(image, view)
