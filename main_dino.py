@@ -37,7 +37,7 @@ from clever.training import optim
 from clever.training.build import build_networks, build_pretraining, images_per_step, peak_lr
 from clever.training.loggers import Loggers, add_logger_argument, check_log_to
 from clever.training.pretraining import EpochSampler, Pretraining
-from clever.training.telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, truncate_log
+from clever.training.telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, read_log, truncate_log
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, write_text_atomically
 
 RESUME = "the same command goes on from there"
@@ -266,8 +266,8 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
 
 
 def set_aside(path: Path) -> None:
-    """Give a file that exists another name, log.txt for example log.1.txt, and say so."""
-    if path.exists():
+    """Give a file that is not empty another name, log.txt for example log.1.txt, and say so."""
+    if path.exists() and path.stat().st_size:
         names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
         new = next(name for name in names if not name.exists())
         path.rename(new)
@@ -278,7 +278,8 @@ def write_files(given: argparse.Namespace, log: Path, start_epoch: int, is_new: 
     """The flags as config.yaml, and log.txt as far as the run has come. A new run keeps older files under other names."""
     config, text = log.with_name("config.yaml"), arguments.config_text(given)
     if is_new:
-        set_aside(log)
+        if [record["epoch"] for record in read_log(log)] != [0]:  # left by a run that ended before its first checkpoint
+            set_aside(log)
         if not (config.exists() and config.read_bytes() == text.encode()):
             set_aside(config)
     truncate_log(log, start_epoch)

@@ -3,6 +3,8 @@
 `from clever import load_backbone` is for users' own code, see clever/evaluation/loading.py.
 """
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str):
     """`load_backbone` is imported when it is asked for: with it come torch and all networks."""

@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 import yaml
 
+from clever import __version__
 from clever.utils import InputError, describe_error
 
 OF_THE_LAUNCHER = ("local_rank", "dist_url")  # flags that a configuration does not set
-OF_ONE_CALL = ("help", "config", "debug")  # flags that it cannot set
+OF_ONE_CALL = ("help", "version", "config", "debug")  # flags that it cannot set
 PIP_NAMES = {"sklearn": "scikit-learn", "umap": "umap-learn", "mlflow": "mlflow-skinny"}  # where they are not the module's
 
 # --- parser ------------------------------------------------------------------------------------------------------------
@@ -45,6 +46,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.config_path: str | None = None
         self.add_argument("--config", metavar="FILE", help="YAML file with values of flags (flag: value), or the JSON file of "
             "a result, whose flags are used again; flags of the command line win")  # fmt: skip
+        self.add_argument("--version", action="version", version=f"clever {__version__}")
         self.add_argument("--debug", action="store_true", help="show the traceback of any error, as CLEVER_TRACEBACK=1 does")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:

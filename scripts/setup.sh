@@ -18,7 +18,7 @@ die() { echo "setup: $*" >&2; exit 1; }
 # torch and torchvision are really imported: versions that do not match fail only then.
 is_ready() {
   # shellcheck disable=SC2086  # EXTRA_MODULES: one word per module
-  "$1" - torch torchvision timm einops numpy PIL yaml scipy sklearn matplotlib pandas ${EXTRA_MODULES:-} 2>&1 <<'PYTHON'
+  "$1" - torch torchvision timm einops numpy PIL yaml tqdm scipy sklearn matplotlib pandas filelock jinja2 ${EXTRA_MODULES:-} 2>&1 <<'PYTHON'
 import sys
 
 if sys.version_info < (3, 10):

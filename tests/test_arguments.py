@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from clever import arguments
+from clever import __version__, arguments
 from clever.arguments import TypedFloat
 from clever.utils import InputError
 
@@ -178,3 +178,9 @@ def test_every_flag_of_a_script_survives_a_configuration(name, tmp_path):
     first = parser.parse_args(required)
     (tmp_path / "run.yaml").write_text(arguments.config_text(first))
     assert parser.parse_args(["--config", str(tmp_path / "run.yaml")]) == first
+
+
+def test_version(parser, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"clever {__version__}\n"

@@ -267,6 +267,20 @@ def test_files_of_others_in_the_output_folder_are_kept(tmp_path):
     assert outcome.status == 0 and "is kept as" not in outcome.stdout and len((run / "log.txt").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_the_log_of_a_run_without_a_checkpoint_is_its_own(tmp_path, is_empty):
+    """A full disk may end a run before its first checkpoint: the same command leaves no second log."""
+    images, run = write_images(tmp_path / "images", 8), tmp_path / "run"
+    in_process.pretrain(images, run)
+    files = sorted(run.iterdir())
+    (run / "checkpoint.pth").unlink()
+    if is_empty:
+        (run / "log.txt").write_text("")
+    outcome = in_process.pretrain(images, run)
+    assert outcome.status == 0 and sorted(run.iterdir()) == files, outcome
+    assert [record["epoch"] for record in read_log(run)] == [0]
+
+
 def test_an_epoch_that_an_older_version_left_begins_again(tmp_path):
     images = write_images(tmp_path / "images", 8)
     assert in_process.pretrain(images, tmp_path / "run").status == 0
