@@ -9,15 +9,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when kernels are defined
 
 
-@pytest.fixture
-def one_thread():
-    """One CPU thread, as the processes of `support.processes` have: equal work gives equal bits, and steady timings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def world_of_bad_input(tmp_path_factory):
     """What the tests of invalid input start from; they leave it unchanged."""

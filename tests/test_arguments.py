@@ -4,7 +4,6 @@ import argparse
 import copy
 import importlib
 import json
-import math
 import os
 
 import pytest
@@ -21,23 +20,12 @@ def test_true_and_false_flags():
     assert [arguments.bool_flag(text) for text in ("false", "False", "OFF", "0")] == [False] * 4
 
 
-@pytest.mark.parametrize("text", ["yes", "", "2"])
-def test_other_flags_are_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r} is not one of true, false, on, off, 1, 0"):
-        arguments.bool_flag(text)
-
-
-@pytest.mark.parametrize("text", ["0.80", "1e-3", "1E-03", ".5", "5", "5.", "inf"])
+@pytest.mark.parametrize("text", ["0.80", "1E-03", ".5"])
 def test_typed_floats_print_as_typed(text):
     number = TypedFloat(text)
     assert number == float(text) and isinstance(number, float)
     assert str(number) == f"{number}" == f"{number!s}" == text
     assert type(number * 2) is float and copy.deepcopy(number) == number and str(copy.deepcopy(number)) == text
-
-
-def test_typed_float_refuses_words():
-    with pytest.raises(argparse.ArgumentTypeError, match="'1/2' is not a number"):
-        TypedFloat("1/2")
 
 
 def test_plain_arguments():
@@ -53,32 +41,6 @@ def test_parser_reports_in_one_line():
         parser.parse_args(["--size", "x"])
     with pytest.raises(InputError, match="required: --size"):
         parser.parse_args([])
-
-
-def test_help_shows_every_default():
-    parser = arguments.ArgumentParser(description="What it does.\n    python example.py")
-    parser.add_argument("--size", type=int, default=3, help="side, pixels")
-    parser.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.0], help="from and to")
-    parser.add_argument("--arch", help="network; default: the checkpoint's")
-    parser.add_argument("--evaluate", action="store_true", help="only evaluate")
-    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
-    assert "--size SIZE side, pixels (default: 3)" in lines and "--scale SCALE SCALE from and to (default: 0.5 1.0)" in lines
-    assert "--arch ARCH network; default: the checkpoint's" in lines and "--evaluate only evaluate" in lines
-    assert "    python example.py" in parser.format_help().splitlines()
-
-
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_check_positive(value):
-    arguments.check_positive(argparse.Namespace(lr=1e-9), "lr")
-    with pytest.raises(InputError, match=f"--lr {value}: must be greater than 0"):
-        arguments.check_positive(argparse.Namespace(lr=value), "lr")
-
-
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
-def test_check_not_negative(value):
-    arguments.check_not_negative(argparse.Namespace(lr=0), "lr")
-    with pytest.raises(InputError, match=f"--lr {value}: must be 0 or greater"):
-        arguments.check_not_negative(argparse.Namespace(lr=value), "lr")
 
 
 # --- configurations ----------------------------------------------------------------------------------------------------
@@ -114,17 +76,6 @@ def test_a_configuration_gives_values_and_the_command_line_wins(parser, tmp_path
     assert (found.epochs, found.evaluate, found.lr) == (3, False, 0.5)
 
 
-def test_flags_that_were_saved_are_the_same_when_read(parser, tmp_path):
-    words = ["--epochs", "3", "--lr", "1e-06", "--reg_lambd=", "--scale", "0.1", "1", "--check", "false", "--local_rank", "2"]
-    first = parser.parse_args(words)
-    del first.folders
-    (tmp_path / "run.yaml").write_text(arguments.config_text(first))
-    again = parser.parse_args(["--config", str(tmp_path / "run.yaml")])
-    assert again.local_rank == 0
-    del again.folders
-    assert arguments.plain_args(again) | {"local_rank": 2} == arguments.plain_args(first)
-
-
 def test_the_flags_of_a_result_are_used_again(parser, tmp_path):
     path = tmp_path / "result.json"
     path.write_text(json.dumps({"kind": "linear_probe", "accuracy": 3, "args": {"epochs": 4, "scale": [1.0], "lr": 0.25}}))
@@ -136,12 +87,8 @@ def test_the_flags_of_a_result_are_used_again(parser, tmp_path):
     "content, words",
     [
         ("epoch: 3", ["'epoch' is not a flag"]),
-        ("config: a.yaml", ["'config' is not a flag"]),
         ("- epochs", ["must be a mapping", "not ['epochs']"]),
-        ("", ["must be a mapping", "not None"]),
         ("epochs: x", ["--epochs: invalid int value: 'x'", "flags are also read from", "run.yaml"]),
-        ("epochs: [1, 2]", ["--epochs: invalid int value: '[1, 2]'"]),
-        ("epochs: [", ["cannot be read"]),
         ("!!python/object/apply:os.getcwd []", ["cannot be read"]),
     ],
 )
@@ -158,17 +105,6 @@ def test_debug_asks_for_tracebacks(parser, monkeypatch):
     assert "debug" not in vars(parser.parse_args(["--epochs", "1"])) and "CLEVER_TRACEBACK" not in os.environ
     parser.parse_args(["--epochs", "1", "--debug"])
     assert os.environ.pop("CLEVER_TRACEBACK") == "1"
-
-
-def test_missing_configurations_are_named(parser, tmp_path):
-    for words, message in (
-        (["--config", str(tmp_path / "absent.yaml")], "absent.yaml: cannot be read"),
-        (["--config", str(tmp_path)], "cannot be read"),
-        (["--config"], "argument --config: expected one argument"),
-        (["--conf", "run.yaml", "--epochs", "1"], "unrecognized arguments: --conf"),
-    ):
-        with pytest.raises(InputError, match=message):
-            parser.parse_args(words)
 
 
 @pytest.mark.parametrize("name", ["main_dino", "eval_linear", "eval_linear_ds", "eval_knn", "eval_equivariance"])

@@ -23,10 +23,6 @@ def write_text(folder):
     (folder / "bad.png").write_text("no image")
 
 
-def write_nothing(folder):
-    (folder / "bad.jpg").touch()
-
-
 def write_truncated_png(folder):
     data = (folder / "00.png").read_bytes()
     (folder / "bad.png").write_bytes(data[: len(data) // 2])
@@ -38,19 +34,7 @@ def write_truncated_jpeg(folder):
     (folder / "bad.jpg").write_bytes(data[: len(data) * 2 // 3])
 
 
-def write_ppm_without_width(folder):
-    (folder / "bad.ppm").write_bytes(b"P6 0 5 255\n")
-
-
-def write_bmp_without_width(folder):
-    header = (40).to_bytes(4, "little") + (0).to_bytes(4, "little") + (5).to_bytes(4, "little")
-    header += (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
-    (folder / "bad.bmp").write_bytes(b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + header)
-
-
-BAD_IMAGES = [
-    write_text, write_nothing, write_truncated_png, write_truncated_jpeg, write_ppm_without_width, write_bmp_without_width,
-]  # fmt: skip
+BAD_IMAGES = [write_text, write_truncated_png, write_truncated_jpeg]
 
 
 @pytest.mark.parametrize("write", BAD_IMAGES)
@@ -78,29 +62,16 @@ def test_bad_images_can_be_left_out(world, tmp_path):
     assert "on the 7 test images" in outcome.stdout
 
 
-def test_a_batch_must_be_filled_by_readable_images(world, tmp_path):
-    shutil.copytree(world.data, tmp_path / "data")
-    for path in list((tmp_path / "data" / "train").rglob("*.png"))[:10]:
-        path.write_text("no image")
-    flags = ("--skip_bad_images", "true", "--batch_size_per_gpu", 4)
-    assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out", *flags), "batch of 4", "(2 images")
-    for path in (tmp_path / "data" / "train").rglob("*.png"):
-        path.write_text("no image")
-    assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out", *flags), "12 of 12 images cannot be read")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_found_bad_during_training_is_named_in_one_line(world, tmp_path, workers):
+def test_an_image_that_a_worker_finds_bad_is_named_in_one_line(world, tmp_path):
     shutil.copytree(world.data, tmp_path / "data")
     bad = tmp_path / "data" / "train" / "grey" / "00.png"
     bad.write_text("no image")
-    flags = ("--check_images", "false", "--num_workers", workers)
+    flags = ("--check_images", "false", "--num_workers", 1)
     assert_refused(pretrain(tmp_path / "data" / "train", tmp_path / "out", *flags), str(bad), "cannot be read")
     assert not (tmp_path / "out" / "checkpoint.pth").exists()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 40), (12, 10)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 40)])
 def test_images_smaller_than_the_crop_are_enlarged(tmp_path, size):
     for path in write_images(tmp_path / "data", 4).iterdir():
         with Image.open(path) as image:
@@ -127,7 +98,7 @@ def test_a_truncated_checkpoint_is_refused_wherever_it_is_cut(world, tmp_path):
     (tmp_path / "out").mkdir()
     for source, name in ((world.checkpoint, "checkpoint.pth"), (world.probe_file, world.probe_file.name)):
         data, path = source.read_bytes(), tmp_path / "out" / name
-        for size in (0, 1, 4, 100, len(data) // 4, len(data) // 2, len(data) - 1000, len(data) - 1):
+        for size in (0, 100, len(data) // 2, len(data) - 1):
             path.write_bytes(data[:size])
             before = snapshot(tmp_path / "out")
             if name == "checkpoint.pth":
@@ -170,10 +141,3 @@ def test_code_in_a_checkpoint_does_not_run(world, tmp_path, save):
     else:
         torch.load(hostile, weights_only=False)
     assert sprung.exists()  # the trap does work
-
-
-def test_another_pickled_network_is_refused(world, tmp_path):
-    for content in ({"teacher": torch.nn.Linear(2, 2)}, torch.nn.Linear(2, 2)):
-        torch.save(content, tmp_path / "module.pth")
-        outcome = probe(tmp_path / "module.pth", world.data, tmp_path / "out")
-        assert_refused(outcome, "module.pth: holds torch.nn.modules.linear.Linear")

@@ -1,7 +1,6 @@
-"""Checkpoint files: the originals' are read and continued, ours hold plain types only, and writing never loses the old one."""
+"""Checkpoint files: the originals' are read and continued, and ours hold plain types only."""
 
 import argparse
-import copy
 import json
 import pathlib
 import re
@@ -12,19 +11,17 @@ import numpy as np
 import pytest
 import torch
 from support.golden import CORE
-from support.in_process import plain, pretrain, probe
-from support.networks import small_network, with_gradients
-from support.processes import write_images, write_labelled_images
+from support.in_process import plain, pretrain
+from support.processes import write_labelled_images
 from torch import nn
 
 import eval_linear
 import main_dino
-from clever.checkpoint import load_checkpoint, load_moments
+from clever.checkpoint import load_checkpoint
 from clever.evaluation.pretrained import load_pretrained
 from clever.evaluation.stored import stored_arguments
 from clever.models.backbones import build_backbone
 from clever.models.weights import backbone_state, load_backbone_weights
-from clever.training import optim
 from clever.training.build import build_network
 from clever.utils import InputError
 
@@ -131,13 +128,12 @@ def test_objects_of_other_types_are_named(tmp_path, content):
         load_checkpoint(tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("module", ["", "module."])
-def test_a_run_continues_from_an_originals_file_as_from_its_own(finished, tmp_path, data, module):
+def test_a_run_continues_from_an_originals_file_as_from_its_own(finished, tmp_path, data):
     own, original = tmp_path / "own", tmp_path / "original"
     shutil.copytree(finished, own)
     original.mkdir()
     state = torch.load(finished / "checkpoint.pth", weights_only=True)
-    save_as_numpy(as_original(state, module), original / "checkpoint.pth", "numpy.core.multiarray")
+    save_as_numpy(as_original(state, "module."), original / "checkpoint.pth", "numpy.core.multiarray")
     flags = ("--net", state["args"]["net"], "--lr", "1e-3", "--aug", "aug1", "--epochs", 2)
     for folder in (own, original):
         outcome = pretrain(data / "train", folder, *flags)
@@ -178,26 +174,6 @@ def test_checkpoints_hold_plain_types_only(finished):
         assert state["args"]["lr"] == 1e-3 and state["args"]["hp1"] == 0.8 and state["epoch"] == 1
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_probe_checkpoints_hold_plain_types_only(finished, tmp_path, data, optimizer):
-    state = torch.load(finished / "checkpoint.pth", weights_only=True)
-    part = "main_part" if state["args"]["net"] == "CLeVER" else "ALL"
-    flags = ("--hp1", "0.80", "--lr", "1e-3", "--else_part", part, "--optimizer", optimizer)
-    assert probe(finished / "checkpoint.pth", data, tmp_path, *flags).status == 0
-    (path,) = tmp_path.glob("checkpoint_linear*.pth.tar")
-    probe_state = read_without_allow_list(path)
-    assert plain(probe_state)
-    assert probe_state["args"]["lr"] == 1e-3 and list(probe_state["state_dict"]) == ["linear.weight", "linear.bias"]
-
-
-def test_the_untrained_network_is_a_checkpoint_like_any_other(tmp_path):
-    write_images(tmp_path / "data", 4)
-    assert pretrain(tmp_path / "data", tmp_path / "run", "--epochs", 0).status == 0
-    state = read_without_allow_list(tmp_path / "run" / "checkpoint.pth")
-    assert state["epoch"] == 0 and all(torch.equal(state["teacher"][name], value) for name, value in state["student"].items())
-    assert not (tmp_path / "run" / "checkpoint0000.pth").exists()
-
-
 def test_init_from_takes_the_teachers_backbone_only(finished, tmp_path, data):
     state = torch.load(finished / "checkpoint.pth", weights_only=True)
     flags = ("--init_from", finished / "checkpoint.pth", "--epochs", 0, "--net", "CLeVER", "--seed", 7)
@@ -208,27 +184,3 @@ def test_init_from_takes_the_teachers_backbone_only(finished, tmp_path, data):
             if name.startswith("backbone."):
                 assert torch.equal(value, state["teacher"][name]), name
     assert not torch.equal(started["student"]["head.mlp.2.weight"], state["student"]["head.mlp.2.weight"])
-
-
-# --- loading -----------------------------------------------------------------------------------------------------------
-
-
-def test_load_moments_keeps_the_groups_options():
-    """An original's file: its groups lack our option, hold another rate, and its moments are wanted."""
-    networks = small_network(), small_network()
-    optimizers = [optim.OPTIMIZERS["adamw"](optim.param_groups(network)) for network in networks]
-    with_gradients(networks[0])
-    optim.set_schedules(optimizers[0], 0.1, 0.2)
-    optimizers[0].step()
-    state = copy.deepcopy(optimizers[0].state_dict())
-    for group in state["param_groups"]:
-        group.pop("fixed_weight_decay", None)
-        group["lr"] = np.float64(7)
-    load_moments(optimizers[1], state)
-    for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
-        assert torch.equal(optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"])
-    optim.set_schedules(optimizers[1], 0.3, 0.4)
-    assert [(group["lr"], group["weight_decay"]) for group in optimizers[1].param_groups] == [(0.3, 0.4), (0.3, 0.0)]
-    state["param_groups"][0]["params"].pop()
-    with pytest.raises(ValueError, match="parameter group"):
-        load_moments(optimizers[1], state)

@@ -63,7 +63,7 @@ def test_parquet(world, tmp_path):
     assert json.loads(table.schema.metadata[b"clever"])["arch"] == "vit_micro"
 
 
-@pytest.mark.parametrize("part, names", [("ALL", ("ir", "ef")), ("main_part", ("ir",)), ("else_part", ("ef",))])
+@pytest.mark.parametrize("part, names", [("ALL", ("ir", "ef")), ("else_part", ("ef",))])
 def test_csv_holds_every_digit_of_each_part(world, tmp_path, part, names):
     assert run_embed(world, tmp_path / "t.csv", "--else_part", part).status == 0
     header, *rows = csv.reader((tmp_path / "t.csv").open(encoding="utf-8"))
@@ -108,10 +108,7 @@ def test_pictures_have_a_panel_for_each_part(world, tmp_path, colour):
     [
         ("--out t.txt", ["t.txt", ".parquet, .npz, .csv"]),
         ("--out {old}", ["exists", "--overwrite"]),
-        ("--out t.npz --else_part nose", ["nose"]),
-        ("--out t.npz --pretrained_weights {dino}/checkpoint.pth --else_part else_part", ["the representation has no parts"]),
         ("--out t.npz --plot umap", ["umap-learn not installed", "pip install umap-learn"]),
-        ("--out t.npz --plot pca --plot_images 3", ["--plot_images 3"]),
         ("--out t.npz --plot pca --data_path {data}/train/red", ["1 to 20 folders", "--colour rotation"]),
     ],
 )

@@ -100,9 +100,6 @@ def test_two_processes_agree_with_one(world, tmp_path):
                 assert b[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, (float, dict)) else value), name
 
 
-# --- known answers -----------------------------------------------------------------------------------------------------
-
-
 # --- protocols, parts, images ------------------------------------------------------------------------------------------
 
 
@@ -157,15 +154,8 @@ CLEVER = "--pretrained_weights {root}/clever.pth --data_path {data} "
 # Flags, and what the message must hold.
 BAD = [
     (CLEVER + "--transforms crop shear", "--transforms 'shear'", "rotation, rotation_corners, crop, jitter, blur, flip"),
-    (CLEVER + "--transforms crop crop", "--transforms 'crop'", "given twice"),
     (CLEVER + "--transforms flip --input single", "--transforms 'flip'", "solarize, grey"),
-    (CLEVER + "--head tree", "--head 'tree'", "linear, mlp"),
-    (CLEVER + "--parts DIR", "--parts 'DIR'", "ALL, main_part, else_part"),
-    (CLEVER + "--views_per_image 0", "--views_per_image 0", "greater than 0"),
-    (CLEVER + "--random_subspaces -1", "--random_subspaces -1", "0 or greater"),
     (CLEVER + "--num_images 4", "4 images to fit regressors to, 4 to test them on", "at least 5 and 2"),
-    ("--pretrained_weights {root}/dino.pth --data_path {data} --parts else_part", "--parts else_part", "no parts"),
-    ("--pretrained_weights {root}/clever.pth --data_path {root}/absent", "{root}/absent", "does not exist"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/bad", "{root}/bad", "cannot be read"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/nine --transforms flip --views_per_image 1 --seed 2",
      "--transforms flip: flip is the same in all views of the 2 test images", "--views_per_image"),

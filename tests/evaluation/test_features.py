@@ -7,7 +7,7 @@ from torch import nn
 import eval_linear
 from clever.evaluation import knn
 from clever.evaluation.features import FeatureExtractor, extract_parts, select_part
-from clever.evaluation.pretrained import Pretrained, check_part, load_pretrained, split_of
+from clever.evaluation.pretrained import Pretrained, load_pretrained
 from clever.evaluation.probe import LinearClassifier
 from clever.models.backbones import build_backbone
 from clever.models.heads import Split
@@ -32,16 +32,6 @@ class CountingViT(nn.Module):
 
 
 # --- which columns -----------------------------------------------------------------------------------------------------
-
-
-# Per width D and hp1 0.8: the columns of IR and of EF (design, the probe's parts).
-@pytest.mark.parametrize("dim, ir, ef", [(192, 153, 39), (384, 307, 77), (512, 409, 103), (768, 614, 154), (2048, 1638, 410)])
-def test_cut_of_each_width(dim, ir, ef):
-    z, split = torch.arange(4.0 * dim)[None], Split(dim, 0.8)
-    assert select_part(z, "ALL", None).shape == (1, 4 * dim)
-    assert select_part(z, "IR", split)[0].tolist() == list(range(4 * dim - ef))
-    assert select_part(z, "EF", split)[0].tolist() == list(range(4 * dim - ef, 4 * dim))
-    assert select_part(z[:, :dim], "IR", split).shape == (1, ir)
 
 
 # CountingViT, D 10, two patches: [CLS] of block 3 holds 3000.., the mean patch token 3150... With hp1 0.8 EF is 8 and 9.
@@ -145,14 +135,3 @@ def test_a_bare_state_dict_needs_the_flags(checkpoint, tmp_path):
     assert load(tmp_path / "bare.pth", *flags, "--net", "CLeVER", "--hp1", 0.6).hp1 == 0.6
     with pytest.raises(InputError, match="give the pretraining's hp1"):
         load(tmp_path / "bare.pth", *flags, "--net", "CLeVER")
-
-
-def test_which_networks_have_parts():
-    split = split_of("CLeVER", 0.8, 128)
-    assert split.widths == (102, 26)
-    check_part("EF", split)
-    for net, hp1 in (("dino", 0.8), ("CLeVER", 1.0), ("CLeVER", 0.001)):
-        assert split_of(net, hp1, 128) is None
-    check_part("ALL", None)
-    with pytest.raises(InputError, match="--parts else_part: the representation has no parts, only ALL"):
-        check_part("EF", None, "--parts")

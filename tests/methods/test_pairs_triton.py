@@ -62,7 +62,7 @@ def assert_as_defined(tensors, power, tolerance, temperatures=(0.1, 0.05), facto
 
 @interpreted
 @pytest.mark.parametrize("power", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("views, batch, outputs", [(2, 2, 3), (3, 2, 48), (10, 2, 4096), (4, 3, 4097), (3, 1, 9000)])
+@pytest.mark.parametrize("views, batch, outputs", [(2, 2, 3), (10, 2, 4096), (4, 3, 4097)])
 def test_losses_equal_their_definition(on_cpu, power, views, batch, outputs):
     assert_as_defined(draw(views, batch, outputs), power, 5e-6)
 

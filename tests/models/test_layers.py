@@ -101,13 +101,3 @@ def test_recomputes_only_in_training_and_with_gradients(kind):
     stage.train()
     checkpointed(nn.Sequential(*stage), x, enabled=False).sum().backward()
     assert len(calls) == 5
-
-
-@pytest.mark.parametrize("kind", ["sequential", "function"])
-def test_backward_twice(kind):
-    stage, run = build(kind)
-    loss = run(torch.randn(3, 4)).square().sum()
-    loss.backward(retain_graph=True)
-    once = stage[0].weight.grad.clone()
-    loss.backward()
-    assert torch.allclose(stage[0].weight.grad, 2 * once)

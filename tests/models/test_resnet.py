@@ -9,17 +9,6 @@ from torch import nn
 from clever.models.resnet import resnet8, resnet18, resnet18_small, resnet50, resnet50_small
 
 
-@pytest.mark.parametrize(
-    "build, dim, params",
-    [(resnet8, 128, 0.3), (resnet18, 512, 11.2), (resnet18_small, 512, 11.2), (resnet50, 2048, 23.5)],
-)
-def test_sizes(build, dim, params):
-    with torch.device("meta"):
-        network = build()
-    assert network.embed_dim == dim
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == params
-
-
 @pytest.mark.parametrize("build, original", [(resnet18, "resnet18"), (resnet50, "resnet50")])
 @torch.no_grad()
 def test_equals_torchvision_without_classifier(build, original):

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from support.golden import CORE, fill_, tensor
+from support.golden import fill_, tensor
 from support.in_process import assert_refused, pretrain, probe
 
 import eval_linear
@@ -45,25 +45,11 @@ def assert_loaded(state, arch="resnet8"):
 # --- finding -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_original_clever_checkpoint(prefix):
-    state = {prefix + name: tensor(name, shape) for name, shape in CORE["clever_state_dict_keys"]}
-    checkpoint = {"student": {"x": torch.zeros(1)}, "teacher": state, "epoch": 3, "args": None}
-    network = build_backbone("vit_tiny")
-    state = backbone_state(checkpoint, "teacher", network.state_dict())
-    assert state.keys() == network.state_dict().keys()
-    load_backbone_weights(network, state)
-    assert torch.equal(network.norm.weight, tensor("backbone.norm.weight", (192,)))
-
-
 BESIDE = {"projector.0.weight": torch.ones(2), "queue": torch.ones(3), "epoch": 4, "fc.weight": torch.ones(2)}
 PROGRAMS = {
     "DINO": {"teacher": prefixed(RESNET8, "backbone.") | {"head.mlp.0.weight": torch.ones(2)}, "student": {}, "epoch": 3},
-    "iBOT": {"student": prefixed(RESNET8, "module.backbone."), "teacher": prefixed(RESNET8, "backbone.")},
     "MoCo": {"arch": "resnet8", "state_dict": prefixed(RESNET8, "module.base_encoder.") | prefixed(BESIDE, "module.momentum.")},
     "VISSL": {"classy_state_dict": {"base_model": {"model": {"trunk": prefixed(RESNET8, "_feature_blocks.")}}}},
-    "solo-learn": {"state_dict": prefixed(RESNET8, "backbone.") | BESIDE, "hyper_parameters": {"lr": 1}},
-    "Lightning": {"state_dict": prefixed(RESNET8, "model.encoder.net."), "optimizer_states": [{}]},
     "timm": {"state_dict": RESNET8 | BESIDE, "state_dict_ema": RESNET8, "optimizer": {"state": {0: {"x": torch.ones(2)}}}},
     "torch.compile": prefixed(RESNET8, "_orig_mod.module."),
     "a plain state dict": RESNET8 | BESIDE,
@@ -103,7 +89,7 @@ def test_torchvision_weights_with_their_classifier():
 # --- timm --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["test_byobnet", "mobilenetv3_small_050", "deit_tiny_distilled_patch16_224", "test_vit"])
+@pytest.mark.parametrize("arch", ["test_byobnet", "deit_tiny_distilled_patch16_224"])
 def test_timms_files_with_their_classifiers_and_ours_with_heads(tmp_path, arch):
     model = timm.create_model(arch, num_classes=7)
     args = argparse.Namespace(mean=None, std=None, img_size=None, model=arch)
@@ -137,23 +123,11 @@ def test_timms_own_statistics_are_the_default(tmp_path):
 # --- loading -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classifier", ["classifier", "head_dist", "last_linear", "heads.head", "fc", "mask_token", "decoder"])
+@pytest.mark.parametrize("classifier", ["classifier", "heads.head", "fc", "decoder"])
 def test_classifiers_and_decoders_are_left_out(classifier, capsys):
     state = state_of("vit_micro") | {f"{classifier}.weight": torch.ones(10, 128), f"{classifier}.bias": torch.ones(10)}
     assert_loaded(found({"model": state}, arch="vit_micro"), "vit_micro")
     assert (f"no such layers: {classifier.split('.')[0]} (" in capsys.readouterr().out) == (classifier != "fc")
-
-
-def test_batch_counters_may_be_absent():
-    network = build_backbone("resnet8")
-    load_backbone_weights(network, {k: v for k, v in RESNET8.items() if "num_batches" not in k})
-    assert torch.equal(network.layer3[0].bn2.running_var, RESNET8["layer3.0.bn2.running_var"])
-
-
-def test_names_of_another_program_are_listed():
-    state = {"embeddings.cls_token": torch.ones(1), "encoder.layer.0.x": torch.ones(1)}
-    with pytest.raises(InputError, match="do not fit .*2 unexpected: embeddings.cls_token, encoder.layer.0.x"):
-        load_backbone_weights(build_backbone("vit_micro"), found({"model": state}, arch="vit_micro"))
 
 
 def test_every_mismatch_is_named_and_nothing_is_loaded():
@@ -172,7 +146,7 @@ def test_every_mismatch_is_named_and_nothing_is_loaded():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("more", ["layer3.1.conv1.weight", "layer4.0.conv1.weight", "attnpool.weight", "fc_norm.weight"])
+@pytest.mark.parametrize("more", ["layer3.1.conv1.weight", "attnpool.weight"])
 def test_layers_that_change_the_features_are_not_left_out(more):
     with pytest.raises(InputError, match=f"1 unexpected: {more}"):
         load_backbone_weights(build_backbone("resnet8"), RESNET8 | {more: torch.ones(2)})

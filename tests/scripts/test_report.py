@@ -18,7 +18,6 @@ from support.in_process import assert_refused, call
 from clever.evaluation.images import save_png
 from clever.utils import save_json
 from scripts import report
-from scripts.report import short_names
 
 NETWORK = {
     "net": "CLeVER", "arch": "resnet8", "pretrained_epochs": 20, "aug": "aug1_2", "pretraining_seed": 0, "backbone": "0123abcd",
@@ -125,12 +124,6 @@ def test_every_kind_of_result_has_a_table_with_its_values(runs):
     assert "IR" not in rows["R2"], "it was not measured"
 
 
-def test_saliency_without_a_ground_truth_is_a_result(runs):
-    save_json(SALIENCY | {"num_scored": 0}, runs / "results.json")
-    page, stderr = make(runs)
-    assert stderr == "" and page.tables["Saliency"][0]["images"] == "9"
-
-
 def test_the_summary_compares_the_best_accuracies_with_dino(runs):
     found = (("dino", "ALL", 80.0), ("CLeVER", "ALL", 83.04), ("CLeVER", "ALL", 70.0), ("CLeVER", "else_part", 60.0))
     for net, part, accuracy in found:
@@ -171,13 +164,6 @@ def test_arguments_come_from_the_checkpoint_and_those_that_differ_are_a_table(ru
     assert "crop[0.5, 1.0]" in page.text
 
 
-def test_names_are_as_short_as_they_can_be():
-    folders = [Path("r/d_ep0/CLeVER/1/CLeVER_1"), Path("r/d_ep9/CLeVER/1/CLeVER_1"), Path("r/d_ep9/dino/1/dino_1")]
-    assert list(short_names(folders).values()) == ["d_ep0/CLeVER", "d_ep9/CLeVER", "d_ep9/dino"]
-    assert short_names([Path("r/a")] * 2) == {Path("r/a"): "a"}
-    assert list(short_names([Path("r"), Path("r/a")]).values()) == ["r", "a"]
-
-
 def test_pictures_are_in_the_page_as_long_as_they_fit(runs):
     write_log(runs, *epochs(1))
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)  # does not compress
@@ -213,11 +199,8 @@ def test_text_from_files_is_never_markup_and_nothing_is_loaded(runs):
 
 DAMAGED = {
     "half.json": '{"kind": "linear_probe", "acc',
-    "deep.json": "[" * 100_000,
     "no_accuracy.json": json.dumps({key: value for key, value in PROBE.items() if key != "accuracy"}),
     "text_accuracy.json": json.dumps(PROBE | {"accuracy": "high"}),
-    "list_net.json": json.dumps(PROBE | {"net": ["dino"]}),
-    "odd_knn.json": json.dumps(RESULTS["knn.json"] | {"results": [7]}),
     "binary/log.txt": b"\xff\xfe\x00",
     "run/checkpoint.pth": "no checkpoint",
 }  # fmt: skip

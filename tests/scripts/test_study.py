@@ -100,10 +100,6 @@ def tables_of(source: Path) -> dict[str, list[list[str]]]:
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-def test_equal_differences_give_an_interval_of_no_width():
-    assert paired_interval(np.full((3, 50), 7)) == pytest.approx((7, 7, 7))
-
-
 def test_interval_of_one_seed_is_that_of_the_binomial_distribution():
     """The mean of N = 2000 hits with p = .3 has the standard error sqrt(p (1 - p) / N)."""
     hits = np.zeros((1, 2000))
@@ -209,13 +205,10 @@ def test_refused_sources(cells, tmp_path):
     assert_refused(call(make_tables, cells), "resnet8 has cells with different lr: 0.016, 0.5")
     shutil.rmtree(cells / "resnet8_aug1_2_dino_seed3")
     half = json.dumps({"part": "ALL", "num_test_images": IMAGES, "accuracy": 5.0, "correct": pack_hits(np.ones(IMAGES // 2))})
-    for name in ("knn_ori_ALL.json", "only_eval_ori_linear_ALL.json", "log.txt", "equivariance.json"):
-        file = cells / "resnet8_aug1_2_dino_seed0" / name
-        whole = file.read_text()
-        for text in ("{", "[5]", half):
-            file.write_text(text)
-            assert_refused(call(make_tables, cells), str(file), "not ")
-        file.write_text(whole)
+    file = cells / "resnet8_aug1_2_dino_seed0" / "knn_ori_ALL.json"
+    for text in ("{", "[5]", half):
+        file.write_text(text)
+        assert_refused(call(make_tables, cells), str(file), "not ")
     assert not (tmp_path / "out").exists()
 
 
@@ -229,14 +222,8 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
     ("variables", "words"),
     [
         ({"STUDY": "large"}, ("STUDY=large", "small full")),
-        ({"NETS": "dino simclr"}, ("NETS=dino simclr", "simclr", "dino CLeVER untrained")),
-        ({"ARCHS": "vit_giant"}, ("ARCHS=vit_giant", "resnet8 vit_micro vssm2-vmambav2_micro")),
-        ({"RECIPES": "aug9"}, ("RECIPES=aug9", "aug1 aug1_2 aug1_4_2")),
         ({"RECIPES": "aug1 aug1"}, ("RECIPES=aug1 aug1", "twice")),
         ({"SEEDS": "0 x"}, ("SEEDS=0 x", "whole numbers")),
-        ({"STEPS": "train"}, ("STEPS=train", "pretrain probe perturbation knn equivariance")),
-        ({"EPOCHS": "0"}, ("EPOCHS=0", "1 or more")),
-        ({"DATA": "cifar"}, ("DATA=cifar", "digits, fashion-mnist, or a folder")),
     ],
 )
 def test_refused_variables(variables, words, tmp_path):
@@ -273,22 +260,6 @@ def test_nets_share_all_settings_and_seeds(tmp_path):
         assert args["seed"] in (0, 1, 2) if "seed" in args else script == "eval_knn.py"
         assert args["num_workers"] == 0 and f"seed{args.get('seed', '')}" in args["output_dir"]
     assert list(tmp_path.iterdir()) == []
-
-
-@needs_bash
-def test_variables_reach_the_commands():
-    commands = dry_run(
-        STUDY="full", NETS="CLeVER", RECIPES="aug1_4_2", SEEDS="7", DATA="digits", TUNE="1", EPOCHS="2", RESULT="r",
-        STEPS="knn pretrain", PRETRAIN_FLAGS="--lr 0.5", KNN_FLAGS="--temperature 0.1 0.2",
-    )  # fmt: skip
-    assert [script for script, _ in commands] == ["main_dino.py", "eval_knn.py"] * 3
-    assert [args["arch"] for _, args in commands[::2]] == ["resnet8", "vit_micro", "vssm2-vmambav2_micro"]
-    for _, args in commands[::2]:
-        fixed = ("net", "aug", "seed", "epochs", "warmup_epochs", "lr", "global_crops_size", "data_path")
-        assert [args[name] for name in fixed] == ["CLeVER", "aug1_4_2", 7, 2, 2, 0.5, 16, "data/digits_tune/train"]
-        assert args["output_dir"] == f"r/{args['arch']}_aug1_4_2_CLeVER_seed7"
-    for _, args in commands[1::2]:
-        assert (args["data_path"], args["temperature"]) == ("data/digits_tune", [0.1, 0.2])
 
 
 def start_study(**variables: str) -> subprocess.Popen:

@@ -12,7 +12,7 @@ from support.processes import write_labelled_images
 
 def make_bad_world(root: Path) -> SimpleNamespace:
     """All of them below `root`, by name."""
-    paths = {name: root / name for name in ("data", "two", "renamed", "hole", "empty", "textual", "clever", "dino", "probe")}
+    paths = {name: root / name for name in ("data", "two", "renamed", "hole", "empty", "clever", "dino", "probe")}
     world = SimpleNamespace(root=root, **paths)
     write_labelled_images(world.data, train=4, val=2)
     for name in ("two", "renamed", "hole"):
@@ -22,8 +22,6 @@ def make_bad_world(root: Path) -> SimpleNamespace:
     (world.renamed / "val" / "red").rename(world.renamed / "val" / "blue")
     (world.hole / "train" / "void").mkdir()
     world.empty.mkdir()
-    world.textual.mkdir()
-    (world.textual / "notes.txt").write_text("no image")
 
     for net, flags in (("clever", ("--net", "CLeVER")), ("dino", ("--net", "dino"))):
         outcome = pretrain(world.data / "train", getattr(world, net), "--saveckp_freq", 0, *flags)
@@ -35,8 +33,6 @@ def make_bad_world(root: Path) -> SimpleNamespace:
     state = torch.load(world.checkpoint, weights_only=True)
     world.bare = root / "bare.pth"  # a state dict, which says nothing about its network
     torch.save(state["teacher"], world.bare)
-    world.listed = root / "list.pth"
-    torch.save([1, 2], world.listed)
     world.damaged = root / "damaged.pth"
     world.damaged.write_bytes(world.checkpoint.read_bytes()[:-1000])
     world.foreign = root / "foreign.pth"

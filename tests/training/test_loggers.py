@@ -7,14 +7,13 @@ import struct
 import sys
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from support.in_process import assert_refused, pretrain, snapshot
+from support.in_process import assert_refused, pretrain
 from support.processes import TINY_NETWORK, run, write_images
 
 from clever.training import loggers
-from clever.training.loggers import Loggers, picture_of_views, tagged
+from clever.training.loggers import Loggers, tagged
 from clever.training.telemetry import append_log, read_log
 
 EPOCHS = 4
@@ -127,13 +126,6 @@ def test_mlflow_shows_every_epoch_of_a_killed_run_once(killed_and_resumed):
     assert found == scalars_of_log(killed_and_resumed)
 
 
-def test_arguments_are_shown(killed_and_resumed):
-    _, (mlflow_run,) = mlflow_runs(killed_and_resumed)
-    assert mlflow_run.data.params["out_dim"] == "64" and mlflow_run.data.params["data_path"].endswith("flat")
-    assert mlflow_run.data.tags["mlflow.runName"] == "run" and mlflow_run.info.status == "FINISHED"
-    assert "arguments/text_summary" in tensorboard(killed_and_resumed).Tags()["tensors"]
-
-
 def test_views_of_four_images_are_shown_once(killed_and_resumed):
     reader = tensorboard(killed_and_resumed)
     assert reader.Tags()["images"] == ["views"]
@@ -211,35 +203,6 @@ def test_a_logger_that_is_added_later_gets_all_of_the_log(tmp_path):
     assert steps(tensorboard_scalars(tmp_path)) == dict.fromkeys(EVERY_TAG, [0, 1, 2, 3])
 
 
-def go_back(folder, name):
-    """A run of three epochs that continues from its second: its user has put an older checkpoint in place."""
-    pytest.importorskip(name)
-    train(folder, [0, 1, 2], name)
-    first = (folder / "log.txt").read_text().splitlines(keepends=True)[0]
-    (folder / "log.txt").write_text(first)
-    train(folder, [1], name)
-
-
-def test_a_run_that_goes_back_shows_no_later_epoch_in_tensorboard(tmp_path):
-    go_back(tmp_path, "tensorboard")
-    assert steps(tensorboard_scalars(tmp_path)) == dict.fromkeys(EVERY_TAG, [0, 1])
-    assert len(tensorboard(tmp_path).Images("views")) == 1
-
-
-def test_a_run_that_goes_back_is_another_run_of_mlflow(tmp_path):
-    go_back(tmp_path, "mlflow")
-    client, runs = mlflow_runs(tmp_path)
-    history = [[metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] for run in runs]
-    assert history == [[0, 1], [0, 1, 2]]
-
-
-def test_other_processes_start_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers, "is_main_process", lambda: False)
-    log = train(tmp_path, [0], "tensorboard")
-    log.__exit__(None, None, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
-
-
 # --- failures ------------------------------------------------------------------------------------------------------------
 
 
@@ -285,33 +248,10 @@ def test_a_server_that_does_not_answer_stops_a_new_run_but_not_one_that_continue
 # --- bad input -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, package", [("tensorboard",) * 2, ("wandb",) * 2, ("mlflow", "mlflow-skinny")])
-def test_a_missing_package_is_named_before_anything_is_written(name, package, images, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)
-    assert_refused(pretrain(images, tmp_path / "run", "--log_to", name), f"--log_to {name}", f"pip install {package}")
+def test_a_missing_package_is_named_before_anything_is_written(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert_refused(pretrain(images, tmp_path / "run", "--log_to", "mlflow"), "--log_to mlflow", "pip install mlflow-skinny")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "words, mentioned",
-    [
-        (("tensorbord",), ("--log_to 'tensorbord'", "tensorboard, wandb, mlflow")),
-        (("mlflow", "mlflow"), ("--log_to 'mlflow'", "given twice")),
-        ((), ("--log_to", "at least one argument")),
-    ],
-)
-def test_unknown_loggers_are_refused(words, mentioned, images, tmp_path):
-    assert_refused(pretrain(images, tmp_path / "run", "--log_to", *words), *mentioned)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name, folder", loggers.FOLDERS.items())
-def test_a_folder_that_cannot_be_written_is_refused(name, folder, images, tmp_path):
-    pytest.importorskip(name)
-    (tmp_path / folder).write_text("a file")
-    before = snapshot(tmp_path)
-    assert_refused(pretrain(images, tmp_path, "--log_to", name), f"--log_to {name}", str(tmp_path / folder), "is a file")
-    assert snapshot(tmp_path) == before
 
 
 # --- values --------------------------------------------------------------------------------------------------------------
@@ -322,14 +262,3 @@ def test_tags_tell_training_probes_and_the_rest():
     assert tagged(values | {"epoch": 7}) == {
         "train/loss": 2.0, "train/lr": 1e-4, "probe/knn_top1": 40.0, "probe/rotation_r2_EF": 0.5, "run/seconds_probe": 3.0,
     }  # fmt: skip
-
-
-def test_a_picture_has_a_row_per_image_and_a_column_per_view():
-    class Pictures(Dataset):
-        def __getitems__(self, indices):
-            values = torch.tensor([[10, 20, 30, 40], [50, 60, 70, 80]], dtype=torch.uint8)  # V', B
-            return [values.view(2, 4, 1, 1, 1).expand(2, 4, 3, 4, 4), torch.zeros(1, 4, 3, 2, 2)], None
-
-    picture = picture_of_views(Pictures())
-    assert picture.shape == (4 * 6 + 2, 2 * 6 + 2, 3) and picture.dtype == np.uint8
-    assert picture[4::6, 4::6, 0].tolist() == [[10, 50], [20, 60], [30, 70], [40, 80]]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from support.processes import ROOT
 
-from clever.compiled import Unavailable
 from csrc import build_tool
 from csrc.build_tool import SELECTIVE_SCAN, BuildError
 from vmamba import extension
@@ -74,12 +73,11 @@ def compilers(tmp_path):
     return {"CXX": str(compiler), "CUDA_HOME": str(tmp_path), "SCAN_CUDA": "", "TORCH_CUDA_ARCH_LIST": ""}
 
 
-@pytest.mark.parametrize("cxx", ["", "no-such-compiler"])
-def test_without_a_compiler_there_is_one_clear_line(sources, tmp_path, cxx):
-    result = setup(sources, PATH=str(tmp_path), CXX=cxx)
+def test_without_a_compiler_there_is_one_clear_line(sources, tmp_path):
+    result = setup(sources, PATH=str(tmp_path), CXX="")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1
-    assert line.startswith(f"selective scan: no C++ compiler ({cxx or 'g++, c++, clang++'}) on PATH; install g++")
+    assert line.startswith("selective scan: no C++ compiler (g++, c++, clang++) on PATH; install g++")
 
 
 def test_it_builds_in_place_when_sources_changed_or_it_is_forced(sources, compilers):
@@ -96,7 +94,6 @@ def test_it_builds_in_place_when_sources_changed_or_it_is_forced(sources, compil
     [
         ("", ["sm_75", "sm_90", "compute_90"]),
         ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
-        (" 8.0, 9.0a ", ["sm_80", "sm_90a"]),
     ],
 )
 def test_the_cuda_library_is_compiled_for_the_listed_gpus(sources, compilers, listed, codes):
@@ -119,43 +116,13 @@ def test_a_failing_nvcc_leaves_the_cpu_library_unless_cuda_is_asked_for(sources,
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_cuda_library_stays_until_a_build_without_it(sources, compilers):
-    library = sources / SELECTIVE_SCAN.package / "libscan_cuda.so"
-    assert setup(sources, **compilers | {"SCAN_CUDA": "1"}).returncode == 0
-    for switch in ("", "0", "1"):
-        assert "is up to date" in setup(sources, **compilers | {"SCAN_CUDA": switch}).stderr
-    assert "built in" in setup(sources, "--force", **compilers | {"SCAN_CUDA": "0"}).stderr and not library.exists()
-
-
 # ---- finding and loading
-
-
-def test_no_build_at_all(use):
-    use()
-    reason = "the compiled selective scan is not built: python csrc/selective_scan/setup.py build_ext --inplace"
-    assert extension.unavailable_reason("scan_cpu") == reason
-    with pytest.raises(Unavailable, match="not built"):
-        extension.load("scan_cpu")
 
 
 def test_a_build_is_loaded(use, built):
     use(built)
     assert extension.unavailable_reason("scan_cpu") is None
     assert extension.load("scan_cpu").scan_abi_version() == extension.SCAN.abi_version
-
-
-def test_what_was_not_built_says_why(use, tmp_path):
-    (tmp_path / "build.json").write_text('{"not_built": {"scan_cuda": "left out (SCAN_CUDA=0)"}}')
-    use(tmp_path)
-    assert extension.unavailable_reason("scan_cuda").endswith("has no scan_cuda library: left out (SCAN_CUDA=0)")
-
-
-def test_another_interface_is_refused(use, built, monkeypatch):
-    use(built)
-    monkeypatch.setattr(extension.SCAN, "abi_version", 999)
-    reason = extension.unavailable_reason("scan_cpu")
-    assert "has interface version 1, this code needs 999; " in reason
-    assert reason.endswith("python csrc/selective_scan/setup.py build_ext --inplace --force")
 
 
 def test_a_damaged_library_is_passed_over_for_the_next(use, built, tmp_path):

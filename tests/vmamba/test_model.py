@@ -36,13 +36,9 @@ IMAGES = tensor("image.33x47", (2, 3, 33, 47))
 VARIANTS = [
     {},
     {"norm_layer": "bn", "downsample": "v1", "patchembed": "v1"},
-    {"downsample": "v2"},
-    {"patchembed": "v1", "patch_norm": False},
     {"gmlp": True},
-    {"ssm_forwardtype": "v05"},
     {"ssm_forwardtype": "v0", "norm_layer": "ln", "ssm_ratio": 2.0},
     {"ssm_d_state": 16, "ssm_conv_bias": True},
-    {"ssm_conv": -1, "ssm_act_layer": "gelu", "mlp_act_layer": "silu"},
     {"ssm_dt_rank": 3, "ssm_ratio": 1.5, "embed_dim": (8, 24, 20)},
 ]
 
@@ -213,11 +209,6 @@ def test_every_variant_runs_forward_and_backward(changes):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
-@torch.no_grad()
-def test_ln_and_ln2d_are_the_same():
-    assert torch.equal(small(norm_layer="ln").eval()(IMAGES), small(norm_layer="ln2d").eval()(IMAGES))
-
-
 @pytest.mark.parametrize("norm", ["ln2d", "bn"])
 def test_checkpointing_changes_no_number(norm):
     results = []
@@ -248,11 +239,10 @@ def test_autocast_keeps_the_scan_in_float32(forward_type, monkeypatch):
     assert set(calls[-1][2:]) == {torch.float32}  # the parameters
 
 
-@pytest.mark.parametrize("changes", [{}, {"ssm_forwardtype": "v0"}], ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)], ids=str)
-def test_a_network_in_half_precision(changes, dtype, tolerance):
+def test_a_network_in_half_precision(dtype, tolerance):
     """Converted as a whole, it computes and learns in its type."""
-    network = fill_(small(**changes)).eval()
+    network = fill_(small()).eval()
     exact = network(IMAGES).detach()
     features = network.to(dtype)(IMAGES.to(dtype))
     assert features.dtype == dtype and rel_error(features.float(), exact) < tolerance

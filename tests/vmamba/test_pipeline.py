@@ -1,4 +1,4 @@
-"""VMamba in the pipeline: pretraining, exact resume, probes of every part on perturbed images."""
+"""VMamba in the pipeline: pretraining, a probe of a part on perturbed images."""
 
 import pytest
 import torch
@@ -16,13 +16,9 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "flat", 12)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(images, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
+    images = write_images(folder / "flat", 12)
     run("main_dino.py", *FLAGS, "--data_path", images, "--output_dir", folder / "run", output=folder / "output")
     return folder / "run" / "checkpoint.pth"
 
@@ -34,16 +30,6 @@ def test_pretraining_moves_every_parameter_of_the_backbone(checkpoint):
         assert torch.isfinite(student[name]).all(), name
         if name.startswith("backbone."):
             assert not torch.equal(student[name], teacher[name]), name
-
-
-def test_a_killed_run_ends_in_the_same_bits(checkpoint, images, tmp_path):
-    flags = (*FLAGS, "--data_path", images, "--output_dir", tmp_path / "run")
-    run("main_dino.py", *flags, output=tmp_path / "output", kill_at="epoch 1/3 2/3 ")
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["epoch"] == 1
-    run("main_dino.py", *flags, output=tmp_path / "output")
-    whole, resumed = (load_checkpoint(path) for path in (checkpoint, tmp_path / "run" / "checkpoint.pth"))
-    for key in ("student", "teacher"):
-        assert all(torch.equal(resumed[key][name], tensor) for name, tensor in whole[key].items()), key
 
 
 def test_probe_and_perturbed_evaluation(checkpoint, tmp_path):

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -91,53 +90,11 @@ def test_small_delta_keeps_its_digits(configure) -> None:
 
 
 @needs_compiler
-def test_all_returned_values_are_defined(configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Including the saved states."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
-    torch.use_deterministic_algorithms(True)
-    try:
-        results = [scan_cuda.forward_2d(*draw_images(*sizes)) for sizes in SIZES]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for (batch, height, width, channels, _, states), (y, saved) in zip(SIZES, results, strict=True):
-        assert y.isfinite().all() and saved.isfinite().all()
-        assert saved.shape == scan_cuda.saved_states_shape(batch, channels, height * width, states)
-
-
-@needs_compiler
 def test_tensors_that_are_not_aligned(configure) -> None:
     tensors = halve(draw_images(2, 3, 4, 6, 3, 1), torch.bfloat16)
     shifted = [torch.cat([each.new_zeros(1), each.flatten()])[1:].view(each.shape) for each in tensors]
     assert any(each.data_ptr() % 4 for each in shifted)
     assert all(map(torch.equal, run_images(shifted), run_images(tensors)))
-
-
-@needs_compiler
-def test_errors_of_the_library_have_a_message(configure) -> None:
-    configure(shared_memory=1 << 10)
-    with pytest.raises(RuntimeError, match="rank of delta or the number of states is too large"):
-        scan_cuda.forward_2d(*draw_images(1, 2, 2, 16, 99, 1))
-
-
-@pytest.mark.parametrize("states", [1, 3, 16, 17, 64, 65, 256])
-def test_every_length_is_divided_evenly(states: int) -> None:
-    for length in (*range(1, 2000), 3136, 12544):
-        warps = scan_cuda._warps(length, states)
-        assert 1 <= warps <= (16 if states == 1 else 8) and warps * states <= 256
-        tiles = -(-length // (16 * warps))
-        assert 16 * warps * tiles - length < 16 * (tiles + 1)  # no warp is idle in more than one tile
-
-
-def test_a_library_for_other_gpus_says_how_to_build_it_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "unavailable_reason", lambda name: None)
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, index))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GTX 1080")
-    monkeypatch.setattr(scan_cuda, "_function", lambda name, result: lambda device: b"no kernel image is available")
-    reason = scan_cuda.unavailable_reason(torch.device("cuda"))
-    assert "GTX 1080: no kernel image is available; " in reason and "TORCH_CUDA_ARCH_LIST=6.3 " in reason
 
 
 # ---- compiled by nvcc

@@ -110,9 +110,7 @@ def test_hand_computed() -> None:
 IMAGES = [  # batch, H, W, D, R, N
     (1, 1, 1, 2, 1, 1),
     (2, 5, 9, 18, 40, 3),
-    (2, 1, 13, 16, 6, 1),
     (1, 23, 1, 34, 5, 16),
-    (1, 17, 19, 40, 12, 1),
     (1, 9, 11, 4, 2, 17),
     (1, 41, 40, 2, 6, 1),
     (0, 3, 4, 6, 2, 1),
@@ -258,13 +256,8 @@ def test_parameters_stay_in_float32_under_autocast(backend: str, device: str) ->
     ("scan", "index", "change", "message"),
     [
         (selective_scan, 0, lambda t: t[0], r"u has shape \[6, 10\] on cpu, expected \[B K\*D L\] = \[any any any\]"),
-        (selective_scan, 0, lambda t: t.to(torch.complex64), "are torch.complex64; choose float32, bfloat16, float16 or"),
         (selective_scan, 4, lambda t: t[:, :, :1], r"C has shape \[2, 2, 1, 10\] on cpu, expected .* = \[2 2 2 10\]"),
-        (selective_scan, 5, lambda t: t.to("meta"), "D has shape .* on meta, expected .* on cpu"),
         (scan_images, 1, lambda t: t.flatten(1, 2), r"proj has shape \[2, 12, 4, 4\] .* \[B H W 4 R\+2N\] = \[2 3 4 4 4\]"),
-        (scan_images, 2, lambda t: t[:3], r"dt_weight has shape \[3, 5, 2\] .* \[4 D R\] = \[4 5 any\]"),
-        (scan_images, 3, lambda t: t[:, 0], r"A has shape \[20\]"),
-        (scan_images, 5, lambda t: t.view(4, 5), r"dt_bias has shape \[4, 5\]"),
     ],
 )
 def test_tensors_that_do_not_fit(scan, index: int, change, message: str) -> None:

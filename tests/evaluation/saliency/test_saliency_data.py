@@ -1,6 +1,5 @@
 """Folders, sizes and ground truths of the saliency evaluation, and the features that it compares."""
 
-from itertools import product
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from einops import rearrange
 from PIL import Image
 
 from clever.evaluation.images import ToNormalizedTensor, images_by_name
-from clever.evaluation.saliency.data import LAYOUTS, Pair, SaliencyDataset, dataset_folders, find_pairs, resize_to_patches
+from clever.evaluation.saliency.data import Pair, SaliencyDataset, find_pairs, resize_to_patches
 from clever.evaluation.saliency.detection import patch_features
 from clever.models import vision_transformer
 from clever.utils import InputError
@@ -54,16 +53,6 @@ def test_images_are_found_by_name_at_any_depth_in_natural_order(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "img" / "10.jpg")
     with pytest.raises(InputError, match="10.jpg: another image differs from it by suffix only"):
         images_by_name(tmp_path / "img")
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_is_found(tmp_path, name):
-    roots, folders = LAYOUTS[name]
-    for number, (root, (images, truths)) in enumerate(product(roots, folders)):
-        paths = tmp_path / str(number) / root / images, tmp_path / str(number) / root / truths
-        for path in paths:
-            path.mkdir(parents=True)
-        assert dataset_folders(str(tmp_path / str(number)), name) == paths
 
 
 @pytest.mark.parametrize("kind, expected", [("q", [0]), ("kqv", [1, 0, 2])])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.saliency_reference import dense_cut, dense_graph, looped_mask
 
-from clever.evaluation.saliency.tokencut import DENSE, connect, partition, second_eigenvector, tokencut
+from clever.evaluation.saliency.tokencut import DENSE, connect, second_eigenvector, tokencut
 
 BACKGROUND, OBJECT = (1.0, 0.0), (-0.5, 3.0)
 
@@ -48,13 +48,6 @@ def test_patch_apart_from_the_object_is_dropped():
     assert cut.eigenvector[5, 7] == pytest.approx(cut.eigenvector[2, 3])
 
 
-def test_sign_of_the_eigenvector_does_not_matter():
-    y = np.random.default_rng(0).standard_normal((9, 11))
-    (mask, seed), (flipped, flipped_seed) = partition(y), partition(-y)
-    assert (mask == flipped).all() and seed == flipped_seed
-    assert (mask == looped_mask(y)).all() and mask.any() and not mask.all()
-
-
 def test_both_solvers_agree(monkeypatch):
     B = connect(clusters(DENSE, 5, 1.0))
     dense, dense_gap = second_eigenvector(B)
@@ -89,9 +82,7 @@ def ring(N: int) -> np.ndarray:
     "features, reason",
     [
         (np.ones((48, 7)), "all patches are alike"),
-        (1 + 0.01 * np.random.default_rng(0).standard_normal((400, 7)), "all patches are alike"),
         (np.eye(300), "no patch resembles another"),
-        (np.repeat(np.eye(3), 16, 0), "two cuts are equally good"),
         (ring(300), "two cuts are equally good"),
         (np.eye(2), "a cut needs three patches"),
     ],
@@ -100,7 +91,3 @@ def test_undefined_cut_gives_an_empty_mask_and_a_reason(features, reason):
     cut = tokencut(features, (1, len(features)))
     assert cut.degenerate == reason and cut.seed is None
     assert not cut.mask.any() and not cut.eigenvector.any() and cut.mask.shape == (1, len(features))
-
-
-def test_almost_equal_cuts_are_distinguished():
-    assert tokencut(np.repeat(np.eye(3), (16, 15, 17), 0), (6, 8)).degenerate is None

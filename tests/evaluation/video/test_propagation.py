@@ -54,14 +54,6 @@ def test_propagation_is_that_of_the_original_step_by_step(n_last_frames, radius,
     assert (expected - labels).abs().max() > 0.1
 
 
-def test_all_of_many_equal_sources_vote():
-    features = torch.eye(4)[torch.randint(4, (6, 7), generator=torch.Generator().manual_seed(0))]  # exact ties everywhere
-    labels = moving_features(1, 6, 7)[1]
-    ours, plain = (make(features, labels, 2, 2, 3) for make in (Propagation, reference.Propagation))
-    for _ in range(4):
-        assert (ours.step(features) - plain.step(features)).abs().max() < 1e-6
-
-
 def test_tiles_cover_each_query_once_and_keep_within_the_memory():
     for memory_mb in (256, 1, 0.2):
         covered = torch.zeros(17, 23, dtype=torch.long)

@@ -26,14 +26,10 @@ GT = square(40, 40)
 # Prediction, truth, J and F of the DAVIS tool at 100x100, where the tolerance is 2 pixels.
 GOLDEN = {
     "identical": (GT, GT, 1, 1),
-    "right 1": (square(40, 41), GT, 0.904762, 1),
     "right 2": (square(40, 42), GT, 0.818182, 1),
     "right 3": (square(40, 43), GT, 0.739130, 0.550),
-    "right 4": (square(40, 44), GT, 0.666667, 0.525),
-    "right 5": (square(40, 45), GT, 0.6, 0.5),
     "right 10": (square(40, 50), GT, 0.333333, 0.375),
     "right 20": (square(40, 60), GT, 0, 0.3125),
-    "right 30": (square(40, 70), GT, 0, 0),
     "smaller": (square(40, 40, 10), GT, 0.25, 0.416667),
     "two borders": (square(80, 80), square(79, 79), 361 / 439, 0.740157),
     "all ones": (FULL, GT, 0.04, 0),
@@ -87,13 +83,6 @@ def test_objects_are_scored_apart_and_those_that_are_missing_are_empty():
 )
 def test_statistics_of_a_ramp(n, expected):
     assert statistics(np.linspace(1, 0, n)) == pytest.approx(expected, abs=1e-9)
-
-
-def test_statistics_hold_beyond_256_frames_and_for_one():
-    values = np.zeros(300)
-    values[:75] = 1
-    assert statistics(values) == pytest.approx((0.25, 0.25, 75 / 76))  # neighbouring quarters share a frame
-    assert statistics(np.array([0.7])) == (0.7, 1, 0)
 
 
 def two_videos():
