@@ -54,7 +54,7 @@ TENSOR_ARGUMENTS = (
 def add_network_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--net", default="CLeVER", help="; ".join(f"{name}: {method.about}" for name, method in METHODS.items()))
-    add("--arch", default="vit_small", help="a backbone of backbones.py, or any timm model by its name")
+    add("--arch", default="vit_small", help="a backbone of clever/models/backbones.py, or any timm model by its name")
     add("--patch_size", type=int, default=16, help="side of a ViT's patches, pixels. Smaller patches: better features, more "
         "memory and time; if half precision then becomes unstable, use --use_fp16 false. Implied by timm's names")
     add("--drop_path_rate", type=float, help="stochastic depth of the student; default: 0.1, VMamba: its configuration's")
@@ -183,7 +183,7 @@ def resolve_args(args: argparse.Namespace) -> argparse.Namespace:
 # --- data --------------------------------------------------------------------------------------------------------------
 
 
-def check_options(args: argparse.Namespace, record: CheckRecord) -> dict[str, Any]:
+def image_options(args: argparse.Namespace, record: CheckRecord) -> dict[str, Any]:
     """How images are rendered and checked."""
     return {
         "renderer": args.views, "skip_bad_images": args.skip_bad_images, "check": args.check_images,
@@ -205,7 +205,7 @@ def build_views(args: argparse.Namespace) -> MultiCropAugmentation:
 
 def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset:
     """Training images with the views of --aug. Raises InputError if they do not fill one optimizer step."""
-    term, options = METHODS[args.net].term, check_options(args, record)
+    term, options = METHODS[args.net].term, image_options(args, record)
     if term is not None:
         options |= {"extra": Views(term.extra_views(args)), "images_per_draw": term.images_per_draw(args)}
     dataset = pretraining_dataset(args.data_path, build_views(args), args.seed, **options)
@@ -296,7 +296,7 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
     readable = CheckRecord(Path(args.output_dir) / "checked_images.npy")
     dataset = build_dataset(args, readable)
     loader = build_loader(dataset, args)
-    online = OnlineEvaluation(args, check_options(args, readable), device)
+    online = OnlineEvaluation(args, image_options(args, readable), device)
     steps_per_epoch = len(loader) // args.accumulation
     run = build_pretraining(args, student, teacher, device, steps_per_epoch)
 
@@ -308,7 +308,8 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
         write_files(given, Path(args.output_dir) / "log.txt", start_epoch, is_new=state is None)
     print_summary(args, run, len(dataset), steps_per_epoch)
     if state:
-        print(f"continuing {args.output_dir} from epoch {start_epoch}, step {run.steps_done(start_epoch)}")
+        finished = ", which is the end of the run" * (start_epoch >= args.epochs)
+        print(f"continuing {args.output_dir} from epoch {start_epoch}, step {run.steps_done(start_epoch)}{finished}")
     elif args.epochs == 0:
         run.save(args.output_dir, -1)
     del state

@@ -3,7 +3,7 @@
 `from clever import load_backbone` is for users' own code, see clever/evaluation/loading.py.
 """
 
-__version__ = "0.1.0"
+from clever.version import __version__ as __version__
 
 
 def __getattr__(name: str):

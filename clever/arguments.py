@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from clever import __version__
 from clever.utils import InputError, describe_error
+from clever.version import __version__
 
 OF_THE_LAUNCHER = ("local_rank", "dist_url")  # flags that a configuration does not set
 OF_ONE_CALL = ("help", "version", "config", "debug")  # flags that it cannot set

@@ -19,11 +19,13 @@ class _Lines:
     """A stream for tqdm on which each state becomes a line of its own."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.flush = stream, stream.flush
+        self.stream, self.flush, self.shown = stream, stream.flush, ""
 
     def write(self, text: str) -> None:
-        if text.strip():
-            self.stream.write(text.strip() + "\n")
+        text = text.strip()
+        if text and text.split("  ")[0] != self.shown:  # tqdm shows the end again when it is closed
+            self.stream.write(text + "\n")
+            self.shown = text.split("  ")[0]
 
 
 def progress(header: str, total: int, unit: str = "img", seconds: float = 5.0, silent_if_quick: bool = False) -> tqdm:

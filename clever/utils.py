@@ -36,9 +36,9 @@ def error_prefix(prefix: str) -> Iterator[None]:
 
 
 def seed_everything(*key: int) -> None:
-    """Seed torch (CPU and GPUs), numpy and random from a tuple such as (seed, epoch, rank).
+    """Seed torch (CPU and GPUs), numpy and random from a tuple such as (seed, epoch, step, rank).
 
-    Seeding at every epoch gives a resumed run the random numbers of an uninterrupted one, without any state to save.
+    Seeding at every step gives a resumed run the random numbers of an uninterrupted one, without any state to save.
     """
     # SeedSequence ignores trailing zeros; with the length in front, (1,) and (1, 0) give different seeds.
     words = np.random.SeedSequence((len(key), *key)).generate_state(2)

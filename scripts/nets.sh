@@ -3,10 +3,10 @@
 # The rows of clever.methods.METHODS, for scripts that start before there is a Python; a test compares them.
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # used by those scripts
-ALL_NETS="dino CLeVER"
-SPLIT_NETS="CLeVER" # those with an IR and an EF
+ALL_NETS="dino CLeVER augself essl equimod equimod_pair sie care"
+SPLIT_NETS="CLeVER sie" # those with an IR and an EF; so has any other with --equiv_part EF
 
 # parts_of NET: print the parts of its representation, as --else_part names them.
 parts_of() {
-  if [[ " $SPLIT_NETS " == *" $1 "* ]]; then echo "ALL main_part else_part"; else echo ALL; fi
+  if [[ " $SPLIT_NETS " == *" $1 "* || " ${PRETRAIN_FLAGS:-} " == *" --equiv_part EF "* ]]; then echo "ALL main_part else_part"; else echo ALL; fi
 }

@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/nets.sh
 source scripts/nets.sh
 
-NETS=${NETS:-$ALL_NETS} QUICK=${QUICK:-short} ARCH=${ARCH:-resnet8} DATA=${DATA:-digits}
+NETS=${NETS:-dino CLeVER} QUICK=${QUICK:-short} ARCH=${ARCH:-resnet8} DATA=${DATA:-digits}
 RESULT=${RESULT:-results/quickstart${SEED:+_seed$SEED}} SEED=${SEED:-0}
 
 stop() { echo "quickstart: $*" >&2; exit 2; }

@@ -58,7 +58,7 @@ archs=$(awk 'NF && $1 != "arch" { print $1 }' <<< "$SETTINGS")
 : "${STUDY:=small}"
 check_words STUDY small full
 if [[ $STUDY == small ]]; then : "${ARCHS:=resnet8}"; else : "${ARCHS:=$archs}"; fi
-: "${NETS:=$ALL_NETS untrained}" "${RECIPES:=aug1 aug1_2}" "${SEEDS:=0 1 2}" "${STEPS:=$ALL_STEPS}"
+: "${NETS:=dino CLeVER untrained}" "${RECIPES:=aug1 aug1_2}" "${SEEDS:=0 1 2}" "${STEPS:=$ALL_STEPS}"
 : "${DATA:=fashion-mnist}" "${TUNE:=0}"
 : "${PRETRAIN_FLAGS:=}" "${PROBE_FLAGS:=}" "${KNN_FLAGS:=}" "${EQUIVARIANCE_FLAGS:=}"
 check_words ARCHS $archs

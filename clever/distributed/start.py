@@ -102,8 +102,9 @@ def first_says(message: str, seconds: float) -> bool:
             store.wait(heard, datetime.timedelta(seconds=1))
             return False
         store.wait(["last_words"], datetime.timedelta(seconds=seconds))
+        words = store.get("last_words")
         store.set(heard[get_rank() - 1], "")
-        return store.get("last_words") == message.encode()
+        return words == message.encode()
     except (dist.DistStoreError, dist.DistNetworkError):  # the others have nothing to say, or have ended
         return False
 
@@ -115,7 +116,7 @@ def adopt_slurm_variables() -> bool:
     `srun --pty bash`, runs alone.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if "RANK" in os.environ or tasks == 1:
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks == 1:
         return False
     hosts, per_host = os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
     os.environ |= {

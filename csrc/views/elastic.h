@@ -19,7 +19,7 @@ INLINE uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Numbers in -1..1, a function of the seed and the position alone (elastic_noise in views_cpp.py is the same).
+// Numbers in -1..1, a function of the seed and the position alone (elastic_noise in clever/data/rendering.py is the same).
 INLINE float noise(uint32_t key, uint32_t index) {
   return (float)(int32_t)(mix(mix(index) ^ key) ^ 0x80000000u) * 0x1p-31f;
 }

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from clever.data import augmentations
 from clever.data.augmentations import RANDOM_NUMBERS, RECIPES, VIEW, MultiCropAugmentation, eval_transform
+from clever.evaluation.probe_arguments import probe_train_transform
 
 DRAWS = 4000
 

@@ -59,7 +59,7 @@ def test_without_weight_and_views_of_its_own_a_method_is_dino_bit_for_bit(net, i
 
 
 @pytest.mark.parametrize("net", [name for name, method in METHODS.items() if method.term])
-def test_an_interrupted_epoch_of_a_method_goes_on_to_the_same_bits(net, images, tmp_path, one_thread):
+def test_an_interrupted_epoch_of_a_method_goes_on_to_the_same_bits(net, images, tmp_path):
     more = flags(net, "--epochs", 2, "--batch_size_per_gpu", 2, "--drop_path_rate", 0.3)
     assert pretrain(images, tmp_path / "whole", *more).status == 0
     step, steps = Pretraining.train_step, []
