@@ -1,7 +1,4 @@
-"""CLeVER: contrastive learning via equivariant representation.
-
-`from clever import load_backbone` is for users' own code, see clever/evaluation/loading.py.
-"""
+"""CLeVER: contrastive learning via equivariant representation. `load_backbone` is for users' own code."""
 
 from clever.version import __version__ as __version__
 

@@ -192,7 +192,5 @@ def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
 def check_outputs(args: argparse.Namespace, paths: Iterable[Path]) -> None:
     """Raise InputError if one of the files that belong to --out is a folder, or exists without --overwrite."""
     for path in paths:
-        if path.is_dir():
-            raise InputError(f"--out {args.out}: {path} is a folder")
-        if path.exists() and not args.overwrite:
-            raise InputError(f"--out {args.out}: {path} exists; --overwrite replaces it")
+        if path.is_dir() or (path.exists() and not args.overwrite):
+            raise InputError(f"--out {args.out}: {path} exists; --overwrite replaces it if it is a file")

@@ -76,10 +76,7 @@ def describe(error: Exception) -> tuple[str | None, int]:
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """A full disk, lack of memory, or a process that has died, in one line; None for any other error.
-
-    The error that a library raises often comes after the one that caused it: all of the chain are looked at.
-    """
+    """A full disk, lack of memory, or a process that has died, in one line, also as the cause of another error; else None."""
     for each in _chain(error):
         text = describe_error(each)[:200]
         if isinstance(each, OSError) and each.errno in FAILURES:
@@ -109,10 +106,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _give_up(message: str, status: int) -> NoReturn:
-    """Print the message and exit, the first process at once.
-
-    The others wait: an error of every process is printed once, and an error of only one of them is printed too.
-    """
+    """Print the message and exit. Only the first process does so at once: what all have to say is said once."""
     if _rank_of_launcher() > 0 and not is_distributed():
         time.sleep(START_SECONDS)  # a launcher ends all processes as soon as one has ended
     if not first_says(message, GRACE_SECONDS):

@@ -191,7 +191,7 @@ def main() -> None:
     else:
         make_tables(args.sources, args.out)
     if args.out:
-        print(f"\nwrote tables and pictures to {args.out}")
+        print(f"\nwrote the tables and their pictures to {args.out}")
 
 
 if __name__ == "__main__":
