@@ -187,8 +187,9 @@ def train(args: argparse.Namespace, group: ProbeGroup, dataset: ImageDataset, te
     probe.optimizer = build_optimizer(args, probe.classifier, backbone)
     names = ("effective_lr", "effective_backbone_lr")
     rates = dict(zip(names, (params["lr"] for params in probe.optimizer.param_groups), strict=False))
+    shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
     print(f"{args.ds_mode} of {args.else_part}: {probe.extractor.dim} features, {len(test.classes)} classes, {len(dataset)} "
-          f"training images, {images_per_step(args)} per step, {', '.join(f'{name} {rate:.3g}' for name, rate in rates.items())}")  # fmt: skip
+          f"training images, {images_per_step(args)} per step, {shown}")  # fmt: skip
     result = group.fit(dataset, test)[probe]
     print(f"Top-1 test accuracy: last {result['accuracy']:.2f}%, best {result['best_accuracy']:.2f}%")
     print("Mean accuracy per class: last {mean_class_accuracy:.2f}%, best {best_mean_class_accuracy:.2f}%".format(**result))
