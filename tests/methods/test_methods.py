@@ -28,7 +28,7 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "flat", 8)
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "vit_micro", "vssm2-vmambav2_micro", "test_resnet.r160_in1k"])
+@pytest.mark.parametrize("arch", ["resnet8", "vit_micro", "vssm2-vmambav2_micro", "test_efficientnet.r160_in1k"])
 @pytest.mark.parametrize("net", METHODS)
 def test_a_step_of_every_method_with_every_kind_of_backbone(net, arch, images, tmp_path):
     """In bf16 with local views, and in fp32 without them."""
