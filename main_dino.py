@@ -315,7 +315,7 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
     del state
 
     run.distribute()
-    with Loggers(args.log_to, args.output_dir, run.arguments, start_epoch, dataset) as loggers, signals.deferred():
+    with Loggers(args.log_to, args.output_dir, run.arguments, start_epoch) as loggers, signals.deferred():
         train(run, loader, online, loggers, start_epoch, args)
     print(f"done: {args.output_dir}")
 

@@ -8,7 +8,6 @@ import sys
 from unittest import mock
 
 import pytest
-import torch
 from support.in_process import assert_refused, pretrain
 from support.processes import TINY_NETWORK, run, write_images
 
@@ -126,15 +125,6 @@ def test_mlflow_shows_every_epoch_of_a_killed_run_once(killed_and_resumed):
     assert found == scalars_of_log(killed_and_resumed)
 
 
-def test_views_of_four_images_are_shown_once(killed_and_resumed):
-    reader = tensorboard(killed_and_resumed)
-    assert reader.Tags()["images"] == ["views"]
-    (shown,) = reader.Images("views")
-    assert (shown.width, shown.height) == (2 * 34 + 2, 4 * 34 + 2)  # two global views of 32 pixels, with margins
-    client, (mlflow_run,) = mlflow_runs(killed_and_resumed)
-    assert [artifact.path for artifact in client.list_artifacts(mlflow_run.info.run_id)] == ["views.png"]
-
-
 @pytest.mark.slow
 def test_wandb_shows_every_epoch_of_a_killed_run_once(images, tmp_path):
     pytest.importorskip("wandb")
@@ -153,22 +143,11 @@ def test_wandb_shows_every_epoch_of_a_killed_run_once(images, tmp_path):
     assert [row["epoch"] for row in rows] == [row["_step"] for row in rows] == [0, 1, 2, 3]
     found = {tag: [(row["epoch"], row[tag]) for row in rows if tag in row] for tag in scalars_of_log(folder)}
     assert found == scalars_of_log(folder)
-    assert [("views" in row) for row in rows] == [True, False, False, False]
     config = {item.key: item.value_json for record in records for item in record.config.update}
     assert config["out_dim"] == "64" and config["arch"] == '"vit_micro"'
 
 
 # --- interruptions at any moment -----------------------------------------------------------------------------------------
-
-
-class Dataset:
-    """Six images with two views each."""
-
-    def __len__(self):
-        return 6
-
-    def __getitems__(self, indices):
-        return [torch.zeros(2, len(indices), 3, 8, 8, dtype=torch.uint8)], torch.zeros(len(indices))
 
 
 def record(epoch):
@@ -181,7 +160,7 @@ SECONDS = itertools.count(1_800_000_000)  # TensorBoard orders files by the seco
 def train(folder, epochs, *names):
     """A run that is killed after these epochs: nothing is closed."""
     with mock.patch("time.time", return_value=next(SECONDS)):
-        log = Loggers(names, folder, {"lr": 0.1, "arch": "vit_micro"}, epochs[0], Dataset())
+        log = Loggers(names, folder, {"lr": 0.1, "arch": "vit_micro"}, epochs[0])
     for epoch in epochs:
         append_log(folder / "log.txt", record(epoch))
         log.send(record(epoch))
@@ -226,6 +205,8 @@ def test_a_service_that_fails_is_warned_of_once_and_gets_the_rest_at_the_next_st
     assert warnings[0].startswith(f"warning: --log_to {name} has failed")
     assert "(ConnectionError: the server is gone)" in warnings[0]
     assert steps(scalars(tmp_path / "run"))["train/loss"] == [0]
+    if name == "mlflow":
+        sys.modules["mlflow"].end_run()  # as at the end of a process
 
     outcome = pretrain(images, tmp_path / "run", *words)
     assert outcome.status == 0 and "warning" not in outcome.stdout
