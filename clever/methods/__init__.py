@@ -1,7 +1,4 @@
-"""The objectives of pretraining: METHODS says what each --net is.
-
-A new one is a file in this folder and a row of the table.
-"""
+"""The objectives of pretraining. METHODS says what each --net is: a new one is a file in this folder and a row of the table."""
 
 import argparse
 from dataclasses import dataclass
@@ -69,8 +66,10 @@ def resolve_method(args: argparse.Namespace, global_views: Views) -> dict[str, o
 
     Raises InputError for invalid values, and for flags that --net does not have.
     """
-    term = METHODS[args.net].term
-    METHODS[args.net].base.check_args(args)
+    base, term = METHODS[args.net].base, METHODS[args.net].term
+    base.check_args(args)
+    if not 0 < args.hp1 <= 1:
+        raise InputError(f"--hp1 {args.hp1}: must lie in (0, 1]")
     given = [name for name in FLAGS if getattr(args, name) is not None]
     if term is None:
         if given:
@@ -78,14 +77,15 @@ def resolve_method(args: argparse.Namespace, global_views: Views) -> dict[str, o
             raise InputError(f"--{given[0]}: --net {args.net} has no equivariant term; it is for {others}")
         return {}
     term.check_args(args)
-    rotates = not is_constant("rotation", global_views)
-    defaults = (term.lambd, ["crop", "color", *(["rotation"] if rotates else [])] if term.is_told else None, term.part)
-    values = {name: getattr(args, name) for name in given}
-    values = dict(zip(FLAGS, defaults, strict=True)) | values
-    check_not_negative(argparse.Namespace(**values), "equiv_lambd")
-    check_choices("equiv_part", [values["equiv_part"]], term.parts)
+    if term.compares and args.batch_size_per_gpu < 2:
+        raise InputError(f"--batch_size_per_gpu {args.batch_size_per_gpu}: must be 2 or greater for --net {args.net}")
     if args.equiv_params and not term.is_told:
         raise InputError(f"--equiv_params: --net {args.net} is not told what was drawn")
+    told = ["crop", "color"] if is_constant("rotation", global_views) else ["crop", "color", "rotation"]
+    values = {"equiv_lambd": term.lambd, "equiv_params": told if term.is_told else None, "equiv_part": term.part}
+    values |= {name: getattr(args, name) for name in given}
+    check_not_negative(argparse.Namespace(**values), "equiv_lambd")
+    check_choices("equiv_part", [values["equiv_part"]], term.parts)
     check_choices("equiv_params", values["equiv_params"] or [], GROUPS)
     for name in values["equiv_params"] or []:
         if is_constant(name, global_views):

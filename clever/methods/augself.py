@@ -31,9 +31,6 @@ class AugSelf(Term):
     encoder). DINO's crops are larger than the authors', so that the differences are smaller: a larger weight may be needed.
     Ours: rotation by any angle, as sine and cosine of the difference without tanh, which would never reach 1; and all groups
     but crop, color and flip, which the authors leave off, have the form of crop.
-
-    Args:
-        groups: names of what is told, of `codes.GROUPS`.
     """
 
     about: ClassVar[str] = "DINO, and the difference of the augmentations, predicted from a pair of views (AugSelf)"
@@ -71,9 +68,6 @@ def group_loss(group: str, output: Tensor, target: Tensor) -> Tensor:
 
 
 def r2(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - squared error / squared deviation of the target from its mean over the rows, summed over columns [m, n].
-
-    0 where all rows have the same target.
-    """
+    """1 - squared error / squared deviation of the target [m, n] from its mean over the rows; 0 if all rows are equal."""
     deviation = (target - target.mean(0)).square().sum()
     return torch.where(deviation > 0, 1 - (predicted - target).square().sum() / deviation, 0)

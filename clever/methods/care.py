@@ -39,14 +39,11 @@ class CARE(Term):
     about: ClassVar[str] = "DINO, and equal inner products among images that are transformed alike (CARE)"
     lambd: ClassVar[float] = 0.03
     is_told: ClassVar[bool] = False
-    needs_batch: ClassVar[bool] = True
 
-    def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = (), hidden: int = 512, embedding: int = 128):
+    def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = ()):
         super().__init__()
-        if args.batch_size_per_gpu % args.care_chunk:
-            raise InputError(f"--care_chunk {args.care_chunk}: must divide --batch_size_per_gpu {args.batch_size_per_gpu}")
         self.chunk = args.care_chunk
-        self.projector = mlp(dim, hidden, embedding)
+        self.projector = mlp(dim, 512, 128)
 
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -55,8 +52,9 @@ class CARE(Term):
 
     @staticmethod
     def check_args(args: argparse.Namespace) -> None:
-        if args.care_chunk < 2:
-            raise InputError(f"--care_chunk {args.care_chunk}: must be 2 or greater, since images are compared")
+        if args.care_chunk < 2 or args.batch_size_per_gpu % args.care_chunk:
+            raise InputError(f"--care_chunk {args.care_chunk}: must be 2 or greater, and divide --batch_size_per_gpu "
+                f"{args.batch_size_per_gpu}")  # fmt: skip
 
     @staticmethod
     def extra_views(args: argparse.Namespace) -> list[ViewDistribution]:
@@ -68,10 +66,7 @@ class CARE(Term):
         return args.care_chunk
 
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
-        """Features [2B, d] of both views -> term, the mean error of an inner product, and the spread of view 1's.
-
-        A spread of 0 means that all embeddings are equal, which the term allows.
-        """
+        """Features [2B, d] of both views -> term, mean error of inner products, and the spread of view 1's (0: collapse)."""
         projected = [self.projector(view) for view in extra.chunk(2)]  # 2 of B, E
         chunks = len(projected[0]) // self.chunk
         with torch.autocast(extra.device.type, enabled=False):

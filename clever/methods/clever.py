@@ -1,4 +1,4 @@
-"""CLeVER's objective: DINO's loss on the IR, different views made orthogonal on the EF, and a regulariser of the two heads.
+"""CLeVER's objective.
 
 Shapes: K, K2 outputs of the IR head and of the EF head; V views of the student; Q = 2 global views that the teacher sees.
 """
@@ -9,7 +9,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 from clever.arguments import check_not_negative
 from clever.methods.dino import DINOLoss
@@ -31,8 +31,6 @@ class CLeVERLoss(DINOLoss):
 
     Args:
         out_dim, DVR_out_dim: K and K2; each head has a centre of its own.
-        sep_lambd: weight of DVR.
-        reg_lambd: weight of the regulariser.
         heads: the student's IR head and EF head, for the regulariser; None: there is no such term.
         *args, **kwargs: the other arguments of `DINOLoss`.
     """
@@ -42,15 +40,9 @@ class CLeVERLoss(DINOLoss):
     head_flags: ClassVar[tuple[str, ...]] = ("out_dim", "DVR_out_dim")
 
     def __init__(
-        self,
-        out_dim: int,
-        DVR_out_dim: int,
-        *args: Any,
-        sep_lambd: float = 1.0,
-        reg_lambd: float = 0.0,
-        heads: tuple[nn.Module, nn.Module] | None = None,
-        **kwargs: Any,
-    ):
+        self, out_dim: int, DVR_out_dim: int, *args: Any, sep_lambd: float = 1.0, reg_lambd: float = 0.0,
+        heads: tuple[nn.Module, nn.Module] | None = None, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(out_dim, *args, **kwargs)
         self.sep_lambd, self.reg_lambd = sep_lambd, reg_lambd
         self.heads = heads  # in a tuple, which keeps their parameters out of this module's own
@@ -68,7 +60,6 @@ class CLeVERLoss(DINOLoss):
     @staticmethod
     def check_args(args: argparse.Namespace) -> None:
         check_not_negative(args, "sep_lambd")
-        check_hp1(args.hp1)
         parse_reg_lambd(args.reg_lambd)
 
     @classmethod
@@ -77,12 +68,8 @@ class CLeVERLoss(DINOLoss):
         return cls(args.out_dim, args.DVR_out_dim, **weights, heads=tuple(heads), **cls.options(args))
 
     def forward(
-        self,
-        student: tuple[torch.Tensor, torch.Tensor],
-        teacher: tuple[torch.Tensor, torch.Tensor],
-        epoch: int,
-        update_center: bool = True,
-    ) -> dict[str, torch.Tensor]:
+        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], epoch: int, update_center: bool = True
+    ) -> dict[str, Tensor]:
         """Pairs (IR, EF) of logits, student [V*B, K] and [V*B, K2], teacher [Q*B, K] and [Q*B, K2] -> terms of the loss.
 
         Returns {"loss", "loss_DIR", "loss_DVR"}, and with `heads` also "loss_student_reg", which is already weighted.
@@ -90,7 +77,7 @@ class CLeVERLoss(DINOLoss):
         (student_ir, student_ef), (teacher_ir, teacher_ef) = student, teacher
         loss_dir = self.cross_entropy(student_ir, teacher_ir, epoch)
         loss_dvr = cosine_of_pairs(
-            *self.by_view(student_ef, teacher_ef), self.center2, self.student_temp, float(self.teacher_temps[epoch])
+            *self.by_view(student_ef, teacher_ef), self.center2, self.student_temp, self.teacher_temps[epoch]
         )
         self.update_center("center", teacher_ir, update_center)
         self.update_center("center2", teacher_ef, update_center)
@@ -100,27 +87,19 @@ class CLeVERLoss(DINOLoss):
             terms["loss"] = terms["loss"] + terms["loss_student_reg"]
         return terms
 
-    def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As DINO's, for the IR head, and the norm of the EF head's centre."""
+    def telemetry(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         return super().telemetry(terms) | {"center2_norm": self.center2.norm()}
 
 
-def head_regularizer(head: nn.Module, head2: nn.Module) -> torch.Tensor:
+def head_regularizer(head: nn.Module, head2: nn.Module) -> Tensor:
     """|sum p^2 over head - sum p^2 over head2| over all parameters, including the frozen `weight_g`.
 
-    CLeVER (arXiv 2406.00262), section 3: the heads keep equal norms, so that neither of them collapses. The difference of two
-    large sums is taken in float64; in float32 it can lose all of its digits.
+    The heads keep equal norms, so that neither of them collapses. In float32 the difference could lose all of its digits.
     """
     squares, squares2 = (
         sum(torch.linalg.vector_norm(p, dim=-1).double().square().sum() for p in h.parameters()) for h in (head, head2)
     )
     return (squares - squares2).abs().float()
-
-
-def check_hp1(hp1: float) -> None:
-    """Raise InputError unless --hp1 lies in (0, 1]."""
-    if not 0 < hp1 <= 1:
-        raise InputError(f"--hp1 {hp1}: must lie in (0, 1]")
 
 
 def parse_reg_lambd(text: str) -> float:

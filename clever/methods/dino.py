@@ -1,4 +1,4 @@
-"""DINO's objective, and what every objective has in common: the centre of the teacher, flags, and telemetry.
+"""DINO's objective, from which others are made.
 
 Shapes: K outputs of the head; V views of the student, the two global ones first; Q = 2 global views that the teacher sees.
 """
@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 from clever.distributed import all_reduce_sum, get_world_size
 from clever.methods.pairs import TEACHER_VIEWS, cross_entropy_of_pairs
-from clever.utils import InputError
 
 
 class DINOLoss(nn.Module):
@@ -33,11 +32,7 @@ class DINOLoss(nn.Module):
         ncrops: V.
         warmup_teacher_temp, teacher_temp: the teacher's temperature rises linearly from the first to the second ...
         warmup_teacher_temp_epochs: ... during these epochs, the first of `nepochs`.
-        student_temp: the student's temperature.
-        center_momentum: m, of the centre's moving average.
-
-    Raises:
-        InputError: the temperature's warm-up is longer than the run.
+        center_momentum: m.
     """
 
     about: ClassVar[str] = "one head on the whole representation"
@@ -45,24 +40,15 @@ class DINOLoss(nn.Module):
     head_flags: ClassVar[tuple[str, ...]] = ("out_dim",)  # the flags that give the outputs of its heads
 
     def __init__(
-        self,
-        out_dim: int,
-        ncrops: int,
-        warmup_teacher_temp: float,
-        teacher_temp: float,
-        warmup_teacher_temp_epochs: int,
-        nepochs: int,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-    ):
+        self, out_dim: int, ncrops: int, warmup_teacher_temp: float, teacher_temp: float, warmup_teacher_temp_epochs: int,
+        nepochs: int, student_temp: float = 0.1, center_momentum: float = 0.9,
+    ):  # fmt: skip
         super().__init__()
-        if warmup_teacher_temp_epochs > nepochs:
-            raise InputError(f"warmup_teacher_temp_epochs {warmup_teacher_temp_epochs}: longer than the run ({nepochs} epochs)")
         self.ncrops, self.student_temp, self.center_momentum = ncrops, student_temp, center_momentum
-        warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
-        self.teacher_temps = np.concatenate([warmup, np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)])
+        warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs).tolist()
+        self.teacher_temps = warmup + [teacher_temp] * (nepochs - warmup_teacher_temp_epochs)
         self.teacher_entropy = torch.zeros(())  # of the last call, in nats, mean over views and batch
-        self._pending: dict[str, list[torch.Tensor]] = {}  # per centre, the teacher's means since its last update
+        self._pending: dict[str, list[Tensor]] = {}  # per centre, the teacher's means since its last update
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     @staticmethod
@@ -89,31 +75,28 @@ class DINOLoss(nn.Module):
             "nepochs": args.epochs,
         }
 
-    def forward(
-        self, student: torch.Tensor, teacher: torch.Tensor, epoch: int, update_center: bool = True
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Tensor, teacher: Tensor, epoch: int, update_center: bool = True) -> dict[str, Tensor]:
         """Student logits [V*B, K] and teacher logits [Q*B, K] -> {"loss": 0-dim tensor}.
 
-        With gradient accumulation, `update_center` is False for all micro-batches but the last: the centre is then
-        updated once per optimizer step, with the mean over all micro-batches.
+        `update_center` is False for all micro-batches of a step but the last, at which the centre moves by the mean over all.
         """
         loss = self.cross_entropy(student, teacher, epoch)
         self.update_center("center", teacher, update_center)
         return {"loss": loss}
 
-    def cross_entropy(self, student: torch.Tensor, teacher: torch.Tensor, epoch: int) -> torch.Tensor:
+    def cross_entropy(self, student: Tensor, teacher: Tensor, epoch: int) -> Tensor:
         """The loss above, without the centre's update; the teacher's entropy is kept for telemetry."""
         loss, self.teacher_entropy = cross_entropy_of_pairs(
-            *self.by_view(student, teacher), self.center, self.student_temp, float(self.teacher_temps[epoch])
+            *self.by_view(student, teacher), self.center, self.student_temp, self.teacher_temps[epoch]
         )
         return loss
 
-    def by_view(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_view(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """[V*B, K] and [Q*B, K] -> [V, B, K] and [Q, B, K]."""
         return student.unflatten(0, (self.ncrops, -1)), teacher.unflatten(0, (TEACHER_VIEWS, -1))
 
     @torch.no_grad()
-    def update_center(self, name: str, teacher: torch.Tensor, update: bool) -> None:
+    def update_center(self, name: str, teacher: Tensor, update: bool) -> None:
         """Note the mean of the teacher's logits [Q*B, K], and if `update`, move the centre `name` by all that were noted."""
         pending = self._pending.setdefault(name, [])
         pending.append(teacher.mean(0, keepdim=True, dtype=torch.float32))  # 1, K
@@ -122,16 +105,11 @@ class DINOLoss(nn.Module):
             getattr(self, name).lerp_(mean, 1 - self.center_momentum)
             pending.clear()
 
-    def telemetry(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Figures to log about the last call, which returned `terms`; the first two can be compared between different K.
-
-        normalized_loss: the cross-entropy divided by ln K. It is about 1 for a uniform output, and can exceed 1.
-        teacher_entropy: the entropy of t divided by ln K; 1 for a uniform output.
-        center_norm: the norm of the centre.
-        """
+    def telemetry(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Figures to log about the last call, which returned `terms`; the first two can be compared between different K."""
         log_k = math.log(self.center.shape[1])
         return {
-            "normalized_loss": terms.get("loss_DIR", terms["loss"]) / log_k,
-            "teacher_entropy": self.teacher_entropy / log_k,
+            "normalized_loss": terms.get("loss_DIR", terms["loss"]) / log_k,  # about 1 for a uniform output; can exceed 1
+            "teacher_entropy": self.teacher_entropy / log_k,  # 1 for a uniform output
             "center_norm": self.center.norm(),
         }

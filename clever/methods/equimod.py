@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clever.data.augmentations import ViewDistribution, eval_transform
 from clever.data.codes import COLUMNS, absolute, relative
 from clever.methods.pairs import at_least_float32
-from clever.methods.term import Term, check_batch, gather_with_gradient, mlp
+from clever.methods.term import Term, gather_with_gradient, mlp
 
 norm = functools.partial(nn.BatchNorm1d, affine=False)
 
@@ -37,7 +37,7 @@ class EquiMod(Term):
     """
 
     about: ClassVar[str] = "DINO, and the embedding of a view predicted from that of the clean image (EquiMod)"
-    needs_batch: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
     temperature: ClassVar[float] = 0.2
     hidden: ClassVar[int] = 2048  # width of the projector's hidden layers
     code_gain: ClassVar[bool] = True  # whether the last norm of the code's projector has a gain and a bias
@@ -46,7 +46,6 @@ class EquiMod(Term):
         self, dim: int, args: argparse.Namespace, groups: Sequence[str], hidden: int | None = None, embedding: int = 128
     ):
         super().__init__()
-        check_batch(args)
         self.groups, hidden = list(groups), hidden or self.hidden
         told = absolute(torch.zeros(1, len(COLUMNS)), self.groups).shape[1]
         self.projector = nn.Sequential(*mlp(dim, hidden, hidden, embedding, last_bias=False), norm(embedding))

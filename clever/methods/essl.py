@@ -38,19 +38,16 @@ class ESSL(Term):
     image show nothing: the view is then drawn like a global one (there, for CIFAR: half the side, 20 to 100 % of the image).
     With 70 to 100 % of a digit, this term alone learns to name 64 % of the turns in 12 epochs; with 20 to 100 %, half of them.
 
-    Args:
-        bottleneck: outputs of the last hidden layer; the authors' SimSiam has 256.
+    `bottleneck`: outputs of the last hidden layer; the authors' SimSiam has 256.
     """
 
     about: ClassVar[str] = "DINO, and which of four quarter turns a small extra view was given (E-SSL)"
     lambd: ClassVar[float] = 0.4
     is_told: ClassVar[bool] = False
 
-    def __init__(
-        self, dim: int, args: argparse.Namespace, groups: Sequence[str] = (), hidden: int = 2048, bottleneck: int = 128
-    ):
+    def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = (), bottleneck: int = 128):
         super().__init__()
-        hidden_layers = mlp(dim, hidden, hidden, bottleneck, norm=nn.LayerNorm, bias=True)
+        hidden_layers = mlp(dim, 2048, 2048, bottleneck, norm=nn.LayerNorm, bias=True)
         self.head = nn.Sequential(*hidden_layers, nn.LayerNorm(bottleneck), nn.Linear(bottleneck, 4))
 
     @staticmethod
@@ -77,7 +74,7 @@ class ESSL(Term):
         return [replace(DINO_VIEW, size=args.essl_size or size, scale=tuple(args.essl_scale or scale), blur_p=0.1)]
 
     def images(self, extra: Tensor) -> Tensor:
-        return rotate(extra.flatten(0, 1))[0]
+        return rotate(extra.flatten(0, 1))
 
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
         """Features [4N, d] of `images` -> term, and the share of turns that the head names."""
@@ -86,15 +83,11 @@ class ESSL(Term):
         return {"term": F.cross_entropy(logits, labels), "rotation_accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
-def rotate(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Square images [N, 3, S, S] -> [4N, 3, S, S], all of them turned by 0, then by 90, 180, 270 degrees, and the turns [4N].
-
-    Turns are counter-clockwise.
-    """
-    turned = torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])
-    return turned, turns(len(images), images.device)
+def rotate(images: Tensor) -> Tensor:
+    """Square images [N, 3, S, S] -> [4N, 3, S, S], all of them turned counter-clockwise by 0, then by 90, 180, 270 degrees."""
+    return torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])
 
 
-def turns(n: int, device: torch.device) -> Tensor:
-    """The labels [4N] of N images that were turned in blocks: N times 0, 1, 2, 3."""
+def turns(n: int, device: torch.device | None = None) -> Tensor:
+    """The labels [4N] of N images that `rotate` has turned: N times 0, 1, 2, 3."""
     return torch.arange(4, device=device).repeat_interleave(n)

@@ -6,6 +6,7 @@ Shapes: K outputs of a head; V views of the student, the two global ones first; 
 """
 
 import functools
+import importlib
 import importlib.util
 
 import torch
@@ -25,8 +26,8 @@ def cross_entropy_of_pairs(
         teacher: logits [Q, B, K], without gradient.
         center: [1, K], subtracted from the teacher's logits.
     """
-    if runs_triton(student):
-        return _kernels().mean_over_pairs(student, teacher, center, student_temp, teacher_temp, power=1)
+    if student.is_cuda and (kernels := _kernels()):
+        return kernels.mean_over_pairs(student, teacher, center, student_temp, teacher_temp, power=1)
     log_t = F.log_softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
     log_s = F.log_softmax(at_least_float32(student) / student_temp, dim=-1)  # V, B, K
     t = log_t.exp()
@@ -36,8 +37,8 @@ def cross_entropy_of_pairs(
 
 def cosine_of_pairs(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
     """Mean of the cosine between t[q] and s[v]; arguments as those of `cross_entropy_of_pairs`."""
-    if runs_triton(student):
-        return _kernels().mean_over_pairs(student, teacher, center, student_temp, teacher_temp, power=2)[0]
+    if student.is_cuda and (kernels := _kernels()):
+        return kernels.mean_over_pairs(student, teacher, center, student_temp, teacher_temp, power=2)[0]
     t = F.softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
     s = F.softmax(at_least_float32(student) / student_temp, dim=-1)  # V, B, K
     cosines = torch.einsum("qbk,vbk->qv", F.normalize(t, dim=-1), F.normalize(s, dim=-1))
@@ -51,20 +52,11 @@ def mean_of_different_views(sums: Tensor, batch: int) -> Tensor:
     return sums.masked_fill(equal, 0).sum() / (n_teacher * (n_student - 1) * batch)
 
 
-def runs_triton(student: Tensor) -> bool:
-    """Whether the kernels compute the means: on a GPU, where Triton is installed."""
-    return student.is_cuda and _has_triton()
-
-
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _kernels():
-    from clever.methods import pairs_triton
-
-    return pairs_triton
+    """The module of the kernels; None where Triton is not installed."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return importlib.import_module("clever.methods.pairs_triton") if has_triton else None
 
 
 def at_least_float32(x: Tensor) -> Tensor:

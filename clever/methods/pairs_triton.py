@@ -13,8 +13,7 @@ and the sum of the teacher's rows q != v, P[v] = sum_q exp(y[q] - log_norm(y[q])
 with o[v] = exp(x[v] - log_norm(x[v])), n[v] the number of rows q != v, and gradients with respect to x.
 
 A program handles one sample and a block of its outputs, for all views: the teacher's rows are read once. The sums over a row
-are put together from those of its blocks in a fixed order, so that results have the same bits in every run. Logits are read
-twice (the second time for the gradient, in the backward pass) and the gradient is written once; nothing else is of their size.
+are put together from those of its blocks in a fixed order, so that results have the same bits in every run.
 
 Shapes: V views of the student, Q = 2 of the teacher, B samples, K outputs, C blocks of a row.
 """
@@ -189,15 +188,9 @@ class _MeanOverPairs(torch.autograd.Function):
 def mean_over_pairs(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, power: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy (power 1) or cosine (power 2) of the teacher's and the student's softmax, a mean over pairs of views.
+    """`pairs.cross_entropy_of_pairs` (power 1), or `pairs.cosine_of_pairs` and None (power 2); differentiable once.
 
-    Args:
-        student: logits [V, B, K], the two global views first; float32, bfloat16 or float16, as the gradient will be.
-        teacher: logits [2, B, K] of the global views.
-        center: [1, K], subtracted from the teacher's logits.
-
-    Returns:
-        The mean, which is differentiable once, and with power 1 the teacher's mean entropy in nats; both float32, 0-dim.
+    The mean and the entropy are float32; the gradient is of the type of `student`: float32, bfloat16 or float16.
     """
     mean, entropy = _MeanOverPairs.apply(student, teacher, center, student_temp, teacher_temp, power)
     return mean, entropy if power == 1 else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clever.data.codes import COLUMNS, absolute, relative
 from clever.methods.pairs import at_least_float32
-from clever.methods.term import Term, check_batch, gather_with_gradient, mlp
+from clever.methods.term import Term, gather_with_gradient, mlp
 from clever.utils import InputError
 
 EQUI, STD, COV = 4.5, 10.0, 1.0  # the authors' weights
@@ -37,20 +37,17 @@ class SIE(Term):
     A rotation is told as sine and cosine of half the angle from view 1 to 2, its quaternion. A constant 1 is added to the
     code, without which a code of zeros would predict zeros; a quaternion is never zero. E is 256 (there: 1024): the map has
     P E^2 weights, and covariances of many more columns than images are noise. `hidden`: of the projector; default E.
-
-    Raises InputError if the EF is a single column, which has no covariance.
     """
 
     about: ClassVar[str] = "DINO on the IR; on the EF, a map made from the transformation predicts the other view (SIE)"
     part: ClassVar[str] = "EF"
     parts: ClassVar[tuple[str, ...]] = ("EF",)
-    needs_batch: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str], hidden: int | None = None):
         super().__init__()
-        check_batch(args)
         if dim < 2:
-            raise InputError(f"--hp1 {args.hp1}: leaves an EF of {dim} column; SIE needs 2 or more, for their covariance")
+            raise InputError(f"--hp1 {args.hp1}: leaves an EF of {dim} column, which has no covariance")
         self.groups, E = list(groups), args.sie_width
         told = absolute(torch.zeros(1, len(COLUMNS)), self.groups).shape[1]
         self.projector = mlp(dim, hidden or E, hidden or E, E, bias=True, last_bias=False)

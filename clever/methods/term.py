@@ -15,26 +15,17 @@ from torch import Tensor, nn
 
 from clever.data.augmentations import ViewDistribution
 from clever.distributed import all_gather_rows, get_rank, get_world_size
-from clever.utils import InputError
 
 
 class Term(nn.Module):
-    """A term. Subclasses make their networks from (d, args) and define `forward`.
+    """A term. Subclasses make their networks from (d, args, groups of codes that are told) and define `forward`."""
 
-    Class attributes:
-        about: one line for --help.
-        lambd: default of --equiv_lambd.
-        is_told: whether it uses the codes of the views.
-        part: "ALL" or "EF", the default of --equiv_part; `parts`: what may be chosen.
-        needs_batch: whether images of a batch are compared with each other.
-    """
-
-    about: ClassVar[str]
-    lambd: ClassVar[float] = 1.0
-    is_told: ClassVar[bool] = True
-    part: ClassVar[str] = "ALL"
-    parts: ClassVar[tuple[str, ...]] = ("ALL", "EF")
-    needs_batch: ClassVar[bool] = False
+    about: ClassVar[str]  # one line for --help
+    lambd: ClassVar[float] = 1.0  # default of --equiv_lambd
+    is_told: ClassVar[bool] = True  # whether it uses the codes of the views
+    part: ClassVar[str] = "ALL"  # default of --equiv_part
+    parts: ClassVar[tuple[str, ...]] = ("ALL", "EF")  # what may be chosen
+    compares: ClassVar[bool] = False  # whether the images of a batch are compared, so that it must have two
 
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -106,8 +97,8 @@ def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Rows [m, ...] of all processes, in the order of ranks.
 
-    The gradient of the own rows is multiplied by the number of processes, as DistributedDataParallel divides by it: so the
-    gradient of a loss of all rows is exact, and its value is the same in all processes.
+    The gradient of the own rows is multiplied by the number of processes, by which DistributedDataParallel divides: so that of
+    a loss of all rows is exact.
     """
     if get_world_size() == 1:
         return rows
@@ -115,9 +106,3 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     shares = list(all_gather_rows(fixed).chunk(get_world_size()))
     shares[get_rank()] = fixed + get_world_size() * (rows - fixed)
     return torch.cat(shares)
-
-
-def check_batch(args: argparse.Namespace) -> None:
-    """Raise InputError if a batch is a single image, for terms that compare images."""
-    if args.batch_size_per_gpu < 2:
-        raise InputError(f"--batch_size_per_gpu {args.batch_size_per_gpu}: must be 2 or greater for --net {args.net}")

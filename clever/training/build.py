@@ -21,11 +21,7 @@ from clever.utils import InputError, seed_everything
 def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> MultiCropWrapper:
     """The backbone with the heads of --net."""
     backbone = build_backbone(
-        args.arch,
-        patch_size=args.patch_size,
-        img_size=args.global_crops_size,
-        drop_path_rate=drop_path_rate,
-        checkpointing=args.activation_checkpointing,
+        args.arch, args.patch_size, args.global_crops_size, drop_path_rate, checkpointing=args.activation_checkpointing
     )
     check_crops(args, backbone)
     options = {
@@ -44,12 +40,10 @@ def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> Mul
 
 def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
     """Raise InputError unless the backbone accepts crops of both sizes."""
-    sizes = {"global_crops_size": args.global_crops_size}
-    if args.local_crops_number:
-        sizes["local_crops_size"] = args.local_crops_size
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[0]
-    for name, size in sizes.items():
+    for name in ("global_crops_size", "local_crops_size") if args.local_crops_number else ("global_crops_size",):
+        size = getattr(args, name)
         if size % patch:
             raise InputError(f"--patch_size {patch} does not divide --{name} {size}")
         if not is_ours(args.arch):
@@ -102,11 +96,7 @@ def build_schedules(args: argparse.Namespace, steps_per_epoch: int) -> dict[str,
 
 
 def build_pretraining(
-    args: argparse.Namespace,
-    student: MultiCropWrapper,
-    teacher: MultiCropWrapper,
-    device: torch.device,
-    steps_per_epoch: int,
+    args: argparse.Namespace, student: MultiCropWrapper, teacher: MultiCropWrapper, device: torch.device, steps_per_epoch: int
 ) -> Pretraining:
     """The run: networks, objective, optimizer and schedules."""
     model = build_student(args, student, device)

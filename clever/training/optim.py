@@ -8,18 +8,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from clever.utils import InputError
-
 
 def cosine_scheduler(
     base: float, final: float, epochs: int, niter_per_ep: int, warmup_epochs: int = 0, start_warmup_value: float = 0
 ) -> np.ndarray:
-    """One value per iteration [epochs * niter_per_ep]: linear warm-up to `base`, then half a cosine to `final` (DINO).
-
-    Raises InputError if the warm-up is longer than the run.
-    """
-    if warmup_epochs > epochs:
-        raise InputError(f"warm-up of {warmup_epochs} epochs: longer than the run ({epochs} epochs)")
+    """One value per iteration [epochs * niter_per_ep]: linear warm-up to `base`, then half a cosine to `final` (DINO)."""
     warmup = np.linspace(start_warmup_value, base, warmup_epochs * niter_per_ep)
     steps = (epochs - warmup_epochs) * niter_per_ep
     cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(steps) / max(steps, 1)))
@@ -96,10 +89,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 def check_weights(student: nn.Module, when: str) -> None:
-    """Raise FloatingPointError if weights are not finite (a finite loss can have an infinite gradient).
-
-    The message is "<when>, after its last step: weights <names>".
-    """
+    """Raise FloatingPointError if weights are not finite: a finite loss can have an infinite gradient."""
     norms = torch.stack(torch._foreach_norm([p.detach() for p in student.parameters()]))
     if not norms.isfinite().all():
         bad = [name for (name, _), norm in zip(student.named_parameters(), norms, strict=True) if not norm.isfinite()]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -18,11 +17,12 @@ from clever.checkpoint import load_moments, save_atomically, strip_prefix
 from clever.distributed import any_process, get_rank, is_distributed, is_main_process
 from clever.methods.dino import DINOLoss
 from clever.methods.pairs import TEACHER_VIEWS
+from clever.methods.term import Term, WithTerm
 from clever.models.heads import MultiCropWrapper
 from clever.models.layers import normalize
 from clever.training.optim import clip_gradients, set_schedules, update_teacher
 from clever.training.telemetry import TrainingProgress, feature_std
-from clever.utils import IMAGENET_MEAN, IMAGENET_STD, seed_everything
+from clever.utils import seed_everything
 
 Batch = tuple[list[torch.Tensor], Any]  # views of a micro-batch, and what goes with them
 
@@ -40,55 +40,34 @@ class EpochSampler(DistributedSampler):
 class Pretraining:
     """Networks, objective, optimizer and schedules of a run, on one device and at one precision.
 
-    Args:
-        model: the student, with the term of an equivariant method if there is one.
-        teacher: the same network as the student, not trained by gradients.
-        criterion: (student's output, teacher's output, epoch, update_center) -> terms of the loss, "loss" first.
-        optimizer: of the model's parameters.
-        scaler: of the gradients, enabled for fp16 only.
-        schedules: one value per step of "lr", "wd" (weight decay) and "momentum" (of the teacher).
-        device: of the networks and the criterion.
-        amp_dtype: type that autocast computes in; float32 means no autocast.
-        epochs: number of epochs of the run.
-        images_per_step: images per step, summed over processes and micro-batches.
-        equiv_lambd: weight of the term.
-        accumulation: micro-batches per step.
-        clip_grad: the gradient of each parameter is clipped to this norm; 0: no clipping.
-        freeze_last_layer: number of epochs during which the heads' last layers do not move.
-        seed: of the random numbers that the networks draw, for stochastic depth.
-        print_freq: micro-batches between progress lines.
-        mean, std: of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device.
-        arguments: of the command line, recorded in checkpoints.
-
     Attributes:
         so_far: the last "epoch" that was begun, how many "images" of it were used by all processes, and their "averages".
     """
 
-    model: nn.Module
-    teacher: MultiCropWrapper
+    model: WithTerm  # the student, with the term of an equivariant method if there is one
+    teacher: MultiCropWrapper  # the same network as the student, not trained by gradients
     criterion: DINOLoss
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    schedules: dict[str, np.ndarray]
+    optimizer: torch.optim.Optimizer  # of the model's parameters
+    scaler: torch.amp.GradScaler  # of the gradients, enabled for fp16 only
+    schedules: dict[str, np.ndarray]  # one value per step of "lr", "wd" (weight decay) and "momentum" (of the teacher)
     device: torch.device
-    amp_dtype: torch.dtype
-    epochs: int
-    images_per_step: int
-    equiv_lambd: float = 0.0
-    accumulation: int = 1
-    clip_grad: float = 3.0
-    freeze_last_layer: int = 1
-    seed: int = 0
-    print_freq: int = 20
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    arguments: dict[str, Any] = field(default_factory=dict)
+    amp_dtype: torch.dtype  # that autocast computes in; float32 means no autocast
+    epochs: int  # of the run
+    images_per_step: int  # summed over processes and micro-batches
+    equiv_lambd: float  # weight of the term
+    accumulation: int  # micro-batches per step
+    clip_grad: float  # the gradient of each parameter is clipped to this norm; 0: no clipping
+    freeze_last_layer: int  # number of epochs during which the heads' last layers do not move
+    seed: int  # of the random numbers that the networks draw, for stochastic depth
+    print_freq: int  # micro-batches between progress lines
+    mean: Sequence[float]  # of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device
+    std: Sequence[float]
+    arguments: dict[str, Any]  # of the command line, recorded in checkpoints
     so_far: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.student: MultiCropWrapper = self.model.student
-        self.term: nn.Module | None = self.model.term
-        self.trainable_parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.term: Term | None = self.model.term
 
     def distribute(self) -> None:
         """Average the student's gradients over the processes of the group, if there is one."""
@@ -102,8 +81,8 @@ class Pretraining:
         """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
 
         If the epoch was interrupted before, the loader yields the rest of it: see `steps_done`.
-        Raises FloatingPointError, which names the term, if a term of the loss is not finite, and Interrupted after the step in
-        which a process has received SIGTERM, unless this is the last one.
+        Raises FloatingPointError if a term of the loss is not finite, and Interrupted after the step in which a process has
+        received SIGTERM, unless this is the last one.
         """
         steps = len(loader) // self.accumulation
         first, header = self.steps_done(epoch), f"epoch {epoch}/{self.epochs}"
@@ -129,19 +108,19 @@ class Pretraining:
     def train_step(self, batches: Iterable[Batch], progress: TrainingProgress, epoch: int, step: int) -> None:
         """One step of the optimizer, with the gradients of all micro-batches, then of the teacher.
 
-        batches: for each micro-batch the views, one tensor [V', B, 3, S, S] per resolution, the two global views first, then
-            the term's own, if it has any; and the codes of the views, which only a term reads.
+        batches: for each micro-batch the views, one tensor [V', B, 3, S, S] per resolution, the global ones first, a term's own
+            last; and their codes, which only a term reads.
         """
         set_schedules(self.optimizer, self.schedules["lr"][step], self.schedules["wd"][step])
         for micro_batch, (views, codes) in enumerate(batches, start=1):
-            last = micro_batch == self.accumulation
+            last = micro_batch == self.accumulation  # after which processes average their gradients
             views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
-            with contextlib.nullcontext() if last or not is_distributed() else self.model.no_sync():
+            with self.model.no_sync() if is_distributed() and not last else contextlib.nullcontext():
                 terms = self.compute_loss(views, codes, epoch, update_center=last)
                 progress.update(**terms)  # stops the run if a term is not finite
                 self.scaler.scale(terms["loss"] / self.accumulation).backward()
         self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.trainable_parameters, self.clip_grad)
+        clip_gradients(self.model.parameters(), self.clip_grad)
         if epoch < self.freeze_last_layer:
             for head in self.student.heads:
                 head.last_layer.zero_grad()
@@ -156,8 +135,9 @@ class Pretraining:
         """Forward pass of both networks: terms of the loss, "loss" first, then telemetry."""
         extra = None
         if self.term is not None:
-            codes = codes.to(self.device, non_blocking=True)
-            extra = views.pop() if codes.shape[1] > TEACHER_VIEWS else None  # E, B, 3, S, S
+            codes = codes.to(self.device, non_blocking=True)  # B, 2 + E, P
+            if codes.shape[1] > TEACHER_VIEWS:
+                *views, extra = views  # E, B, 3, S, S
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
             with torch.no_grad():
                 global_views = views[0][:TEACHER_VIEWS].flatten(0, 1)  # 2*B, 3, S, S
@@ -223,9 +203,5 @@ class Pretraining:
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
-        if state.get("part_of_epoch"):
-            print(f"epoch {state['epoch']} was interrupted by an older version of this program: it begins again")
         self.so_far = state.get("epoch_so_far", {})
-        if self.so_far and min(self.so_far["images"], self.so_far["averages"]["done"], self.so_far["averages"]["seconds"]) < 0:
-            raise ValueError("epoch_so_far holds negative numbers")
         return state["epoch"]

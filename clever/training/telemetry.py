@@ -1,4 +1,4 @@
-"""TrainingProgress and progress of an epoch, log.txt, and warnings of collapse."""
+"""Progress and averages of an epoch, log.txt, and warnings of collapse."""
 
 import datetime
 import json
@@ -17,14 +17,16 @@ from clever.progress import redraws
 from clever.utils import write_text_atomically
 
 LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
+UNIFORM = "Try a longer --warmup_epochs, a lower --lr or --teacher_temp, a smaller --out_dim, or --norm_last_layer true"
+CONSTANT = "Try a lower --lr, a higher --momentum_teacher, or --clip_grad"
 
 
 class TrainingProgress:
-    """TrainingProgress over the batches of an epoch, and its progress with the losses of the last batch.
+    """Averages over the batches of an epoch, and its progress with the losses of the last batch.
 
     The progress is a bar on a terminal, elsewhere a line every `print_freq` batches and at the end. Values are averaged over
-    processes. On a GPU they are read one batch late, so that the GPU never waits for the log. A value that is not finite
-    reaches all processes at the same batch: all raise FloatingPointError, which names it.
+    processes. On a GPU they are read one batch late, so that the GPU never waits for the log. If a value is not finite, all
+    processes raise FloatingPointError, which names it, at the same batch.
 
     Args:
         header: start of the line.
@@ -35,13 +37,7 @@ class TrainingProgress:
     """
 
     def __init__(
-        self,
-        header: str,
-        total: int,
-        images: int,
-        device: torch.device,
-        print_freq: int = 20,
-        epochs_after: int | None = None,
+        self, header: str, total: int, images: int, device: torch.device, print_freq: int = 20, epochs_after: int | None = None
     ) -> None:
         self.header, self.total, self.images, self.print_freq = header, total, images, print_freq
         self.epochs_after = epochs_after
@@ -76,7 +72,7 @@ class TrainingProgress:
             self._read()
 
     def finish(self) -> dict[str, float]:
-        """TrainingProgress over all batches."""
+        """The averages over all batches."""
         while self._unread:
             self._read()
         self.bar.close()
@@ -114,13 +110,13 @@ class TrainingProgress:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU. On Windows, which does not say, 0."""
+    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU. 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":  # has no module resource
         return 0.0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -145,7 +141,7 @@ def append_log(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of log.txt, one per epoch; lines without a record, such as one cut short by a kill, are left out."""
+    """The records of log.txt, one per epoch, without lines that a kill has cut short."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -165,10 +161,7 @@ def truncate_log(path: Path, epoch: int) -> None:
 
 
 def feature_std(z: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of L2-normalised features z [B, D], times sqrt(D): 0 for a constant feature, 1 for uncorrelated ones.
-
-    SimSiam (arXiv 2011.10566), section 4.1.
-    """
+    """Standard deviation of L2-normalised features z [B, D] times sqrt(D): 0 if all are equal, 1 if uncorrelated (SimSiam)."""
     return F.normalize(z.float(), dim=-1).std(0).mean() * z.shape[-1] ** 0.5
 
 
@@ -182,15 +175,9 @@ class CollapseWatch:
         """Warnings for an epoch with these means."""
         found = {}
         if abs(means["normalized_loss"] - 1) < 0.005:
-            found["uniform"] = (
-                "the loss stays at ln(out_dim): the outputs are uniform. Try a longer --warmup_epochs, a lower --lr, "
-                "a lower --teacher_temp, a smaller --out_dim, or --norm_last_layer true"
-            )
+            found["uniform"] = f"the loss stays at ln(out_dim): the outputs are uniform. {UNIFORM}"
         for name, value in means.items():
             if name.startswith("feature_std") and value < 0.01:
-                found[name] = (
-                    f"{name} is {value:.1e}: all images get the same features. Try a lower --lr, a higher "
-                    "--momentum_teacher, or --clip_grad"
-                )
+                found[name] = f"{name} is {value:.1e}: all images get the same features. {CONSTANT}"
         self.count = {kind: self.count.get(kind, 0) + 1 for kind in found}
         return [text for kind, text in found.items() if self.count[kind] > 1 and math.log2(self.count[kind]).is_integer()]

@@ -46,13 +46,14 @@ def measure(options: argparse.Namespace, arch: str, folder: Path) -> dict[str, f
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
     run = build_pretraining(args, *build_networks(args, device), device, len(loader))
-    views = [run.normalized(view.to(device)) for view in next(iter(loader))[0]]  # V', B, 3, S, S; starts the workers
+    views, codes = next(iter(loader))  # starts the workers
+    views = [run.normalized(view.to(device)) for view in views]  # V', B, 3, S, S
     work = {
-        "step": lambda: train_again(run, [(views, None)] * len(loader)),
+        "step": lambda: train_again(run, [(views, codes)] * len(loader)),
         "loader": lambda: [None for _ in loader],
         "together": lambda: train_again(run, loader),
     }
-    train_again(run, [(views, None)])  # warm up
+    train_again(run, [(views, codes)])  # warm up
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     rates: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(options.rounds):

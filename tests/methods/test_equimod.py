@@ -13,9 +13,8 @@ from torch import nn
 from clever.data.augmentations import eval_transform
 from clever.data.codes import COLUMNS, GROUPS
 from clever.methods.equimod import EquiMod, EquiModPair, compare, nt_xent
-from clever.utils import InputError
 
-ARGS = argparse.Namespace(net="equimod", batch_size_per_gpu=8, global_crops_size=32)
+ARGS = argparse.Namespace(global_crops_size=32)
 BOTH = pytest.mark.parametrize("method", [EquiMod, EquiModPair])
 ALL = list(GROUPS)  # 17 columns
 
@@ -123,12 +122,6 @@ def test_under_autocast_similarities_are_float32_and_constant_codes_harmless(met
     values["term"].backward()
     assert values["term"].dtype == values["eqgain"].dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in term.parameters())
-
-
-@BOTH
-def test_a_batch_of_one_image_is_refused(method):
-    with pytest.raises(InputError, match="^--batch_size_per_gpu 1: "):
-        method(6, argparse.Namespace(net="equimod", batch_size_per_gpu=1), ["crop"])
 
 
 def test_the_clean_view_is_that_of_evaluations():

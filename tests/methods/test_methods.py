@@ -112,6 +112,8 @@ BAD = [
     ("augself", "--aug aug1 --equiv_params rotation", "--equiv_params rotation", "--aug aug1 never change it"),
     ("essl", "--equiv_params crop", "--equiv_params", "is not told"),
     ("equimod", "--batch_size_per_gpu 1", "--batch_size_per_gpu 1", "2 or greater"),
+    ("sie", "--batch_size_per_gpu 1", "--batch_size_per_gpu 1", "2 or greater"),
+    ("sie", "--hp1 nan", "--hp1 nan", "(0, 1]"),
     ("care", "--care_chunk 3", "--care_chunk 3"),
     ("sie", "--hp1 0.999", "hp1 0.999"),
     ("simclr", "", "'simclr'", "dino, CLeVER, augself"),

@@ -17,7 +17,7 @@ from clever.utils import InputError
 
 
 def arguments(**changes):
-    return argparse.Namespace(**{"net": "sie", "hp1": 0.8, "batch_size_per_gpu": 8, "sie_width": 5} | changes)
+    return argparse.Namespace(**{"hp1": 0.8, "sie_width": 5} | changes)
 
 
 def small(dim=6, groups=("crop", "rotation"), **changes):
@@ -140,8 +140,6 @@ def test_statistics_are_float32_under_autocast():
 def test_what_has_no_covariance_is_refused():
     with pytest.raises(InputError, match="^--hp1 0.8: "):
         small(dim=1)
-    with pytest.raises(InputError, match="^--batch_size_per_gpu 1: "):
-        small(batch_size_per_gpu=1)
     with pytest.raises(InputError, match="^--sie_width 1: "):
         SIE.check_args(arguments(sie_width=1))
 
