@@ -57,8 +57,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--equiv_part", choices=("ALL", "EF"), help="ALL: the term sees the whole representation; EF: the EF alone, and "
         "DINO's head the IR alone; default: ALL, for sie EF")  # fmt: skip
     for name, method in METHODS.items():
-        for kind in filter(None, (method.base if method.term is None else None, method.term)):
-            kind.add_arguments(parser.add_argument_group(f"--net {name}"))
+        (method.term or method.base).add_arguments(parser.add_argument_group(f"--net {name}"))
 
 
 def resolve_method(args: argparse.Namespace, global_views: Views) -> dict[str, object]:

@@ -76,9 +76,7 @@ class CLeVERLoss(DINOLoss):
         """
         (student_ir, student_ef), (teacher_ir, teacher_ef) = student, teacher
         loss_dir = self.cross_entropy(student_ir, teacher_ir, epoch)
-        loss_dvr = cosine_of_pairs(
-            *self.by_view(student_ef, teacher_ef), self.center2, self.student_temp, self.teacher_temps[epoch]
-        )
+        loss_dvr = cosine_of_pairs(*self.pairs(student_ef, teacher_ef, self.center2, epoch))
         self.update_center("center", teacher_ir, update_center)
         self.update_center("center2", teacher_ef, update_center)
         terms = {"loss": loss_dir + self.sep_lambd * loss_dvr, "loss_DIR": loss_dir, "loss_DVR": loss_dvr}

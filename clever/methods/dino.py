@@ -23,13 +23,10 @@ class DINOLoss(nn.Module):
         t = softmax((teacher - center) / teacher_temp)               # Q, B, K
         s = log_softmax(student / student_temp)                      # V, B, K
         loss = mean of -sum_k t[q] * s[v]   over q, v != q, and the batch
-        center = m * center + (1 - m) * mean(teacher)                # after the loss
-
-    Works with and without a process group; the centre is averaged over processes.
+        center = m * center + (1 - m) * mean(teacher)                # after the loss; over all processes
 
     Args:
-        out_dim: K.
-        ncrops: V.
+        out_dim, ncrops: K and V.
         warmup_teacher_temp, teacher_temp: the teacher's temperature rises linearly from the first to the second ...
         warmup_teacher_temp_epochs: ... during these epochs, the first of `nepochs`.
         center_momentum: m.
@@ -86,14 +83,13 @@ class DINOLoss(nn.Module):
 
     def cross_entropy(self, student: Tensor, teacher: Tensor, epoch: int) -> Tensor:
         """The loss above, without the centre's update; the teacher's entropy is kept for telemetry."""
-        loss, self.teacher_entropy = cross_entropy_of_pairs(
-            *self.by_view(student, teacher), self.center, self.student_temp, self.teacher_temps[epoch]
-        )
+        loss, self.teacher_entropy = cross_entropy_of_pairs(*self.pairs(student, teacher, self.center, epoch))
         return loss
 
-    def by_view(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """[V*B, K] and [Q*B, K] -> [V, B, K] and [Q, B, K]."""
-        return student.unflatten(0, (self.ncrops, -1)), teacher.unflatten(0, (TEACHER_VIEWS, -1))
+    def pairs(self, student: Tensor, teacher: Tensor, center: Tensor, epoch: int) -> tuple[Tensor | float, ...]:
+        """What means over pairs of views are made of: logits [V, B, K] and [Q, B, K], the centre, and both temperatures."""
+        student, teacher = student.unflatten(0, (self.ncrops, -1)), teacher.unflatten(0, (TEACHER_VIEWS, -1))
+        return student, teacher, center, self.student_temp, self.teacher_temps[epoch]
 
     @torch.no_grad()
     def update_center(self, name: str, teacher: Tensor, update: bool) -> None:

@@ -8,6 +8,7 @@ a code of a view (clever/data/codes.py).
 
 import argparse
 from abc import abstractmethod
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -63,10 +64,7 @@ class Term(nn.Module):
 class WithTerm(nn.Module):
     """The student and a term as one module, which is what distributed training and the optimizer see.
 
-    Args:
-        student: crops -> output of the heads, and with return_features the representation [V*B, D].
-        term: None: there is none, and nothing is added to the student's work.
-        columns: of the representation that the term sees.
+    Without a term, nothing is added to the student's work. `columns`: of the representation that the term sees.
     """
 
     def __init__(self, student: nn.Module, term: Term | None, columns: slice = slice(None)) -> None:
@@ -87,18 +85,15 @@ class WithTerm(nn.Module):
 def mlp(*widths: int, norm: type[nn.Module] = nn.BatchNorm1d, bias: bool = False, last_bias: bool = True) -> nn.Sequential:
     """Linear layers of these widths; after each but the last a norm and ReLU."""
     layers: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        last = i == len(widths) - 2
-        layers.append(nn.Linear(n_in, n_out, bias=last_bias if last else bias))
-        layers += [] if last else [norm(n_out), nn.ReLU()]
-    return nn.Sequential(*layers)
+    for n_in, n_out in pairwise(widths[:-1]):
+        layers += [nn.Linear(n_in, n_out, bias=bias), norm(n_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=last_bias))
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Rows [m, ...] of all processes, in the order of ranks.
 
-    The gradient of the own rows is multiplied by the number of processes, by which DistributedDataParallel divides: so that of
-    a loss of all rows is exact.
+    The gradient is multiplied by the number of processes, by which DistributedDataParallel divides that of a loss of all rows.
     """
     if get_world_size() == 1:
         return rows

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from clever.arguments import plain_args
 from clever.distributed import get_world_size, resolve_amp_dtype
 from clever.methods import METHODS
 from clever.methods.term import WithTerm
@@ -71,7 +70,7 @@ def build_student(args: argparse.Namespace, student: MultiCropWrapper, device: t
         return WithTerm(student, None)
     if args.equiv_part == "EF":
         columns, dim = Split(dim, args.hp1).ef, Split(dim, args.hp1).widths[1]
-    (term,) = synchronize_batch_norm([kind(dim, args, args.equiv_params)], "resnet18", device)
+    (term,) = synchronize_batch_norm([kind(dim, args, args.equiv_params)], "resnet18", device)  # norms are torch's
     return WithTerm(student, term.to(device), columns)
 
 
@@ -102,23 +101,14 @@ def build_pretraining(
     model = build_student(args, student, device)
     amp_dtype = resolve_amp_dtype(args.amp_dtype if args.use_fp16 else "fp32", device)
     return Pretraining(
+        args=args,
         model=model,
         teacher=teacher,
         criterion=METHODS[args.net].base.from_args(args, student.heads).to(device),
-        equiv_lambd=args.equiv_lambd or 0.0,
         optimizer=optim.OPTIMIZERS[args.optimizer](optim.param_groups(model)),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
         schedules=build_schedules(args, steps_per_epoch),
         device=device,
         amp_dtype=amp_dtype,
-        epochs=args.epochs,
         images_per_step=images_per_step(args),
-        accumulation=args.accumulation,
-        clip_grad=args.clip_grad,
-        freeze_last_layer=args.freeze_last_layer,
-        seed=args.seed,
-        print_freq=args.print_freq,
-        mean=args.mean,
-        std=args.std,
-        arguments=plain_args(args),
     )

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,13 @@ class MLflow:
 SERVICES = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
-class Loggers:
+class Loggers(AbstractContextManager):
     """The services of --log_to, in the first process; none in the others. Used as a context, at whose end they are closed.
 
-    A service that fails while training is left out from then on, with a warning: training goes on.
+    A service that fails while training is left out from then on, with a warning: training goes on. One that cannot be started
+    is an InputError at the beginning of a run, and a warning in one that continues.
 
-    Args:
-        names: of --log_to.
-        folder: of the run, with log.txt.
-        arguments: of the run, sent as its hyperparameters.
-        epoch: the epoch that the run starts with; log.txt ends before it.
-
-    Raises InputError if a service cannot be started at the beginning of a run. In a run that continues this is a warning.
+    `folder`: of the run. `epoch`: the one that the run starts with; log.txt ends before it.
     """
 
     def __init__(self, names: Sequence[str], folder: str | Path, arguments: dict[str, Any], epoch: int) -> None:
@@ -131,9 +127,6 @@ class Loggers:
     def send(self, record: dict[str, Any]) -> None:
         """The record of an epoch, to all services."""
         self._call(lambda service: service.send(record["epoch"], tagged(record)))
-
-    def __enter__(self) -> "Loggers":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, Interrupted) else "FAILED"

@@ -1,7 +1,8 @@
 """A pretraining run: the student, its teacher and all that changes from step to step."""
 
+import argparse
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clever import signals
+from clever.arguments import plain_args
 from clever.checkpoint import load_moments, save_atomically, strip_prefix
 from clever.distributed import any_process, get_rank, is_distributed, is_main_process
 from clever.methods.dino import DINOLoss
@@ -23,8 +26,6 @@ from clever.models.layers import normalize
 from clever.training.optim import clip_gradients, set_schedules, update_teacher
 from clever.training.telemetry import TrainingProgress, feature_std
 from clever.utils import seed_everything
-
-Batch = tuple[list[torch.Tensor], Any]  # views of a micro-batch, and what goes with them
 
 
 class EpochSampler(DistributedSampler):
@@ -38,12 +39,9 @@ class EpochSampler(DistributedSampler):
 
 @dataclass
 class Pretraining:
-    """Networks, objective, optimizer and schedules of a run, on one device and at one precision.
+    """Networks, objective, optimizer and schedules of a run, on one device and at one precision."""
 
-    Attributes:
-        so_far: the last "epoch" that was begun, how many "images" of it were used by all processes, and their "averages".
-    """
-
+    args: argparse.Namespace  # of main_dino.py, with their defaults filled in
     model: WithTerm  # the student, with the term of an equivariant method if there is one
     teacher: MultiCropWrapper  # the same network as the student, not trained by gradients
     criterion: DINOLoss
@@ -52,30 +50,19 @@ class Pretraining:
     schedules: dict[str, np.ndarray]  # one value per step of "lr", "wd" (weight decay) and "momentum" (of the teacher)
     device: torch.device
     amp_dtype: torch.dtype  # that autocast computes in; float32 means no autocast
-    epochs: int  # of the run
     images_per_step: int  # summed over processes and micro-batches
-    equiv_lambd: float  # weight of the term
-    accumulation: int  # micro-batches per step
-    clip_grad: float  # the gradient of each parameter is clipped to this norm; 0: no clipping
-    freeze_last_layer: int  # number of epochs during which the heads' last layers do not move
-    seed: int  # of the random numbers that the networks draw, for stochastic depth
-    print_freq: int  # micro-batches between progress lines
-    mean: Sequence[float]  # of the channels, for pixels in 0..1; views arrive as uint8 and are normalised on the device
-    std: Sequence[float]
-    arguments: dict[str, Any]  # of the command line, recorded in checkpoints
-    so_far: dict[str, Any] = field(default_factory=dict, init=False)
+    so_far: dict[str, Any] = field(default_factory=dict, init=False)  # last "epoch", its "images" so far, their "averages"
 
     def __post_init__(self) -> None:
         self.student: MultiCropWrapper = self.model.student
         self.term: Term | None = self.model.term
+        self.arguments = plain_args(self.args)  # as checkpoints record them
 
     def distribute(self) -> None:
         """Average the student's gradients over the processes of the group, if there is one."""
         if is_distributed():
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-    # --- training ---
 
     def train_one_epoch(self, loader: DataLoader, epoch: int) -> dict[str, float]:
         """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
@@ -84,20 +71,20 @@ class Pretraining:
         Raises FloatingPointError if a term of the loss is not finite, and Interrupted after the step in which a process has
         received SIGTERM, unless this is the last one.
         """
-        steps = len(loader) // self.accumulation
-        first, header = self.steps_done(epoch), f"epoch {epoch}/{self.epochs}"
-        total, images = steps * self.accumulation, self.images_per_step // self.accumulation
-        progress = TrainingProgress(header, total, images, self.device, self.print_freq, epochs_after=self.epochs - epoch - 1)
+        epochs, per_step = self.args.epochs, self.args.accumulation  # micro-batches
+        steps, first = len(loader) // per_step, self.steps_done(epoch)
+        header, images = f"epoch {epoch}/{epochs}", self.images_per_step // per_step
+        progress = TrainingProgress(header, steps * per_step, images, self.device, self.args.print_freq, epochs - epoch - 1)
         if first:
-            progress.resume(self.so_far["averages"], first * self.accumulation)
+            progress.resume(self.so_far["averages"], first * per_step)
         batches = iter(loader)
         for step in range(first, steps):
             # Each step has random numbers of its own: a run that goes on in the middle of an epoch draws the same ones.
-            seed_everything(self.seed, epoch, step, get_rank())
-            self.train_step(islice(batches, self.accumulation), progress, epoch, epoch * steps + step)
+            seed_everything(self.args.seed, epoch, step, get_rank())
+            self.train_step(islice(batches, per_step), progress, epoch, epoch * steps + step)
             if any_process(signals.is_requested()):
                 break
-        means, done = progress.finish(), progress.done // self.accumulation
+        means, done = progress.finish(), progress.done // per_step
         self.so_far = {"epoch": epoch, "images": done * self.images_per_step, "averages": progress.state()}
         if done < steps:
             raise signals.Interrupted(f"after step {done} of {steps} of {header}", 0)
@@ -105,7 +92,7 @@ class Pretraining:
         rates = {name: float(values[of_epoch].mean()) for name, values in self.schedules.items()}
         return means | rates | {"images_per_second": progress.rate}
 
-    def train_step(self, batches: Iterable[Batch], progress: TrainingProgress, epoch: int, step: int) -> None:
+    def train_step(self, batches: Iterable[tuple], progress: TrainingProgress, epoch: int, step: int) -> None:
         """One step of the optimizer, with the gradients of all micro-batches, then of the teacher.
 
         batches: for each micro-batch the views, one tensor [V', B, 3, S, S] per resolution, the global ones first, a term's own
@@ -113,15 +100,15 @@ class Pretraining:
         """
         set_schedules(self.optimizer, self.schedules["lr"][step], self.schedules["wd"][step])
         for micro_batch, (views, codes) in enumerate(batches, start=1):
-            last = micro_batch == self.accumulation  # after which processes average their gradients
+            last = micro_batch == self.args.accumulation  # after which processes average their gradients
             views = [self.normalized(view.to(self.device, non_blocking=True)) for view in views]
             with self.model.no_sync() if is_distributed() and not last else contextlib.nullcontext():
                 terms = self.compute_loss(views, codes, epoch, update_center=last)
                 progress.update(**terms)  # stops the run if a term is not finite
-                self.scaler.scale(terms["loss"] / self.accumulation).backward()
+                self.scaler.scale(terms["loss"] / self.args.accumulation).backward()
         self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.model.parameters(), self.clip_grad)
-        if epoch < self.freeze_last_layer:
+        clip_gradients(self.model.parameters(), self.args.clip_grad)
+        if epoch < self.args.freeze_last_layer:
             for head in self.student.heads:
                 head.last_layer.zero_grad()
         self.scaler.step(self.optimizer)
@@ -129,9 +116,7 @@ class Pretraining:
         self.optimizer.zero_grad()
         update_teacher(self.teacher, self.student, self.schedules["momentum"][step])
 
-    def compute_loss(
-        self, views: list[torch.Tensor], codes: torch.Tensor, epoch: int, update_center: bool = True
-    ) -> dict[str, torch.Tensor]:
+    def compute_loss(self, views: list[Tensor], codes: Tensor, epoch: int, update_center: bool) -> dict[str, Tensor]:
         """Forward pass of both networks: terms of the loss, "loss" first, then telemetry."""
         extra = None
         if self.term is not None:
@@ -147,15 +132,13 @@ class Pretraining:
         telemetry = self.criterion.telemetry(terms)
         if self.term is not None:
             terms["loss_base"], terms["loss_term"] = terms["loss"], values.pop("term")
-            terms["loss"] = terms["loss_base"] + self.equiv_lambd * terms["loss_term"]
+            terms["loss"] = terms["loss_base"] + self.args.equiv_lambd * terms["loss_term"]
         spread = {f"feature_std{part}": feature_std(features) for part, features in self.teacher.split(z).items()}
         return terms | values | telemetry | spread
 
-    def normalized(self, views: torch.Tensor) -> torch.Tensor:
+    def normalized(self, views: Tensor) -> Tensor:
         """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
-        return normalize(views, self.mean, self.std) if views.dtype == torch.uint8 else views
-
-    # --- saving and resuming ---
+        return normalize(views, self.args.mean, self.args.std) if views.dtype == torch.uint8 else views
 
     def steps_done(self, epoch: int) -> int:
         """How many steps of this epoch were made before an interruption; 0 for another epoch."""
@@ -204,4 +187,5 @@ class Pretraining:
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
         self.so_far = state.get("epoch_so_far", {})
+        self.seconds_spent(state["epoch"])  # an error here, unless it is whole
         return state["epoch"]

@@ -28,12 +28,8 @@ class TrainingProgress:
     processes. On a GPU they are read one batch late, so that the GPU never waits for the log. If a value is not finite, all
     processes raise FloatingPointError, which names it, at the same batch.
 
-    Args:
-        header: start of the line.
-        total: batches of the epoch.
-        images: of a batch, over all processes.
-        device: of the values.
-        epochs_after: epochs after this one, or None if the time left of the run is not shown.
+    `total`: batches of the epoch. `images`: of a batch, over all processes. `epochs_after`: epochs after this one, for the time
+    left of the run.
     """
 
     def __init__(
