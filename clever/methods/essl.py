@@ -74,20 +74,17 @@ class ESSL(Term):
         return [replace(DINO_VIEW, size=args.essl_size or size, scale=tuple(args.essl_scale or scale), blur_p=0.1)]
 
     def images(self, extra: Tensor) -> Tensor:
-        return rotate(extra.flatten(0, 1))
+        return rotate(extra.flatten(0, 1))[0]
 
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
         """Features [4N, d] of `images` -> term, and the share of turns that the head names."""
-        labels = turns(len(extra) // 4, extra.device)
+        labels = torch.arange(4, device=extra.device).repeat_interleave(len(extra) // 4)  # 4N, as those of `rotate`
         logits = at_least_float32(self.head(extra))  # 4N, 4
         return {"term": F.cross_entropy(logits, labels), "rotation_accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
-def rotate(images: Tensor) -> Tensor:
-    """Square images [N, 3, S, S] -> [4N, 3, S, S], all of them turned counter-clockwise by 0, then by 90, 180, 270 degrees."""
-    return torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])
-
-
-def turns(n: int, device: torch.device | None = None) -> Tensor:
-    """The labels [4N] of N images that `rotate` has turned: N times 0, 1, 2, 3."""
-    return torch.arange(4, device=device).repeat_interleave(n)
+def rotate(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Square images [N, 3, S, S] -> images [4N, 3, S, S] in blocks, turned counter-clockwise by 0, 90, 180 and 270 degrees, and
+    their labels [4N], N times 0, 1, 2 and 3."""
+    turned = torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])
+    return turned, torch.arange(4, device=images.device).repeat_interleave(len(images))

@@ -186,6 +186,8 @@ class Pretraining:
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
+        if "part_of_epoch" in state:
+            print(f"epoch {state['epoch']} was interrupted by an older version of this program: it begins again")
         self.so_far = state.get("epoch_so_far", {})
         self.seconds_spent(state["epoch"])  # an error here, unless it is whole
         return state["epoch"]
