@@ -75,8 +75,10 @@ def _join_process_group(backend: str, url: str, timeout: float) -> None:
         socket.getaddrinfo(host or "localhost", None)  # torch would wait for a host without an address
         with signals.handled(signal.SIG_DFL):  # torch's waiting does not return to Python
             store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=join))
-            # torchrun keeps its store when it starts processes again: addresses of the former attempt must not be read.
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            if os.environ.get("LOCAL_WORLD_SIZE") == who["WORLD_SIZE"]:
+                # torchrun keeps its store when it starts processes again: addresses of the former attempt must not be read.
+                # Only on one machine: on several, each counts the failures of its own processes.
+                store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             store.set_timeout(wait)
             _store.append(store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
