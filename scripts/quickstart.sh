@@ -7,7 +7,7 @@
 # launch script with small settings.
 # Can be run again: finished steps are reused, interrupted ones continue.
 #
-#   NETS="dino CLeVER"          the networks (default: "dino CLeVER")
+#   NETS="dino CLeVER augself"  the networks, names of --net; default: dino CLeVER
 #   QUICK=long                  four times as many epochs of pretraining
 #   ARCH=vssm2-vmambav2_micro   a small VMamba instead of the small ResNet; takes about 6 minutes
 #   ARCH=vit_micro              a small ViT; takes about 19 minutes. PATCH sets the side of its patches (default 4)
