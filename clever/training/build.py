@@ -38,13 +38,17 @@ def build_network(args: argparse.Namespace, drop_path_rate: float | None) -> Mul
 
 
 def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
-    """Raise InputError unless the backbone accepts crops of both sizes."""
+    """Raise InputError unless the backbone accepts views of all sizes."""
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[0]
-    for name in ("global_crops_size", "local_crops_size") if args.local_crops_number else ("global_crops_size",):
-        size = getattr(args, name)
+    sizes = {"--global_crops_size": args.global_crops_size}
+    if args.local_crops_number:
+        sizes["--local_crops_size"] = args.local_crops_size
+    if term := METHODS[args.net].term:
+        sizes |= {"the extra views' size": view.size for view in term.extra_views(args)}
+    for name, size in sizes.items():
         if size % patch:
-            raise InputError(f"--patch_size {patch} does not divide --{name} {size}")
+            raise InputError(f"--patch_size {patch} does not divide {name} {size}")
         if not is_ours(args.arch):
             check_timm_size(args.arch, backbone, size)
 
