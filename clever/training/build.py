@@ -44,8 +44,9 @@ def check_crops(args: argparse.Namespace, backbone: nn.Module) -> None:
     sizes = {"--global_crops_size": args.global_crops_size}
     if args.local_crops_number:
         sizes["--local_crops_size"] = args.local_crops_size
-    if term := METHODS[args.net].term:
-        sizes |= {"the extra views' size": view.size for view in term.extra_views(args)}
+    term = METHODS[args.net].term
+    for view in term.extra_views(args)[:1] if term else []:
+        sizes["the extra views' size"] = view.size
     for name, size in sizes.items():
         if size % patch:
             raise InputError(f"--patch_size {patch} does not divide {name} {size}")
