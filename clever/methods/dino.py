@@ -95,7 +95,7 @@ class DINOLoss(nn.Module):
     def update_center(self, name: str, teacher: Tensor, update: bool) -> None:
         """Note the mean of the teacher's logits [Q*B, K], and if `update`, move the centre `name` by all that were noted."""
         pending = self._pending.setdefault(name, [])
-        pending.append(teacher.mean(0, keepdim=True, dtype=torch.float32))  # 1, K
+        pending.append(teacher.mean(0, keepdim=True, dtype=getattr(self, name).dtype))  # 1, K
         if update:
             mean = all_reduce_sum(torch.stack(pending).mean(0)) / get_world_size()  # 1, K
             getattr(self, name).lerp_(mean, 1 - self.center_momentum)
