@@ -174,8 +174,8 @@ def has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
-def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.device) -> list[nn.Module]:
-    """Networks whose batch norms use the statistics of all processes; timm converts its own models.
+def synchronize_batch_norm(networks: list[nn.Module], arch: str | None, device: torch.device) -> list[nn.Module]:
+    """Networks whose batch norms use the statistics of all processes; timm converts its own models. `arch` None: no backbone.
 
     Without a process group, or without batch norms, nothing changes. torch synchronises batch norms on GPUs only: on a CPU
     a line says that their statistics are computed per process.
@@ -185,7 +185,7 @@ def synchronize_batch_norm(networks: list[nn.Module], arch: str, device: torch.d
     if device.type != "cuda":
         print("batch norm: statistics are computed per process (torch synchronises them on GPUs only)")
         return networks
-    if is_ours(arch):
+    if arch is None or is_ours(arch):
         return [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
     from timm.layers import convert_sync_batchnorm
 

@@ -75,7 +75,7 @@ def build_student(args: argparse.Namespace, student: MultiCropWrapper, device: t
         return WithTerm(student, None)
     if args.equiv_part == "EF":
         columns, dim = Split(dim, args.hp1).ef, Split(dim, args.hp1).widths[1]
-    (term,) = synchronize_batch_norm([kind(dim, args, args.equiv_params)], "resnet18", device)  # norms are torch's
+    (term,) = synchronize_batch_norm([kind(dim, args, args.equiv_params)], None, device)
     return WithTerm(student, term.to(device), columns)
 
 
