@@ -4,6 +4,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # used by those scripts
 ALL_NETS="dino CLeVER augself essl equimod equimod_pair sie care"
+TOLD_NETS="augself equimod equimod_pair sie"
 SPLIT_NETS="CLeVER sie" # those with an IR and an EF; so has any other with --equiv_part EF
 
 # parts_of NET: print the parts of its representation, as --else_part names them.

@@ -34,10 +34,11 @@ from clever.evaluation.names import PARTS
 from clever.evaluation.saliency.results import METHODS
 from clever.evaluation.tables import GAPS, MEASURES, SPACES
 from clever.utils import InputError, write_text_atomically
+from scripts import study
 from scripts.records import BASELINE, Record, list_files, name_rows, note, read_result, readable
 
 # Pictures of our scripts that sum up a result; masks and frames, of which there may be thousands, are not among them.
-PICTURES = ("results.png", "curves.png", "differences.png", "equivariance*.png", "overview.png", "contact_sheet-*.png")
+PICTURES = ("results.png", "front.png", "told.png", "equivariance*.png", "overview.png", "contact_sheet-*.png")
 PICTURES += ("*pca*.png", "*tsne*.png", "*umap*.png")
 ORDER = {name: i for i, name in enumerate(PERTURBATIONS)}  # of rows
 COLORS = ("#2b7de0", "#dd6b10", "#8a63d2", "#2f9e57", "#d0487f", "#a08312", "#1594ab", "#7d868f")  # of runs, light and dark
@@ -243,6 +244,10 @@ def draw(curves: dict[int, dict[int, float]]) -> Markup:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    return to_svg(figure)
+
+
+def to_svg(figure: plt.Figure) -> Markup:
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True)
@@ -300,10 +305,36 @@ def result_tables(results: list[Record], names: dict[Path, str]) -> list[dict[st
     return [fill(TABLES[kind], rows) for kind, rows in by_kind.items() if rows]
 
 
+def comparisons(folders: list[Path]) -> Iterator[dict[str, Any]]:
+    """For each study (scripts/study.sh) among the folders, the table of its test images, and its front as a chart."""
+    for source in filter(None, map(study.find_study, folders)):
+        values = study.load_study(source)
+        tested = values[values["split"] == "test"]
+        tables = []
+        for arch, found in tested.groupby("arch", sort=False):
+            title, columns = next(iter(study.TABLES.items()))
+            table = study.pivot(found, columns).groupby(["label", "space"], sort=False)[list(columns)].mean()
+            cells = [[show(None if pd.isna(x) else x, study.digits(columns[name])) for name, x in row.items()]
+                     for _, row in table.iterrows()]  # fmt: skip
+            rows = list(zip(map(" ".join, table.index), cells, strict=True))
+            note = "Means over seeds. Press a heading to sort by it."
+            tables.append(
+                {
+                    "title": f"{arch}: {title}",
+                    "note": note,
+                    "heads": list(columns),
+                    "numeric": [True] * len(columns),
+                    "rows": rows,
+                }
+            )
+        front = to_svg(study.draw_front(values)) if (values["split"] == "tune").any() else ""
+        yield {"tables": tables, "front": front}
+
+
 def sections_of(folders: list[Path], max_bytes: float, problems: list[str]) -> dict[str, Any]:
     """What the template shows. Pictures are included as long as they fit into `max_bytes`; the others are named."""
     runs, results, pictures = collect(folders, problems)
-    if not runs and not results:
+    if not runs and not results and not any(map(study.find_study, folders)):
         raise InputError(f"{', '.join(map(str, folders))}: no results, neither log.txt nor JSON files of the evaluations")
     names = short_names([run["folder"] for run in runs] + [record["file"].parent for record in results])
     best = {"Linear probe": best_accuracies(results, "linear_probe"), "k-NN": best_accuracies(results, "knn")}
@@ -312,6 +343,7 @@ def sections_of(folders: list[Path], max_bytes: float, problems: list[str]) -> d
     sizes = itertools.accumulate(path.stat().st_size for path in pictures)
     shown = [path for path, size in zip(pictures, sizes, strict=True) if size <= max_bytes]
     return {
+        "comparisons": list(comparisons(folders)),
         "tiles": next((list(tiles_of(found)) for found in best.values()), []),
         "tables": tables + ([runs_table(runs, names)] if runs else []),
         "runs": [names[run["folder"]] for run in runs],

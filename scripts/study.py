@@ -1,91 +1,137 @@
 """The results of a study from scripts/study.sh: its records, tables and pictures. Run by scripts/tables.py.
 
-Accuracies are means and standard deviations over seeds. A difference between two networks is paired: both are compared on the
-same seeds and the same test images (scripts/study_stats.py).
+    python -m scripts.study docs/study/records.json results/study   # unpack records: study.sh does not run their cells again
+
+Differences between two networks are paired: means over the seeds that both have, with 95 % intervals of Student's t
+distribution.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from scipy.stats import t as student
 
+from clever.arguments import ArgumentParser
 from clever.data.augmentations import PERTURBATIONS
-from clever.evaluation.hits import unpack_hits
+from clever.entry import run_entry_point
 from clever.evaluation.names import PARTS
-from clever.evaluation.tables import SPACES, align
+from clever.evaluation.tables import align
 from clever.utils import InputError, atomic_file, write_text_atomically
-from scripts.records import BASELINE, NETS, PART_ORDER, UNTRAINED, in_order, readable
-from scripts.study_stats import paired_interval
+from scripts.records import BASELINE, UNTRAINED, note, readable
 
-MEASURES = {"probe": "linear probe", "knn": "20-NN"}
-COMPARED_PARTS = ("ALL", "IR")  # of every other net, with the baseline's ALL
-OWN_SETTINGS = ("arch", "recipe", "net", "seed")  # in which the cells of a study may differ, of one backbone
-# Fields of the results and gaps of eval_equivariance.py: what was measured, and the scores.
-MEASURED = {"results": ("transform", "head", "input", "part", "control"), "gaps": ("transform", "part", "control")}
-SCORES = ("r2", "mae_degrees", "accuracy", "auc", "cosine_gap", "gram_gap")
-COLORS = {"dino": "#1f6fb4", "CLeVER": "#e6731a"}
+KNN, PROBE, R2, GAP, MEMORY = "20-NN", "probe", "R2", "cosine gap", "memory"
+RANDOM = "random"  # as many dimensions as the EF has, drawn at random
+SPACES = {("ALL", None): "ALL", ("IR", None): "IR", ("EF", None): "EF", ("EF", "random_subspace"): RANDOM}
+TOLD, HELD_OUT = ("rotation", "crop", "jitter"), ("blur", "flip", "solarize", "elastic")
+OWN_SETTINGS = ("arch", "recipe", "net", "lambd", "seed")  # in which the cells of a backbone may differ
+PLACE = ("split", "kind", "space", "name")  # of a value of a cell; the name is that of a perturbation or a transformation
+COLORS = {"dino": "black", "CLeVER": "#e6731a", "augself": "#1f6fb4", "essl": "#2f9e57", "equimod": "#8a63d2",
+          "equimod_pair": "#d0487f", "sie": "#a08312", "care": "#1594ab"}  # fmt: skip
+
+# Tables: {title: {heading: (kind, name)}}. Differences are shown of the first one; CHOICE is that of the tuning split.
+CHOICE = {"clean": (KNN, "ori"), "rotated": (KNN, "aug1_2")} | {f"R2 {name}": (R2, name) for name in TOLD}
+PROBES = {"probe, clean": (PROBE, "ori"), "probe, rotated": (PROBE, "aug1_2")}
+TABLES = {
+    "top-1 (%) of 20-NN and linear probe, and R2": CHOICE | {f"R2 {name}": (R2, name) for name in HELD_OUT} | PROBES,
+    "20-NN, top-1 (%)": {name: (KNN, name) for name in PERTURBATIONS},
+    "linear probe, top-1 (%)": {name: (PROBE, name) for name in PERTURBATIONS},
+    "cosine gap": {name: (GAP, name) for name in (*TOLD, *HELD_OUT)},
+    "memory of the pretraining": {"GiB": (MEMORY, "GiB")},
+}  # fmt: skip
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Study:
-    """Results of networks (cells), each a backbone pretrained by one net with one recipe and one seed."""
-
-    cells: list[dict[str, Any]]  # as read_cell returns them, and as records.json holds them
-    accuracy: pd.DataFrame  # a row per cell, measure, part and perturbation: `top1` and, where differences need them, `hits`
-    equivariance: pd.DataFrame  # a row per cell and entry of the results and gaps of eval_equivariance.py
+def find_study(source: Path) -> Path | None:
+    """The folder or the file records.json of a study that this path names; None if it names none."""
+    if source.is_file() or any(source.glob("*/settings.txt")):
+        return source
+    return source / "records.json" if (source / "records.json").is_file() else None
 
 
-def is_study(source: Path) -> bool:
-    """Whether this is a file of records, or the folder of a study, each cell of which has settings."""
-    return source.is_file() or any(source.glob("*/settings.txt"))
-
-
-def load_study(source: Path) -> Study:
-    """The cells in a folder, or in a file records.json.
-
-    Raises InputError if two cells are the same network, if a result is damaged, or if cells of a backbone differ in a setting.
-    """
+def read_cells(source: Path) -> list[dict[str, Any]]:
+    """The cells in the folder of a study, or in its records, as `read_cell` returns them."""
     if source.is_dir():
-        cells = [read_cell(path.parent) for path in sorted(source.glob("*/settings.txt"))]
+        return [read_cell(path.parent) for path in sorted(source.glob("*/settings.txt"))]
     with readable(source, "neither the folder of a study nor a file records.json"):
-        if source.is_file():
-            cells = json.loads(source.read_text())["cells"]
-        networks = [{name: cell["settings"][name] for name in OWN_SETTINGS} | {"cell": cell} for cell in cells]
-        networks.sort(key=lambda network: (network["arch"], network["recipe"], network["net"], int(network["seed"])))
-        rows = [row for network in networks for row in accuracy_rows(**network)]
-        accuracy = pd.DataFrame(rows, columns=[*OWN_SETTINGS, "measure", "part", "perturbation", "top1", "hits"])
-        rows = [row for network in networks for row in equivariance_rows(**network)]
-        equivariance = pd.DataFrame(rows, columns=[*OWN_SETTINGS, *MEASURED["results"], "kind", "space", *SCORES])
+        return [cell for cell in json.loads(source.read_text())["cells"] if cell["folder"] and cell["settings"]]
+
+
+def read_cell(folder: Path) -> dict[str, Any]:
+    """What the folder of one cell holds, rounded.
+
+    Returns `folder` (its name), `settings` {name: value}, `steps` (those that are done), and `values`: lists of PLACE, whose
+    split is `test`, `tune` or `training`, and the value. Starts from cell.json, which `unpack` wrote, if it is there.
+    """
+    cell: dict[str, Any] = {"folder": folder.name, "values": []}
+    with readable(folder, "not the cell of a study"):
+        if (known := folder / "cell.json").exists():
+            cell = json.loads(known.read_text())
+        lines = [line.partition(" ") for line in (folder / "settings.txt").read_text().splitlines()]
+    values = {tuple(value[: len(PLACE)]): value for value in cell["values"]}
+    for split, place in (("test", folder), ("tune", folder / "tune")):
+        for path in sorted(place.glob("*.json")):
+            with readable(path, "not a result of the study; remove it, and repeat its step"):
+                record = json.loads(path.read_text()) if path != known else {"kind": ""}
+                values |= {(split, *value[:3]): [split, *value] for value in VALUES.get(record["kind"], no_values)(record)}
+    if (path := folder / "log.txt").exists():
+        with readable(path, "not the log of a pretraining"):
+            memory = json.loads(path.read_text().splitlines()[-1])["memory_gib"]
+            values["training", MEMORY, "ALL", "GiB"] = ["training", MEMORY, "ALL", "GiB", round(memory, 2)]
+    cell["settings"] = {name: value.strip() for name, _, value in lines}
+    cell["steps"] = sorted({path.stem for path in folder.glob("*.done")} | set(cell.get("steps", ())))
+    return cell | {"values": list(values.values())}
+
+
+def accuracy_values(record: dict[str, Any]) -> Iterator[list[Any]]:
+    """Of a result of eval_knn.py or eval_linear.py: kind, space, name, value."""
+    kind, top1 = (KNN, record["results"][0]["top1"]) if record["kind"] == "knn" else (PROBE, record["accuracy"])
+    yield [kind, PARTS[record["part"]], record["test_aug_type"], round(top1, 2)]
+
+
+def equivariance_values(record: dict[str, Any]) -> Iterator[list[Any]]:
+    """Of a result of eval_equivariance.py, without its shuffled targets: kind, space, name, value."""
+    for kind, entries, field in ((R2, record["results"], "r2"), (GAP, record["gaps"], "cosine_gap")):
+        for entry in entries:
+            if space := SPACES.get((entry["part"], entry["control"])):
+                yield [kind, space, entry["transform"], round(entry[field], 4)]
+
+
+def no_values(record: dict[str, Any]) -> list[list[Any]]:
+    return []
+
+
+VALUES = {"knn": accuracy_values, "linear_probe": accuracy_values, "equivariance": equivariance_values}
+
+
+def load_study(source: Path) -> pd.DataFrame:
+    """A row for every value of every cell, in the order of tables: OWN_SETTINGS, PLACE, `value`, and `label` of the network.
+
+    Raises InputError if two cells are the same network, or if cells of a backbone differ in a setting.
+    """
+    cells = read_cells(source)
     check_settings(source, cells)
-    return Study(cells, accuracy, equivariance)
-
-
-def accuracy_rows(cell: dict[str, Any], **network: str) -> Iterable[dict[str, Any]]:
-    for measure in MEASURES:
-        for part, entries in cell[measure].items():
-            for perturbation, entry in entries.items():
-                hits = unpack_hits(entry["correct"], cell["num_test_images"]) if "correct" in entry else None
-                about = {"measure": measure, "part": part, "perturbation": perturbation}
-                yield network | about | {"top1": float(entry["top1"]), "hits": hits}
-
-
-def equivariance_rows(cell: dict[str, Any], **network: str) -> Iterable[dict[str, Any]]:
-    for kind in MEASURED:
-        for entry in cell.get(kind, ()):
-            yield network | entry | {"kind": kind, "space": SPACES.get((entry["part"], entry["control"]))}
+    with readable(source, "not the records of a study"):
+        rows = [[*(cell["settings"][name] for name in OWN_SETTINGS), *value] for cell in cells for value in cell["values"]]
+        values = pd.DataFrame(rows, columns=[*OWN_SETTINGS, *PLACE, "value"])
+    names = values[["net", "lambd", "recipe"]].replace("-", "")
+    if names["recipe"].replace("", np.nan).nunique() < 2:
+        names["recipe"] = ""
+    values["label"] = names.agg(" ".join, axis=1).str.split().str.join(" ")
+    values["weight"] = pd.to_numeric(values["lambd"], errors="coerce").fillna(0)
+    order = {net: i for i, net in enumerate([UNTRAINED, *COLORS])}
+    values["order"] = values["net"].str.split("+").str[0].map(order).fillna(len(order))
+    return values.sort_values(["arch", "recipe", "order", "net", "weight"], kind="stable", ignore_index=True)
 
 
 def check_settings(source: Path, cells: list[dict[str, Any]]) -> None:
     """Raise InputError unless the cells are different networks, and those of a backbone have equal settings."""
-    settings = pd.DataFrame([cell["settings"] | {"num_test_images": cell["num_test_images"]} for cell in cells])
+    settings = pd.DataFrame([cell["settings"] for cell in cells])
     twice = settings.loc[settings.duplicated(list(OWN_SETTINGS)), list(OWN_SETTINGS)]
     if len(twice):
         raise InputError(f"{source}: two cells {' '.join(twice.iloc[0])}")
@@ -97,266 +143,229 @@ def check_settings(source: Path, cells: list[dict[str, Any]]) -> None:
                 raise InputError(f"{source}: {arch} has cells with different {name}: {values}; a table needs equal settings")
 
 
-def read_cell(folder: Path) -> dict[str, Any]:
-    """The results in the folder of one cell, rounded; those that are not there yet are left out.
-
-    Returns `settings` {name: value}, `num_test_images`, `probe` and `knn` {part: {perturbation: {top1, correct}}}, where
-    `correct` are the hits (clever/evaluation/hits.py) that differences need, `loss` (normalised, per epoch), `results` and
-    `gaps` of eval_equivariance.py.
-    """
-    cell: dict[str, Any] = {"settings": {}, "num_test_images": None, "probe": {}, "knn": {}, "loss": []}
-    for line in (folder / "settings.txt").read_text().splitlines():
-        name, _, value = line.partition(" ")
-        cell["settings"][name] = value.strip()
-    for measure, pattern in (("probe", "only_eval_*.json"), ("knn", "knn*.json")):
-        for path in sorted(folder.glob(pattern)):
-            with readable(path, "not a result of the study; remove it, and repeat its step"):
-                add_accuracy(cell, measure, json.loads(path.read_text()))
-    if (path := folder / "log.txt").exists():
-        with readable(path, "not the log of a pretraining"):
-            epochs = map(json.loads, path.read_text().splitlines())
-            cell["loss"] = [round(epoch["train_normalized_loss"], 4) for epoch in epochs]
-    if (path := folder / "equivariance.json").exists():
-        with readable(path, "not a result of the study; remove it, and repeat its step"):
-            record = json.loads(path.read_text())
-            for kind, names in MEASURED.items():
-                cell[kind] = [select_fields(entry, names) for entry in record[kind]]
-    return cell
+def unpack(records: Path, out: Path) -> None:
+    """Make the folder of every cell of the records, unless it is there: settings, values, and what is done."""
+    for cell in read_cells(records):
+        folder = out / cell["folder"]
+        if not folder.exists():
+            write_text_atomically(json.dumps(cell), folder / "cell.json")
+            settings = "".join(f"{name} {value}\n" for name, value in cell["settings"].items())
+            write_text_atomically(settings, folder / "settings.txt")
+            for step in cell["steps"]:
+                (folder / f"{step}.done").touch()
 
 
-def add_accuracy(cell: dict[str, Any], measure: str, record: dict[str, Any]) -> None:
-    """Add a result of eval_linear.py (measure probe) or eval_knn.py (knn) to a cell."""
-    result, name = (record["results"][0], "top1") if measure == "knn" else (record, "accuracy")
-    part, entry = PARTS[record["part"]], {"top1": round(result[name], 4)}
-    if cell["settings"]["net"] != UNTRAINED and part in COMPARED_PARTS:
-        unpack_hits(result["correct"], record["num_test_images"])  # raises an error if they are damaged
-        entry["correct"] = result["correct"]
-    cell[measure].setdefault(part, {})[record["test_aug_type"]] = entry
-    cell["num_test_images"] = record["num_test_images"]
-
-
-def select_fields(entry: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """These fields and the scores, rounded."""
-    scores = {name: round(entry[name], 4) for name in SCORES if entry.get(name) is not None}
-    return {name: entry[name] for name in names} | scores
+def missing(values: pd.DataFrame) -> Iterator[str]:
+    """What some seeds of a network have and others have not; what no network has is not known here."""
+    for (arch, split, label), found in values.groupby(["arch", "split", "label"], sort=False):
+        for place, group in found.groupby(list(PLACE[1:]), sort=False):
+            for seed in sorted(set(found["seed"]) - set(group["seed"]), key=int):
+                yield f"{arch} {label}, seed {seed}, {split}: no {' '.join(place)}"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-Network = tuple[str, str, str]  # recipe, net, part
-Cell = tuple[int, str]  # number of seeds, and what they say
+
+def pivot(values: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """A row for each `label`, `net`, `weight`, `space` and `seed`, a column for each heading."""
+    headings = {place: heading for heading, place in columns.items()}
+    heading = [headings.get(place) for place in zip(values["kind"], values["name"], strict=True)]
+    values = values.assign(heading=heading).dropna(subset="heading")
+    table = values.pivot(index=["label", "net", "weight", "space", "seed"], columns="heading", values="value")
+    order = {name: i for i, name in enumerate([*values["label"].unique(), *SPACES.values()])}
+    table = table.reindex(columns=list(columns)).reset_index()
+    return table.sort_values(["label", "space"], key=lambda names: names.map(order), kind="stable")
 
 
-def networks_of(accuracy: pd.DataFrame) -> list[Network]:
-    """The rows of the tables: the untrained network, then every net with every recipe, whether or not it is there."""
-    parts = {net: in_order(found["part"], PART_ORDER) for net, found in accuracy.groupby("net")}
-    recipes = sorted(set(accuracy.loc[accuracy["net"] != UNTRAINED, "recipe"]))
-    rows = [("-", UNTRAINED, "ALL")] if UNTRAINED in parts else []
-    nets = in_order(set(parts) - {UNTRAINED}, NETS)
-    return rows + [(recipe, net, part) for recipe in recipes for net in nets for part in parts[net]]
+def digits(place: tuple[str, str]) -> int:
+    """After the point, of a (kind, name)."""
+    return {KNN: 1, PROBE: 1, MEMORY: 2}.get(place[0], 3)
 
 
-def mean_and_std(found: pd.DataFrame, by: list[str], value: str, digits: int) -> dict[Any, Cell]:
-    """{values of the fields `by`: mean and, of several seeds, standard deviation}."""
-    groups = found.dropna(subset=value).groupby(by, sort=False)[value]
-    groups = groups.agg(count="count", mean=lambda values: np.mean(values.to_numpy()), std="std")
-    texts = groups["mean"].map(f"{{:.{digits}f}}".format)
-    texts += groups["std"].map(lambda std: "" if np.isnan(std) else f" ± {std:.{digits}f}")
-    return dict(zip(groups.index, zip(groups["count"], texts, strict=True), strict=True))
+def spread(values: np.ndarray, places: int) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    return f"{values.mean():.{places}f}" + (f" ± {values.std(ddof=1):.{places}f}" if len(values) > 1 else "")
 
 
-def align_rows(titles: list[str], columns: list[str], rows: dict[tuple[str, ...], list[Cell | None]]) -> str:
-    """A table: the titles of a row, the number of its seeds, and its cells; None where nothing applies.
+def interval(values: np.ndarray, places: int) -> str:
+    """Mean and, of several seeds, 95 % interval."""
+    if len(values) < 2:
+        return f"{values.mean():+.{places}f}"
+    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():+.{places}f} [{values.mean() - half:+.{places}f}, {values.mean() + half:+.{places}f}]"
 
-    A cell of fewer seeds than others in its row says so; one without any seed is `missing`.
+
+def to_markdown(table: pd.DataFrame, columns: dict[str, tuple[str, str]], show=spread, base: str = "") -> str:
+    """A row for each network and space. A cell of fewer seeds than others of its row says so."""
+    headings = [name for name in columns if table[name].notna().any()]
+    lines = [["network", *["minus"] * bool(base), "seeds", *headings]]
+    for (label, space), rows in table.groupby(["label", "space"], sort=False):
+        seeds = int(rows[headings].notna().sum().max())
+        texts = []
+        for name in headings:
+            found = rows[name].dropna().to_numpy()
+            text = show(found, digits(columns[name])) if len(found) else "-"
+            texts.append(f"{text} ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else text)
+        minus = [f"its {RANDOM}" if space == "EF" else base] * bool(base)
+        lines.append([f"{label} {space}", *minus, str(seeds), *texts])
+    return align(lines, text_columns=1 + bool(base))
+
+
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """ALL and IR of every trained network minus the baseline's ALL, EF minus as many random dimensions, for each seed."""
+    headings = [name for name in table if name not in ("label", "net", "weight", "space", "seed")]
+    base = table[(table["net"] == BASELINE) & (table["space"] == "ALL")].set_index("seed")[headings]
+    rows = []
+    for (label, space), group in table.groupby(["label", "space"], sort=False):
+        if space != RANDOM and group["net"].iloc[0] not in (BASELINE, UNTRAINED):
+            random = table[(table["label"] == label) & (table["space"] == RANDOM)].set_index("seed")[headings]
+            other = (random if space == "EF" else base).reindex(group["seed"]).to_numpy()
+            rows.append(group.assign(**dict(zip(headings, (group[headings].to_numpy() - other).T, strict=True))))
+    return pd.concat(rows) if rows else table[:0]
+
+
+def choose(values: pd.DataFrame) -> dict[str, str]:
+    """{network: why it is chosen} for one backbone, on the tuning split.
+
+    Of each net, the weight with the most R2 of the rotation among those whose clean accuracy is at most a point below dino's,
+    and the weight with the highest clean accuracy.
     """
-    lines = [[*titles, "seeds", *columns]]
-    for names, cells in rows.items():
-        most = max((seeds for seeds, _ in filter(None, cells)), default=0)
-        texts = [
-            "" if cell is None else "missing" if not cell[0] else cell[1] if cell[0] == most
-            else f"{cell[1]} ({cell[0]} of {most} seeds)"
-            for cell in cells
-        ]  # fmt: skip
-        lines.append([*names, str(most), *texts])
-    return align(lines, text_columns=len(titles))
+    table = pivot(values[(values["split"] == "tune") & (values["space"] == "ALL")], CHOICE)
+    table = table.groupby(["net", "weight", "label"], sort=False)[list(CHOICE)].mean().reset_index()  # over seeds
+    least = table.loc[table["net"] == BASELINE, "clean"].mean() - 1
+    chosen: dict[str, str] = {}
+    for _, group in table[table["weight"] > 0].groupby("net", sort=False):
+        for why, rows, name in (("R2", group[group["clean"] >= least], "R2 rotation"), ("accuracy", group, "clean")):
+            if rows[name].notna().any():
+                label = rows.loc[rows[name].idxmax(), "label"]
+                chosen[label] = " and ".join(filter(None, [chosen.get(label), why]))
+    return chosen
 
 
-def accuracy_table(accuracy: pd.DataFrame, networks: list[Network], perturbations: list[str]) -> str:
-    found = mean_and_std(accuracy, ["recipe", "net", "part", "perturbation"], "top1", digits=1)
-    rows = {
-        (recipe, f"{net} {part}"): [found.get((recipe, net, part, name), (0, "")) for name in perturbations]
-        for recipe, net, part in networks
-    }
-    return align_rows(["recipe", "network"], perturbations, rows)
-
-
-def compared(networks: list[Network]) -> list[Network]:
-    """The networks of which differences from the baseline are shown."""
-    return [row for row in networks if row[1] not in (UNTRAINED, BASELINE) and row[2] in COMPARED_PARTS]
-
-
-def differences(accuracy: pd.DataFrame) -> dict[tuple[str, str, str, str], tuple[int, float, float, float]]:
-    """{(recipe, net, part, perturbation): (seeds, difference, and its interval)}, in points of top-1, for one backbone.
-
-    Differences are taken from the baseline's ALL, over the seeds that both networks have.
-    """
-    found = accuracy.dropna(subset="hits")
-    base = found[(found["net"] == BASELINE) & (found["part"] == "ALL")]
-    pairs = found.merge(base, on=["recipe", "perturbation", "seed"], suffixes=("", "_base"))
-    intervals = {}
-    for key, pair in pairs.groupby(["recipe", "net", "part", "perturbation"], sort=False):
-        hits, base_hits = (np.stack(pair[name]).astype(int) for name in ("hits", "hits_base"))  # S, N
-        intervals[key] = (len(pair), *paired_interval(100 * (hits - base_hits)))
-    return intervals
-
-
-def difference_table(accuracy: pd.DataFrame, networks: list[Network], perturbations: list[str]) -> str:
-    found = {
-        key: (seeds, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-        for key, (seeds, mean, low, high) in differences(accuracy).items()
-    }
-    rows = {
-        (recipe, f"{net} {part} - {BASELINE} ALL"): [found.get((recipe, net, part, name), (0, "")) for name in perturbations]
-        for recipe, net, part in compared(networks)
-    }
-    return align_rows(["recipe", "difference"], perturbations, rows)
-
-
-def equivariance_table(entries: pd.DataFrame, networks: list[Network], score: str) -> str:
-    """A row per transformation, recipe and net, a column per part and control."""
-    found = mean_and_std(entries, ["transform", "recipe", "net", "space"], score, digits=3)
-    applicable = {(transform, net, space) for transform, _, net, space in found}  # dino, for example, has no IR
-    spaces = in_order({key[3] for key in found}, SPACES.values())
-    rows = {
-        (transform, recipe, net): [
-            found.get((transform, recipe, net, space), (0, "")) if (transform, net, space) in applicable else None
-            for space in spaces
-        ]
-        for transform in dict.fromkeys(key[0] for key in found)
-        for recipe, net, _ in networks if net != UNTRAINED
-    }  # fmt: skip
-    return align_rows(["transformation", "recipe", "net"], spaces, rows)
-
-
-def equivariance_tables(entries: pd.DataFrame, networks: list[Network]) -> dict[str, str]:
-    """{title: table} for one backbone; only those for which there are scores."""
-    tables = {}
-    results, gaps = (entries[entries["kind"] == kind] for kind in MEASURED)
-    for (head, given), found in results.groupby(["head", "input"], sort=False):
-        for score, title in (("r2", "R2"), ("accuracy", "accuracy")):
-            if found[score].notna().any():
-                title = f"what is known about transformations, {title} (head {head}, input {given})"
-                tables[title] = equivariance_table(found, networks, score)
-    return tables | ({"cosine gap": equivariance_table(gaps, networks, "cosine_gap")} if len(gaps) else {})
-
-
-def report(study: Study) -> str:
+def report(values: pd.DataFrame) -> str:
     """All tables in Markdown."""
-    networks = networks_of(study.accuracy)
-    perturbations = in_order(study.accuracy["perturbation"], PERTURBATIONS)
     sections = []
-    for arch, accuracy in study.accuracy.groupby("arch"):
-        tables = {}
-        for measure, title in MEASURES.items():
-            found = accuracy[accuracy["measure"] == measure]
-            tables[f"top-1 (%), {title}"] = accuracy_table(found, networks, perturbations)
-            if compared(networks):
-                tables[f"differences of top-1 (points), {title}"] = difference_table(found, networks, perturbations)
-        tables |= equivariance_tables(study.equivariance[study.equivariance["arch"] == arch], networks)
-        sections += [f"### {arch}: {title}\n\n{table}" for title, table in tables.items()]
-    seeds = " ".join(sorted({cell["settings"]["seed"] for cell in study.cells}, key=int))
-    note = f"Mean ± standard deviation over seeds ({seeds}); in brackets, 95 % intervals over seeds and test images."
-    return "\n\n".join([note, *sections]) + "\n"
+    for arch, found in values.groupby("arch", sort=False):
+        is_tuned = found["split"] == "tune"
+        tested, tuned = found[~is_tuned], found[is_tuned]
+        for title, columns in TABLES.items():
+            table = pivot(tested, columns)
+            if len(table):
+                sections.append(f"### {arch}: {title}\n\n{to_markdown(table, columns)}")
+            if title == next(iter(TABLES)) and len(changes := differences(table)):
+                text = to_markdown(changes, columns, interval, base=f"{BASELINE} ALL")
+                sections.append(f"### {arch}: paired differences, with 95 % intervals\n\n{text}")
+        if len(tuned):
+            chosen = ", ".join(f"{label} ({why})" for label, why in choose(found).items())
+            text = to_markdown(pivot(tuned, CHOICE), CHOICE) + f"\n\nChosen: {chosen or 'none'}."
+            sections.append(f"### {arch}: tuning split, 20-NN top-1 (%) and R2\n\n{text}")
+    return "\n\n".join(["Mean ± standard deviation over seeds.", *sections]) + "\n"
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def draw_panels(rows: list[str], columns: list[str]) -> tuple[plt.Figure, dict[tuple[str, str], plt.Axes]]:
-    """A figure with a panel per row and column."""
-    size = 1.5 + 4.5 * len(columns), 0.8 + 2.9 * len(rows)
-    figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=size, squeeze=False, sharey="row", layout="constrained"
-    )  # fmt: skip
-    panels = {(row, column): axes[i, j] for i, row in enumerate(rows) for j, column in enumerate(columns)}
-    for (row, column), panel in panels.items():
-        panel.set_title(f"{row}, {MEASURES.get(column, column)}", fontsize=10)
+def style_of(net: str) -> dict[str, Any]:
+    """Colour of the method; dashed, with open markers, if its term is on the EF alone."""
+    on_ef = net.endswith("+EF") or net == "sie"
+    color = COLORS.get(net.split("+")[0], "grey")
+    return {"color": color, "linestyle": "--" if on_ef else "-", "markerfacecolor": "white" if on_ef else color}
+
+
+def draw_front(values: pd.DataFrame) -> plt.Figure:
+    """Accuracy on rotated images against R2 of the rotation, a line for each net through its weights, on the tuning split.
+
+    Left, of the whole representation; right, what a split gains: accuracy of the IR minus dino's, R2 of the EF minus that of as
+    many random dimensions.
+    """
+    archs = [arch for arch, found in values.groupby("arch") if (found["split"] == "tune").any()]
+    figure, panels = plt.subplots(len(archs), 2, figsize=(11, 4.4 * len(archs)), squeeze=False, layout="constrained")
+    for (whole, gain), arch in zip(panels, archs, strict=True):
+        table = pivot(values[(values["arch"] == arch) & (values["split"] == "tune")], CHOICE).sort_values(
+            "weight", kind="stable"
+        )
+        gains = differences(table)
+        for net, rows in table.groupby("net", sort=False):
+            style = style_of(net) | {"marker": "*" if net == BASELINE else "o", "markersize": 13 if net == BASELINE else 6}
+            ALL = rows[rows["space"] == "ALL"]
+            whole.plot(ALL["R2 rotation"], ALL["rotated"], label=net, **style)
+            for end in (ALL[ALL["weight"] > 0].head(1), ALL[ALL["weight"] > 0].tail(1)):
+                for x, y, weight in end[["R2 rotation", "rotated", "weight"]].to_numpy():
+                    whole.annotate(f"{weight:g}", (x, y), fontsize=7, textcoords="offset points", xytext=(5, 3))
+            EF, IR = (gains[(gains["net"] == net) & (gains["space"] == space)].set_index("weight") for space in ("EF", "IR"))
+            gain.plot(EF["R2 rotation"], IR["rotated"].reindex(EF.index), **style)
+        gain.axhline(0, color="black", linewidth=0.8)
+        gain.axvline(0, color="black", linewidth=0.8)
+        whole.set(title=f"{arch}: the whole representation", xlabel="R2 of the rotation", ylabel="20-NN on rotated images (%)")
+        gain.set(title=f"{arch}: split into IR and EF", xlabel="R2 of the rotation: EF minus as many random dimensions",
+                 ylabel="20-NN on rotated images:\nIR minus dino (points)")  # fmt: skip
+    for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="0.9")
-    return figure, panels
+        panel.grid(color="0.93")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
 
 
-def finish(figure: plt.Figure, title: str, panel: plt.Axes, path: Path) -> None:
-    """Add a title and the legend of one panel to the figure, and write it."""
-    figure.suptitle(title, fontsize=11)
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
-
-
-def plot_curves(study: Study, path: Path) -> None:
-    """The normalised loss per epoch: mean over seeds as a line, their range as a band."""
-    curves: dict[tuple[str, str, str], list[list[float]]] = {}
-    for cell in study.cells:
-        if cell["loss"]:
-            curves.setdefault(tuple(cell["settings"][name] for name in ("arch", "recipe", "net")), []).append(cell["loss"])
-    archs, recipes, nets = (sorted({key[i] for key in curves}) for i in range(3))
-    figure, panels = draw_panels(archs, recipes)
-    for (arch, recipe), panel in panels.items():
-        for net in in_order(nets, NETS):
-            if found := curves.get((arch, recipe, net)):
-                losses = np.array([curve[: min(map(len, found))] for curve in found])  # S, epochs
-                epochs = np.arange(1, losses.shape[1] + 1)
-                (line,) = panel.plot(epochs, losses.mean(0), color=COLORS.get(net), marker=".", label=net)
-                panel.fill_between(epochs, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.25, linewidth=0)
-        panel.set(xlabel="epoch", ylim=(0, 1.05))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for arch in archs:
-        panels[arch, recipes[0]].set_ylabel("loss / ln(out_dim)\n(1: nothing learned)")
-    finish(figure, "Loss in training: mean of the seeds (lines), and their range (bands)", panel, path)
-
-
-def plot_differences(study: Study, path: Path) -> None:
-    """Differences of top-1 with their intervals; above 0, the network is ahead of the baseline."""
-    archs, perturbations = sorted(set(study.accuracy["arch"])), in_order(study.accuracy["perturbation"], PERTURBATIONS)
-    series = compared(networks_of(study.accuracy))
-    figure, panels = draw_panels(archs, list(MEASURES))
-    for (arch, measure), panel in panels.items():
-        accuracy = study.accuracy
-        found = differences(accuracy[(accuracy["arch"] == arch) & (accuracy["measure"] == measure)])
-        panel.axhline(0, color="black", linewidth=1)
-        for i, (recipe, net, part) in enumerate(series):
-            rows = [found.get((recipe, net, part, name), (0, np.nan, np.nan, np.nan))[1:] for name in perturbations]
-            means, lows, highs = np.array(rows).T
-            x = np.arange(len(perturbations)) + 0.7 * ((i + 0.5) / len(series) - 0.5)
-            color = plt.get_cmap("tab10")([row[:2] for row in series if row[2] == "ALL"].index((recipe, net)) % 10)
-            panel.errorbar(x, means, [means - lows, highs - means], fmt="o" if part == "ALL" else "s", color=color, capsize=3,
-                markersize=5, markerfacecolor=color if part == "ALL" else "white",
-                label=f"{net} {part}, trained with {recipe}")  # fmt: skip
-        panel.set_xticks(range(len(perturbations)), perturbations)
-        panel.set_xlabel("perturbation of the test images")
-    for arch in archs:
-        panels[arch, "probe"].set_ylabel(f"top-1 minus that of\n{BASELINE} ALL (points)")
-    finish(figure, f"Above 0, a net is better than {BASELINE}. Bars: 95 % intervals over seeds and test images", panel, path)
+def draw_told(values: pd.DataFrame) -> plt.Figure:
+    """R2 minus that of dino, of transformations that the methods are told and of others, on the test images."""
+    archs = [arch for arch, found in values.groupby("arch") if (found["split"] == "test").any()]
+    figure, panels = plt.subplots(len(archs), 1, figsize=(11, 4 * len(archs)), squeeze=False, layout="constrained")
+    names = [*TOLD, *HELD_OUT]
+    for panel, arch in zip(panels[:, 0], archs, strict=True):
+        found = values[(values["arch"] == arch) & (values["split"] == "test") & (values["space"] == "ALL")]
+        table = pivot(found, {name: (R2, name) for name in names}).set_index("seed")
+        base = table.loc[table["net"] == BASELINE, names]
+        labels = [label for label in table["label"].unique() if label.split()[0] not in (BASELINE, UNTRAINED)]
+        for i, label in enumerate(labels):
+            rows = table[table["label"] == label]
+            gains = rows[names] - base.reindex(rows.index)
+            style = style_of(rows["net"].iloc[0])
+            x = np.arange(len(names)) + 0.8 * ((i + 0.5) / len(labels) - 0.5)
+            panel.bar(x, gains.mean(), 0.8 / len(labels), yerr=gains.std(), label=label, edgecolor=style["color"],
+                      color=style["markerfacecolor"], error_kw={"linewidth": 0.8})  # fmt: skip
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.axvline(len(TOLD) - 0.5, color="0.7", linestyle=":")
+        panel.set_xticks(range(len(names)), [f"{name}\n({'told' if name in TOLD else 'held out'})" for name in names])
+        panel.set(ylabel="R2 minus dino's", title=arch)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=7, ncols=4, frameon=False)
+    return figure
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def save_picture(figure: plt.Figure, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+
+
 def make_tables(source: Path, out: Path | None) -> None:
     """Print the tables of a study; write them with their records and, as far as there are results to draw, pictures."""
-    study = load_study(source)
-    text = report(study)
+    values = load_study(source)
+    for line in missing(values):
+        note(line)
+    text = report(values)
     print(text)
     if out is None:
         return
-    lines = ",\n".join(json.dumps(cell) for cell in study.cells)
+    lines = ",\n".join(json.dumps(cell) for cell in read_cells(source))
     write_text_atomically(f'{{"cells": [\n{lines}\n]}}\n', out / "records.json")
     write_text_atomically(text, out / "tables.md")
-    if any(cell["loss"] for cell in study.cells):
-        plot_curves(study, out / "curves.png")
-    if compared(networks_of(study.accuracy)) and differences(study.accuracy):
-        plot_differences(study, out / "differences.png")
+    if (values["split"] == "tune").any():
+        save_picture(draw_front(values), out / "front.png")
+    if (values["split"] == "test").any():
+        save_picture(draw_told(values), out / "told.png")
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Unpack the records of a study, so that scripts/study.sh does not run its cells again.")
+    parser.add_argument("records", type=Path, help="records.json")
+    parser.add_argument("folder", type=Path, help="RESULT of scripts/study.sh")
+    args = parser.parse_args()
+    unpack(args.records, args.folder)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -12,7 +12,7 @@ Prints the tables in Markdown. With --out, they are also written to that folder:
   result for the same cell, the newest one counts, and a note on stderr says so. A second table shows what rotation does to the
   features. R2 says how well a linear regressor predicts the angle (1: exactly); the cosine gap, how much closer a rotated image
   is to itself than to other images.
-- of a study (scripts/study.py): records.json, tables.md, curves.png and differences.png.
+- of a study (scripts/study.py): records.json, tables.md, front.png and told.png.
 """
 
 from pathlib import Path
@@ -186,8 +186,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out:
         check_writable(args.out, "--out")
-    if len(args.sources) == 1 and study.is_study(args.sources[0]):
-        study.make_tables(args.sources[0], args.out)
+    if len(args.sources) == 1 and (source := study.find_study(args.sources[0])):
+        study.make_tables(source, args.out)
     else:
         make_tables(args.sources, args.out)
     if args.out:

@@ -154,8 +154,10 @@ def test_ctrl_c_saves_in_the_middle_of_an_epoch(tmp_path):
 
 def test_a_process_that_waits_for_others_ends_at_once(tmp_path):
     group = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    code = "import argparse; from clever import distributed; print('waiting', flush=True); p = argparse.ArgumentParser(); " \
-           "distributed.add_distributed_arguments(p); distributed.init_distributed(p.parse_args([]))"
+    code = (
+        "import argparse; from clever import distributed; print('waiting', flush=True); p = argparse.ArgumentParser(); "
+        "distributed.add_distributed_arguments(p); distributed.init_distributed(p.parse_args([]))"
+    )
     main = f"from clever.entry import run_entry_point\ndef main():\n    {code}\nrun_entry_point(main)"
     command = [sys.executable, "-c", main]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | SETTINGS | group, stdout=subprocess.PIPE, text=True) as process:

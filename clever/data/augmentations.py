@@ -57,7 +57,7 @@ class ViewDistribution:
         scale: share of the image's area in the crop, from and to; None: the centre, as in evaluations.
         bicubic: interpolation; False: bilinear.
         rotation: largest angle, degrees in either direction.
-        elastic_alpha: strength of the elastic distortion; `elastic_last`: after the colour operations.
+        elastic_alpha: strength of the elastic distortion, or from `elastic_least` times this on; `elastic_last`: after colour.
         brightness, contrast, saturation: a factor f is drawn from 1 - b to 1 + b.
         hue: the shift is drawn from -hue to hue.
         radius: standard deviation of the blur, from and to, pixels.
@@ -70,6 +70,7 @@ class ViewDistribution:
     rotation: float = 0.0
     elastic_p: float = 0.0
     elastic_alpha: float = 100.0
+    elastic_least: float = 1.0
     elastic_last: bool = False
     jitter_p: float = 0.0
     brightness: float = 0.4
@@ -91,7 +92,8 @@ class ViewDistribution:
             random_resized_crop(views, u, self.scale, heights, widths)
         views["flip"] = u[:, FLIP] < self.flip_p
         views["angle"] = (2 * u[:, ANGLE] - 1) * self.rotation
-        views["elastic_alpha"] = np.where(u[:, ELASTIC] < self.elastic_p, self.elastic_alpha, 0)
+        share = self.elastic_least + (1 - self.elastic_least) * u[:, ELASTIC] / (self.elastic_p or 1)  # of the strength
+        views["elastic_alpha"] = np.where(u[:, ELASTIC] < self.elastic_p, self.elastic_alpha * share, 0)
         views["elastic_seed"] = u[:, ELASTIC_SEED] * 2**32
         views["jitter"] = np.where(u[:, JITTER] < self.jitter_p, 2 if self.elastic_last else 1, 0)
         for name, place in (("brightness", BRIGHTNESS), ("contrast", CONTRAST), ("saturation", SATURATION)):

@@ -21,7 +21,7 @@ COLUMNS = (
     "brightness", "contrast", "saturation", "hue",  # change as a share of the range's width, -0.5 to 0.5
     "grey",
     "blur",  # standard deviation as a share of the largest one
-    "solarize", "elastic",
+    "solarize", "elastic",  # the strength of "elastic" as a share of the largest one
 )  # fmt: skip
 GROUPS = {
     "crop": slice(0, 4), "flip": slice(4, 5), "rotation": slice(5, 7), "color": slice(7, 11), "grey": slice(11, 12),
@@ -47,7 +47,7 @@ def describe(parameters: np.ndarray, heights: Sequence[int], widths: Sequence[in
         "sin": np.sin(angle),
         "cos": np.cos(angle),
         "blur": view["blur"] / _divisors(distribution.radius[1] for distribution in views.distributions),
-        "elastic": view["elastic_alpha"] > 0,
+        "elastic": view["elastic_alpha"] / _divisors(distribution.elastic_alpha for distribution in views.distributions),
     }
     for name, neutral in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0)):
         ranges = _divisors(2 * getattr(distribution, name) for distribution in views.distributions)  # V

@@ -73,6 +73,7 @@ TRANSFORMS = {
     "crop": Transform({"scale": DINO_VIEW.scale}, _BOX),
     "jitter": Transform({"jitter_p": 1.0, **_JITTER}, _COLOURS),
     "blur": Transform({"blur_p": 1.0}, _RADIUS),
+    "elastic": Transform({"elastic_p": 1.0, "elastic_least": 0.0}, _scaled(["elastic"])),
     "flip": Transform({"flip_p": 0.5}, _applied("flip"), "class", inputs=("pair",)),
     "solarize": Transform({"solarize_p": 0.5}, _applied("solarize"), "class"),
     "grey": Transform({"grey_p": 0.5}, _applied("grey"), "class"),

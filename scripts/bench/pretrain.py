@@ -2,19 +2,22 @@
 
     python -m scripts.bench.pretrain                                                  # ViT-tiny, batch 8, this machine
     python -m scripts.bench.pretrain --arch vit_small resnet50 --batch_size 64 --amp_dtype bf16 --num_workers 12
+    python -m scripts.bench.pretrain --net dino care --arch resnet8 --images small -- --global_crops_size 16
 
 The step gets views that are kept, the loader reads random images. Its workers are processes; on a CPU they compete with the
 step for its cores. If "together" is as fast as the slower of the two, they overlap completely. "cores needed" is the rate of
 the step divided by that of the loader per worker. All are measured in turn, an epoch each; the table shows medians over rounds.
+Further flags of main_dino.py stand after `--`.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -37,40 +40,45 @@ def train_again(run: Pretraining, batches: Iterable) -> None:
         run.train_one_epoch(batches, epoch=0)
 
 
-def measure(options: argparse.Namespace, arch: str, folder: Path) -> dict[str, float]:
-    """Images per second of each column, medians over the rounds, and the cores that feed the step."""
-    flags = ["--data_path", folder, "--net", options.net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
+def prepare(options: argparse.Namespace, net: str, arch: str, folder: Path) -> dict[str, Callable[[], object]]:
+    """{column: an epoch of it}, after a first step."""
+    flags = ["--data_path", folder, "--net", net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
     flags += ["--amp_dtype", options.amp_dtype, "--out_dim", options.out_dim, "--num_workers", options.num_workers]
-    flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--print_freq", 10**6]
+    flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--print_freq", 10**6, *options.flags]
     args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(list(map(str, flags))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
     run = build_pretraining(args, *build_networks(args, device), device, len(loader))
     views, codes = next(iter(loader))  # starts the workers
     views = [run.normalized(view.to(device)) for view in views]  # V', B, 3, S, S
-    work = {
+    train_again(run, [(views, codes)])
+    return {
         "step": lambda: train_again(run, [(views, codes)] * len(loader)),
         "loader": lambda: [None for _ in loader],
         "together": lambda: train_again(run, loader),
     }
-    train_again(run, [(views, codes)])  # warm up
+
+
+def measure(networks: list[dict[str, Callable[[], object]]], images: int, rounds: int) -> list[dict[str, float]]:
+    """Images per second of each column of each network, medians over the rounds, in which all are measured in turn."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(options.rounds):
-        for name, function in work.items():
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            rates[name].append(len(loader) * options.batch_size / (time.perf_counter() - start))
-    found = {name: statistics.median(values) for name, values in rates.items()}
-    return found | {"cores needed": found["step"] * max(options.num_workers, 1) / found["loader"]}
+    rates: list[dict[str, list[float]]] = [{name: [] for name in network} for network in networks]
+    for _ in range(rounds):
+        for network, found in zip(networks, rates, strict=True):
+            for name, function in network.items():
+                wait()
+                start = time.perf_counter()
+                function()
+                wait()
+                found[name].append(images / (time.perf_counter() - start))
+    return [{name: statistics.median(values) for name, values in found.items()} for found in rates]
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--net", default="CLeVER", choices=METHODS)
-    parser.add_argument("--arch", nargs="+", default=["vit_tiny"], help="one or more backbones; one row of the table each")
+    parser.add_argument("--net", nargs="+", default=["CLeVER"], choices=METHODS)
+    parser.add_argument("--arch", nargs="+", default=["vit_tiny"], help="backbones; every net with each is a row of the table")
+    parser.add_argument("--images", default="photos", choices=("photos", "small"), help="small: PNG files of 28 x 28 pixels")
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--amp_dtype", default="fp32", choices=("auto", "bf16", "fp16", "fp32"))
@@ -78,18 +86,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of an epoch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
+    parser.add_argument("flags", nargs="*", help="after --: further flags of main_dino.py")
     options = parser.parse_args()
     check_positive(options, "out_dim", "batch_size", "steps", "rounds")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
-    print(f"{options.net}, out_dim {options.out_dim}, batch {options.batch_size}, {options.amp_dtype}, {options.num_workers} "
-          f"workers; images per second on {machine}, torch {torch.__version__}\n")  # fmt: skip
-    print("| backbone | step | loader | together | cores needed |\n|---|--:|--:|--:|--:|")
-    results = {}
+    about = f"out_dim {options.out_dim}, batch {options.batch_size}, {options.amp_dtype}, {options.num_workers} workers"
+    print(f"{about}; images per second on {machine}, torch {torch.__version__}\n")
+    print("| net | backbone | step | loader | together | cores needed |\n|---|---|--:|--:|--:|--:|")
+    names = list(itertools.product(options.net, options.arch))
     with tempfile.TemporaryDirectory() as scratch:
-        write_images("photos", Path(scratch), options.batch_size * options.steps)
-        for arch in options.arch:
-            results[arch] = measure(options, arch, Path(scratch))
-            print(f"| {arch} | " + " | ".join(f"{value:.1f}" for value in results[arch].values()) + " |", flush=True)
+        write_images(options.images, Path(scratch), options.batch_size * options.steps)
+        networks = [prepare(options, *name, Path(scratch)) for name in names]
+        rates = measure(networks, options.batch_size * options.steps, options.rounds)
+    results = []
+    for (net, arch), found in zip(names, rates, strict=True):
+        found["cores needed"] = found["step"] * max(options.num_workers, 1) / found["loader"]
+        results.append({"net": net, "arch": arch, **found})
+        print(f"| {net} | {arch} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
     if options.output:
         settings = {name: value for name, value in vars(options).items() if name != "output"}
         about = {"kind": "bench_pretrain", "machine": machine, "torch": torch.__version__}

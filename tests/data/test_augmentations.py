@@ -138,8 +138,9 @@ def test_the_parameters_of_a_seed_never_change():
     views = MultiCropAugmentation("aug1_4_2", local_crops_number=1)
     drawn = views.draw_seeded([0, 2**32 - 1], [375, 28], [500, 28])
     golden = json.loads((DATA / "views.json").read_text())
-    assert golden["names"] == list(VIEW.names) and golden["torch_rand"] == torch.rand(
-        2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).tolist()
+    assert (
+        golden["names"] == list(VIEW.names)
+        and golden["torch_rand"] == torch.rand(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    )
     for view, expected in zip(drawn.ravel(), golden["views"], strict=True):
         assert np.allclose(view.tolist(), expected, rtol=1e-6, atol=1e-7)

@@ -1,6 +1,5 @@
 """The readable renderer, operation by operation beside Pillow and torchvision; the choice of a renderer."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """make_cub200.py: image folders from CUB-200-2011, and refused input."""
 
-
 import pytest
 from support.in_process import assert_refused, call, snapshot
 

@@ -1,6 +1,5 @@
 """Folders, sizes and ground truths of the saliency evaluation, and the features that it compares."""
 
-
 import numpy as np
 import pytest
 import torch
