@@ -39,7 +39,6 @@ class CompiledPackage:
         self.build_command = f"python {sources}/setup.py build_ext --inplace"
         if not (ROOT / sources).is_dir():  # this is the installed package, which has no sources
             self.build_command = f"in a clone of the repository, pip install ./{sources}"
-        self.reinstall_command = f"pip install --force-reinstall ./{sources}"  # for an installed package
         self.found: dict[str, ctypes.CDLL | str] = {}  # the libraries, or why they cannot be used
 
     def build_folders(self) -> list[Path]:

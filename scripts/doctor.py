@@ -1,5 +1,4 @@
-"""Shows what this machine has for the compiled parts, VMamba's selective scan and the renderer of views: what is missing and
-why, and which command to run next.
+"""Shows what this machine has for VMamba's selective scan and the renderer of views: what runs, and how to build the rest.
 
     python -m scripts.doctor
 
@@ -9,7 +8,6 @@ It installs and changes nothing.
 import os
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
@@ -38,88 +36,46 @@ def show_torch() -> None:
         row("GPU", f"cuda:{index} {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
 
 
-def show_tools() -> tuple[bool, bool]:
-    """Returns whether there are a C++ compiler and nvcc."""
+def show_tools() -> None:
     try:
-        compiler = build_tool.find_compiler(os.environ)
-        row("C++ compiler", " ".join(compiler))
+        compiler = " ".join(build_tool.find_compiler(os.environ))
     except build_tool.BuildError as error:
-        compiler = None
-        row("C++ compiler", str(error))
+        compiler = f"{error}; apt install g++, or conda install gxx"
+    row("C++ compiler", compiler)
     nvcc = build_tool.find_nvcc(os.environ)
     row("nvcc", nvcc or "none (looked in CUDA_HOME, on PATH and in /usr/local/cuda): no CUDA library can be built here")
-    return compiler is not None, nvcc is not None
 
 
-def is_outdated(info: dict, library: build_tool.Library) -> bool:
-    """Whether the sources have changed since the build that build.json describes."""
-    return info.get("sources_sha256") != library.sources_sha256()
+def show_builds() -> None:
+    for library, parts in ((extension.SCAN, build_tool.SELECTIVE_SCAN), (rendering_cpp.VIEWS, build_tool.VIEWS)):
+        for folder in library.build_folders():
+            info = build_info(folder)
+            built = [name for name in ("cpu", "cuda") if name in info]
+            built += [f"{name}: {reason}" for name, reason in info.get("not_built", {}).items()]
+            is_old = info.get("sources_sha256") != parts.sources_sha256()
+            note = f" (OUT OF DATE, the sources have changed since: {library.build_command})" if is_old else ""
+            row("build", f"{folder}{note}: {'; '.join(built)}")
 
 
-def show_builds() -> list[Path]:
-    """Returns the folders of builds that are out of date."""
-    outdated = []
-    for folder in extension.build_folders():
-        info = extension.build_info(folder)
-        is_old = is_outdated(info, build_tool.SELECTIVE_SCAN)
-        outdated += [folder] * is_old
-        parts = [name for name in ("cpu", "cuda") if name in info]
-        parts += [f"{name}: {reason}" for name, reason in info.get("not_built", {}).items()]
-        row("build", f"{folder}{' (OUT OF DATE: the sources have changed since)' if is_old else ''}: {'; '.join(parts)}")
-    return outdated
-
-
-def show_backends() -> dict[str, str]:
-    """Shows which backends can run, and why others cannot. Returns the one that `auto` selects, by device type."""
-    chosen = {}
+def show_backends() -> None:
+    """Which backends of the scan can run, and why others cannot; the first one that can is selected."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for name in PREFERENCE[device]:
-            reason = BACKENDS[name].unavailable_reason(torch.device(device))
-            if reason is None and device not in chosen:
-                chosen[device] = name
-            status = reason or ("selected" if chosen[device] == name else "can run")
+        reasons = {name: BACKENDS[name].unavailable_reason(torch.device(device)) for name in PREFERENCE[device]}
+        selected = next(name for name, reason in reasons.items() if reason is None)
+        for name, reason in reasons.items():
             extra = f" ({scan_cpp.instruction_set()} instructions)" if name == "cpp" and reason is None else ""
-            row(f"{device}: {name}", status + extra)
-    return chosen
-
-
-def show_renderer() -> str | None:
-    """Shows whether views are rendered by compiled code. Returns the command that builds it anew, if that would help."""
+            row(f"{device}: {name}", (reason or ("selected" if name == selected else "can run")) + extra)
     reason = rendering_cpp.unavailable_reason()
-    if reason:
-        row("views", f"torchvision and Pillow; cpp: {reason}")
-        return rendering_cpp.VIEWS.build_command
-    folder = rendering_cpp.VIEWS.build_folders()[0]
-    is_old = is_outdated(build_info(folder), build_tool.VIEWS)
-    note = ", OUT OF DATE: the sources have changed since" if is_old else ""
-    row("views", f"cpp selected ({rendering_cpp.instruction_set()} instructions{note})")
-    return rendering_cpp.VIEWS.build_command if is_old else None
-
-
-def advice(chosen: dict[str, str], outdated: list[Path], compiler: bool, nvcc: bool, renderer: str | None) -> str:
-    """The command to run next; `renderer` is the one that builds the renderer, or None."""
-    if outdated:
-        return extension.BUILD if extension.IN_PLACE in outdated else extension.REINSTALL
-    if chosen["cpu"] != "cpp":
-        hint = "" if compiler else "install a C++ compiler (apt install g++, or conda install gxx), then: "
-        return hint + extension.BUILD
-    if chosen.get("cuda", "cuda") != "cuda":
-        hint = "" if nvcc else f"stay with {chosen['cuda']}, or install the CUDA toolkit (nvcc), then: "
-        return hint + f"SCAN_CUDA=1 {extension.BUILD}"
-    if renderer:
-        return renderer
-    return "nothing to install; python -m scripts.bench.scan measures the scan, python -m scripts.bench.views the renderer"
+    found = f"torchvision and Pillow; cpp: {reason}" if reason else f"cpp ({rendering_cpp.instruction_set()} instructions)"
+    row("views", found)
 
 
 def main() -> None:
     ArgumentParser(description=__doc__).parse_args()
     show_torch()
-    compiler, nvcc = show_tools()
-    outdated = show_builds()
-    print()
-    chosen = show_backends()
-    renderer = show_renderer()
-    print(f"\nnext: {advice(chosen, outdated, compiler, nvcc, renderer)}")
+    show_tools()
+    show_builds()
+    show_backends()
 
 
 if __name__ == "__main__":

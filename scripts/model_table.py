@@ -1,7 +1,7 @@
 """Parameters and GFLOPs of the backbones, counted as in the paper.
 
     python -m scripts.model_table
-    python -m scripts.model_table vit_tiny resnet18 convnext_tiny --img_size 96 --markdown models.md
+    python -m scripts.model_table vit_tiny resnet18 convnext_tiny --img_size 96 > models.md
 
 GFLOPs are counted by fvcore, in train mode and per image: a multiply-add is one operation, and normalisation and pooling
 are included. So is attention, which consists of two plain matrix products on a CPU. As in the paper, VMamba's selective scan
@@ -11,7 +11,6 @@ classifier of 1000 classes).
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -21,7 +20,7 @@ from clever.arguments import ArgumentParser, check_positive
 from clever.entry import run_entry_point
 from clever.evaluation.tables import align
 from clever.models.backbones import backbone_names, build_backbone
-from clever.utils import InputError, write_text_atomically
+from clever.utils import InputError
 from vmamba.selective_scan import scan_flops
 
 HEADER = ("backbone", "dimensions", "params (M)", "GFLOPs", "with scan")
@@ -62,7 +61,6 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="ours or timm's; default: all of ours that support --img_size")
     parser.add_argument("--img_size", type=int, default=224, help="side of the square images, pixels")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file, as Markdown")
     args = parser.parse_args()
     check_positive(args, "img_size")
     rows = []
@@ -73,10 +71,7 @@ def main() -> None:
             if args.names:
                 raise
             print(f"{arch} left out: {error}", file=sys.stderr)
-    table = align([HEADER, *rows])
-    print(table)
-    if args.markdown:
-        write_text_atomically(table + "\n", args.markdown)
+    print(align([HEADER, *rows]))
 
 
 if __name__ == "__main__":

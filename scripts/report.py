@@ -305,30 +305,14 @@ def result_tables(results: list[Record], names: dict[Path, str]) -> list[dict[st
     return [fill(TABLES[kind], rows) for kind, rows in by_kind.items() if rows]
 
 
-def comparisons(folders: list[Path]) -> Iterator[dict[str, Any]]:
-    """For each study (scripts/study.sh) among the folders, the table of its test images, and its front as a chart."""
-    for source in filter(None, map(study.find_study, folders)):
-        values = study.load_study(source)
-        tested = values[values["split"] == "test"]
-        tables = []
-        for arch, found in tested.groupby("arch", sort=False):
-            title, columns = next(iter(study.TABLES.items()))
-            table = study.pivot(found, columns).groupby(["label", "space"], sort=False)[list(columns)].mean()
-            cells = [[show(None if pd.isna(x) else x, study.digits(columns[name])) for name, x in row.items()]
-                     for _, row in table.iterrows()]  # fmt: skip
-            rows = list(zip(map(" ".join, table.index), cells, strict=True))
-            note = "Means over seeds. Press a heading to sort by it."
-            tables.append(
-                {
-                    "title": f"{arch}: {title}",
-                    "note": note,
-                    "heads": list(columns),
-                    "numeric": [True] * len(columns),
-                    "rows": rows,
-                }
-            )
-        front = to_svg(study.draw_front(values)) if (values["split"] == "tune").any() else ""
-        yield {"tables": tables, "front": front}
+def comparison(source: Path) -> dict[str, Any]:
+    """The tables of a study (scripts/study.sh), and its front as a chart."""
+    values = study.load_study(source)
+    tables = [
+        {"title": title, "heads": heads, "numeric": [True] * len(heads), "rows": [(name, cells) for name, *cells in rows]}
+        for title, ((_, *heads), *rows) in study.tables_of(values).items()
+    ]
+    return {"tables": tables, "front": to_svg(study.draw_front(values)) if (values["split"] == "tune").any() else ""}
 
 
 def sections_of(folders: list[Path], max_bytes: float, problems: list[str]) -> dict[str, Any]:
@@ -343,7 +327,7 @@ def sections_of(folders: list[Path], max_bytes: float, problems: list[str]) -> d
     sizes = itertools.accumulate(path.stat().st_size for path in pictures)
     shown = [path for path, size in zip(pictures, sizes, strict=True) if size <= max_bytes]
     return {
-        "comparisons": list(comparisons(folders)),
+        "comparisons": list(map(comparison, filter(None, map(study.find_study, folders)))),
         "tiles": next((list(tiles_of(found)) for found in best.values()), []),
         "tables": tables + ([runs_table(runs, names)] if runs else []),
         "runs": [names[run["folder"]] for run in runs],

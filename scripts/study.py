@@ -42,7 +42,8 @@ TABLES = {
     "linear probe, top-1 (%)": {name: (PROBE, name) for name in PERTURBATIONS},
     "cosine gap": {name: (GAP, name) for name in (*TOLD, *HELD_OUT)},
     "memory of the pretraining": {"GiB": (MEMORY, "GiB")},
-}  # fmt: skip
+}
+DIGITS = {KNN: 1, PROBE: 1, MEMORY: 2}  # others 3
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -177,11 +178,6 @@ def pivot(values: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.DataF
     return table.sort_values(["label", "space"], key=lambda names: names.map(order), kind="stable")
 
 
-def digits(place: tuple[str, str]) -> int:
-    """After the point, of a (kind, name)."""
-    return {KNN: 1, PROBE: 1, MEMORY: 2}.get(place[0], 3)
-
-
 def spread(values: np.ndarray, places: int) -> str:
     """Mean and, of several seeds, standard deviation."""
     return f"{values.mean():.{places}f}" + (f" ± {values.std(ddof=1):.{places}f}" if len(values) > 1 else "")
@@ -195,8 +191,8 @@ def interval(values: np.ndarray, places: int) -> str:
     return f"{values.mean():+.{places}f} [{values.mean() - half:+.{places}f}, {values.mean() + half:+.{places}f}]"
 
 
-def to_markdown(table: pd.DataFrame, columns: dict[str, tuple[str, str]], show=spread, base: str = "") -> str:
-    """A row for each network and space. A cell of fewer seeds than others of its row says so."""
+def to_lines(table: pd.DataFrame, columns: dict[str, tuple[str, str]], show=spread, base: str = "") -> list[list[str]]:
+    """Headings, then a row for each network and space. A cell of fewer seeds than others of its row says so."""
     headings = [name for name in columns if table[name].notna().any()]
     lines = [["network", *["minus"] * bool(base), "seeds", *headings]]
     for (label, space), rows in table.groupby(["label", "space"], sort=False):
@@ -204,11 +200,11 @@ def to_markdown(table: pd.DataFrame, columns: dict[str, tuple[str, str]], show=s
         texts = []
         for name in headings:
             found = rows[name].dropna().to_numpy()
-            text = show(found, digits(columns[name])) if len(found) else "-"
+            text = show(found, DIGITS.get(columns[name][0], 3)) if len(found) else "-"
             texts.append(f"{text} ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else text)
         minus = [f"its {RANDOM}" if space == "EF" else base] * bool(base)
         lines.append([f"{label} {space}", *minus, str(seeds), *texts])
-    return align(lines, text_columns=1 + bool(base))
+    return lines
 
 
 def differences(table: pd.DataFrame) -> pd.DataFrame:
@@ -242,23 +238,26 @@ def choose(values: pd.DataFrame) -> dict[str, str]:
     return chosen
 
 
-def report(values: pd.DataFrame) -> str:
-    """All tables in Markdown."""
-    sections = []
+def tables_of(values: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """{title: headings and rows} of all tables."""
+    tables = {}
     for arch, found in values.groupby("arch", sort=False):
         is_tuned = found["split"] == "tune"
-        tested, tuned = found[~is_tuned], found[is_tuned]
         for title, columns in TABLES.items():
-            table = pivot(tested, columns)
-            if len(table):
-                sections.append(f"### {arch}: {title}\n\n{to_markdown(table, columns)}")
-            if title == next(iter(TABLES)) and len(changes := differences(table)):
-                text = to_markdown(changes, columns, interval, base=f"{BASELINE} ALL")
-                sections.append(f"### {arch}: paired differences, with 95 % intervals\n\n{text}")
-        if len(tuned):
-            chosen = ", ".join(f"{label} ({why})" for label, why in choose(found).items())
-            text = to_markdown(pivot(tuned, CHOICE), CHOICE) + f"\n\nChosen: {chosen or 'none'}."
-            sections.append(f"### {arch}: tuning split, 20-NN top-1 (%) and R2\n\n{text}")
+            table = pivot(found[~is_tuned], columns)
+            tables[f"{arch}: {title}"] = to_lines(table, columns)
+            if title == next(iter(TABLES)):
+                title = f"{arch}: paired differences, with 95 % intervals"
+                tables[title] = to_lines(differences(table), columns, interval, base=f"{BASELINE} ALL")
+        tables[f"{arch}: tuning split, 20-NN top-1 (%) and R2"] = to_lines(pivot(found[is_tuned], CHOICE), CHOICE)
+        chosen = [["chosen on the tuning split", "for"], *map(list, choose(found).items())]
+        tables[f"{arch}: weights"] = chosen
+    return {title: lines for title, lines in tables.items() if len(lines) > 1}
+
+
+def report(values: pd.DataFrame) -> str:
+    """All tables in Markdown."""
+    sections = [f"### {title}\n\n{align(lines, 1 + (lines[0][1] == 'minus'))}" for title, lines in tables_of(values).items()]
     return "\n\n".join(["Mean ± standard deviation over seeds.", *sections]) + "\n"
 
 
@@ -335,12 +334,6 @@ def draw_told(values: pd.DataFrame) -> plt.Figure:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def save_picture(figure: plt.Figure, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
-
-
 def make_tables(source: Path, out: Path | None) -> None:
     """Print the tables of a study; write them with their records and, as far as there are results to draw, pictures."""
     values = load_study(source)
@@ -353,10 +346,12 @@ def make_tables(source: Path, out: Path | None) -> None:
     lines = ",\n".join(json.dumps(cell) for cell in read_cells(source))
     write_text_atomically(f'{{"cells": [\n{lines}\n]}}\n', out / "records.json")
     write_text_atomically(text, out / "tables.md")
-    if (values["split"] == "tune").any():
-        save_picture(draw_front(values), out / "front.png")
-    if (values["split"] == "test").any():
-        save_picture(draw_told(values), out / "told.png")
+    for name, split, draw in (("front", "tune", draw_front), ("told", "test", draw_told)):
+        if (values["split"] == split).any():
+            figure = draw(values)
+            with atomic_file(out / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=130, format="png")
+            plt.close(figure)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ __all__ = ["build_info"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ScanType of scan.h
 SCAN = CompiledPackage("selective scan", "scan", "csrc/selective_scan", "clever_selective_scan", abi_version=1)
-IN_PLACE, BUILD, REINSTALL = SCAN.in_place, SCAN.build_command, SCAN.reinstall_command
+BUILD = SCAN.build_command
 build_folders, unavailable_reason, load = SCAN.build_folders, SCAN.unavailable_reason, SCAN.load
 
 

@@ -19,8 +19,7 @@ COLUMNS = (
     "flip",  # this and the others without a remark: 1 where applied, else 0
     "sin", "cos",  # of the rotation, counter-clockwise
     "brightness", "contrast", "saturation", "hue",  # change as a share of the range's width, -0.5 to 0.5
-    "grey",
-    "blur",  # standard deviation as a share of the largest one
+    "grey", "blur",  # of the blur, the standard deviation as a share of the largest one
     "solarize", "elastic",  # the strength of "elastic" as a share of the largest one
 )  # fmt: skip
 GROUPS = {

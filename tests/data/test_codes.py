@@ -45,8 +45,14 @@ def test_each_operation_by_hand():
     assert list(jittered.values())[7:11] == pytest.approx([0.5, -0.5, 0.25, -0.5])
     assert code_of(view_of_the_whole(jitter=1, brightness=1.4), brightness=0.8)["brightness"] == pytest.approx(0.25)
     assert code_of(view_of_the_whole(blur=1.5))["blur"] == 0.75
-    for name, field in (("flip", "flip"), ("grey", "grey"), ("solarize", "solarize"), ("elastic", "elastic_alpha")):
-        assert code_of(view_of_the_whole(**{field: 1}))[name] == 1
+    for name, field, value in (
+        ("flip", "flip", 1),
+        ("grey", "grey", 1),
+        ("solarize", "solarize", 1),
+        ("elastic", "elastic_alpha", 100),
+    ):
+        assert code_of(view_of_the_whole(**{field: value}))[name] == 1
+    assert code_of(view_of_the_whole(elastic_alpha=30), elastic_alpha=50)["elastic"] == pytest.approx(0.6)
 
 
 def test_what_was_not_applied_is_not_told():

@@ -55,7 +55,7 @@ def test_targets_by_hand():
     view = np.zeros((1, 1), VIEW)
     values = {"top": 10, "left": 30, "height": 20, "width": 60, "resized_height": 32, "resized_width": 32, "size": 32,
               "angle": 30, "blur": 1.5, "jitter": 1, "brightness": 1.2, "contrast": 0.8, "saturation": 1.1, "hue": -0.1,
-              "flip": 1, "solarize": 0, "grey": 1}  # fmt: skip
+              "flip": 1, "solarize": 0, "grey": 1, "elastic_alpha": 30}  # fmt: skip
     for field, value in values.items():
         view[field] = value
     expected = {
@@ -64,6 +64,7 @@ def test_targets_by_hand():
         "crop": {"centre x": 60 / 120, "centre y": 20 / 100, "log width": np.log(0.5), "log height": np.log(0.2)},
         "jitter": {"brightness": 0.5, "contrast": -0.5, "saturation": 0.5, "hue": -1},
         "blur": {"radius": 1.5},
+        "elastic": {"elastic": 0.3},
         "flip": {"flip": 1},
         "solarize": {"solarize": -1},
         "grey": {"grey": 1},
@@ -90,7 +91,7 @@ def test_views_differ_only_by_the_transformation(one_photo, name):
         expected = expected * inscribed_disc(32)
     assert torch.equal(dataset.__getitems__([0])[0][0, 0], expected[0, 0])
 
-    fields = {"rotation": ["angle"], "rotation_corners": ["angle"], "jitter": ["jitter"], "solarize": ["solarize"],
+    fields = {"rotation": ["angle"], "rotation_corners": ["angle"], "jitter": ["jitter"], "elastic": ["elastic_alpha"],
               "crop": ["top", "left", "height", "width", "resized_height", "resized_width", "y", "x"]}  # fmt: skip
     unused = ["brightness", "contrast", "saturation", "hue", "order", "elastic_seed"]  # without jitter and elastic distortion
     for field in set(VIEW.names) - set(fields.get(name, [name])) - set(unused):
