@@ -8,7 +8,8 @@
 #   TUNE=1                      the tuning split, for choosing weights: resnet8, seed 0, the weights FACTORS times the default; cells
 #                               are trained on the same images and evaluated on others of these, never on the test images
 #   ARCHS, RECIPES, SEEDS       lists of words, e.g. SEEDS="0 1 2 3 4"; default: resnet8, aug1_2, 0 1 2
-#   NETS="dino augself+EF:0.3"  NET[+EF][:WEIGHT]; +EF: the term on the EF alone; dino+2: dino with 2 more views; untrained
+#   NETS="dino augself+EF:0.3"  rows of METHODS below, with or without a weight: +EF: the term on the EF alone; +rotation: told this
+#                               alone; dino+2: dino with 2 more views
 #   LAMBDAS="0.1 1"             weights of all NETS that have none: of the term, of CLeVER's EF loss
 #   RECORDS=docs/study/records.json   cells that are in this file are not run again: compare a method of yours with the published
 #   DATA=digits                 instead of fashion-mnist; or a folder of your own with train/ and val/ (TUNE=1: and <folder>_tune)
@@ -38,7 +39,8 @@ vit_micro               8      2      64    0.008 0.001 256     256    64       
 vssm2-vmambav2_micro    8      2      64    0.016 0.001 256     256    64         0.02 0.99     0.7  16    1
 "
 # What is compared, with the default of its weight, and the weights that were chosen with TUNE=1: the one of the most R2 of the
-# rotation within a point of dino's accuracy, and the one of the highest accuracy.
+# rotation within a point of dino's accuracy, and the one of the highest accuracy. Controls without a default are not tuned.
+# +grey: told what grey images do not show.
 METHODS="
 net             default chosen
 untrained
@@ -47,12 +49,14 @@ dino+2
 CLeVER          1       0.1,1
 augself         1       1
 augself+EF      1       1
+augself+rotation -      1
 essl            0.4     0.4
 essl+EF         0.4     0.4
 equimod         1       1
 equimod+EF      1       1
 equimod_pair    1       1
 equimod_pair+EF 1       1
+equimod_pair+grey -     1
 sie             1       0,1
 care            0.03    0.03
 care+EF         0.03    0.03
@@ -87,7 +91,7 @@ weights_of() {
     echo -
   elif [[ ${LAMBDAS:-} ]]; then
     echo $LAMBDAS
-  elif [[ $TUNE == 1 ]]; then
+  elif [[ $TUNE == 1 && $default != - ]]; then
     awk -v default="$default" '{ for (i = 1; i <= NF; i++) printf "%g ", default * $i }' <<< "$FACTORS"
   else
     column "$METHODS" "$1" 3 | tr , ' '
@@ -159,8 +163,12 @@ choose_cell() {
     dino) ;;
     *)
       method+=" --equiv_lambd $lambd"
-      [[ $net != *+EF ]] || method+=" --equiv_part EF"
-      [[ " $TOLD_NETS " != *" ${net%%+*} "* ]] || method+=" --equiv_params $TOLD"
+      told=$TOLD
+      case $net in
+        *+EF) method+=" --equiv_part EF" ;;
+        *+*) told=${net#*+} ;;
+      esac
+      [[ " $TOLD_NETS " != *" ${net%%+*} "* ]] || method+=" --equiv_params $told"
       ;;
   esac
   parts=$(PRETRAIN_FLAGS=$method parts_of "${net%%+*}")
