@@ -1,6 +1,6 @@
 """CARE: images that are transformed alike keep their inner products.
 
-Shapes: B images in chunks of n, which share random numbers; d width of the features, E of the embeddings.
+Shapes: B images in chunks of n, which share random numbers; E width of the embeddings.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clever.data.augmentations import MultiCropAugmentation, ViewDistribution
 from clever.methods.pairs import at_least_float32
-from clever.methods.term import Term, mlp
+from clever.methods.term import Term
 from clever.utils import InputError
 
 
@@ -23,27 +23,27 @@ class CARE(Term):
     Gupta et al., Structuring Representation Geometry with Rotationally Equivariant Contrastive Learning (arXiv 2306.13924):
     a transformation acts on the sphere as one orthogonal map of all images, which leaves their inner products as they are.
 
-        a, b = unit(projector(z of view 1)), unit(projector(z of view 2))         # n, E of a chunk
+        a, b = unit(embedding of view 1), unit(embedding of view 2)               # n, E of a chunk
         term = mean over chunks of 2/n sum_{i != j} (<a_i, a_j> - <b_i, b_j>)^2
 
-    As in the authors' code: two extra global views, without stop-gradient; the projector has a hidden layer of 512 and 128
-    outputs, and is called once per view. Weight and n: 0.03 and 16 as for CIFAR-10; CIFAR-100: 0.001 and 64, ImageNet-100:
-    0.005 and 8, there without random crops in the extra views.
+    As in the authors' code: two extra global views, without stop-gradient, and the embeddings are those of the base loss, which
+    keeps them spread; embeddings of a projector that nothing else uses collapse. There it is the contrastive loss's projector,
+    here the student's head as far as its bottleneck. The EF has no such head: hence no --equiv_part EF. Weight and n: 0.03 and
+    16 as for CIFAR-10; CIFAR-100: 0.001 and 64, ImageNet-100: 0.005 and 8, there without random crops in the extra views.
 
-    On DINO: the extra views are drawn as the two global views of --aug. The images of a chunk share their random numbers; in
-    the authors' code all chunks of a batch do. The backbone sees both views as one batch (there: one call per view), which
-    matters to batch normalisation alone. The projector is the term's own (there: also that of the contrastive loss), since
-    DINO's head has no embedding of this kind.
+    On DINO: the extra views are drawn as the two global views of --aug; the student sees both as one batch (there: one call per
+    view), which matters to batch norms alone. The images of a chunk share random numbers, in the authors' code all of a batch.
     """
 
     about: ClassVar[str] = "DINO, and equal inner products among images that are transformed alike (CARE)"
     lambd: ClassVar[float] = 0.03
     is_told: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ("ALL",)
+    takes_embeddings: ClassVar[bool] = True
 
     def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = ()):
         super().__init__()
         self.chunk = args.care_chunk
-        self.projector = mlp(dim, 512, 128)
 
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -66,11 +66,10 @@ class CARE(Term):
         return args.care_chunk
 
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
-        """Features [2B, d] of both views -> term, mean error of inner products, and the spread of view 1's (0: collapse)."""
-        projected = [self.projector(view) for view in extra.chunk(2)]  # 2 of B, E
-        chunks = len(projected[0]) // self.chunk
+        """Embeddings [2B, E] of both views -> term, mean error of inner products, and the spread of view 1's (0: collapse)."""
         with torch.autocast(extra.device.type, enabled=False):
-            rows1, rows2 = (F.normalize(at_least_float32(rows), dim=1) for rows in projected)
+            rows1, rows2 = F.normalize(at_least_float32(extra), dim=1).chunk(2)  # B, E
+            chunks = len(rows1) // self.chunk
             term = inner_product_loss(rows1, rows2, chunks)
             with torch.no_grad():
                 products1, products2 = (inner_products(rows, chunks) for rows in (rows1, rows2))

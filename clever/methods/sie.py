@@ -34,9 +34,10 @@ class SIE(Term):
 
     On DINO: its loss on the IR takes the place of the invariant part's mean square error, and the regularisers see the EF
     alone. equi and predstd are means of both directions, as the views have different distributions (there: one direction).
-    A rotation is told as sine and cosine of half the angle from view 1 to 2, its quaternion. A constant 1 is added to the
-    code, without which a code of zeros would predict zeros; a quaternion is never zero. E is 256 (there: 1024): the map has
-    P E^2 weights, and covariances of many more columns than images are noise. `hidden`: of the projector; default E.
+    A rotation is told as sine and cosine of its angle, of which a map that rotates is linear (there: a quaternion, of one
+    in 3-D). A constant 1 is added to the code, without which a code of zeros would predict zeros; a quaternion is never zero. E
+    is 256 (there: 1024): the map has P E^2 weights, and covariances of many more columns than images are noise. `hidden`: of
+    the projector; default E.
     """
 
     about: ClassVar[str] = "DINO on the IR; on the EF, a map made from the transformation predicts the other view (SIE)"
@@ -69,13 +70,9 @@ class SIE(Term):
         return self.compare(z, self.describe(code1, code2), self.describe(code2, code1))
 
     def describe(self, codes1: Tensor, codes2: Tensor) -> Tensor:
-        """Codes of two views -> relative codes [B, P]: half angles, and a constant 1 as the last column."""
-        told = relative(codes1, codes2, self.groups)
-        if "rotation" in told:
-            sine, cosine = told["rotation"].unbind(1)  # of angle 1 - angle 2, which is less than 180 degrees
-            half = torch.atan2(-sine, cosine) / 2
-            told["rotation"] = torch.stack([half.sin(), half.cos()], dim=1)
-        return torch.cat([*told.values(), codes1.new_ones(len(codes1), 1)], dim=1)
+        """Codes of two views -> relative codes [B, P], with a constant 1 as the last column."""
+        told = relative(codes1, codes2, self.groups).values()
+        return torch.cat([*told, codes1.new_ones(len(codes1), 1)], dim=1)
 
     def compare(self, z: Tensor, d12: Tensor, d21: Tensor) -> dict[str, Tensor]:
         """Features [2, B, d] and relative codes [B, P] -> term and its parts, over all processes, and the spread.

@@ -27,6 +27,7 @@ class Term(nn.Module):
     part: ClassVar[str] = "ALL"  # default of --equiv_part
     parts: ClassVar[tuple[str, ...]] = ("ALL", "EF")  # what may be chosen
     compares: ClassVar[bool] = False  # whether the images of a batch are compared, so that it must have two
+    takes_embeddings: ClassVar[bool] = False  # of the extra views, from the bottleneck of DINO's head, instead of features
 
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -57,7 +58,7 @@ class Term(nn.Module):
         Args:
             z: the student's features [2, B, d] of the global views.
             codes: [B, 2 + E, P], of the global and the extra views.
-            extra: the student's features [N, d] of `images`.
+            extra: the student's features [N, d] of `images`, or their embeddings if the term takes these.
         """
 
 
@@ -79,6 +80,7 @@ class WithTerm(nn.Module):
         pair = z[: 2 * len(codes), self.columns].unflatten(0, (2, -1))  # 2, B, d
         if extra is not None:  # after the base views, whose batch statistics and random numbers they leave alone
             extra = self.student.backbone(self.term.images(extra))[:, self.columns]  # N, d
+            extra = self.student.head.mlp(extra) if self.term.takes_embeddings else extra
         return output, self.term(pair, codes, extra)
 
 

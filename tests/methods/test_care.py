@@ -1,19 +1,23 @@
-"""CARE: the loss of inner products, the projector, and the views."""
+"""CARE: the loss of inner products, the embeddings, and the views."""
 
 import argparse
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.gathering import assert_two_processes_are_one
 from support.golden_methods import METHODS, check, fill_as, inputs, settings
+from torch import nn
 
 from clever.data.augmentations import MultiCropAugmentation
 from clever.methods.care import CARE, inner_product_loss
+from clever.methods.term import WithTerm, mlp
+from clever.models.heads import DINOHead, MultiCropWrapper
 from clever.utils import InputError
 
 
-def care(dim, chunk):
-    return CARE(dim, argparse.Namespace(care_chunk=chunk))
+def care(chunk):
+    return CARE(0, argparse.Namespace(care_chunk=chunk))
 
 
 def unit_rows(*shape):
@@ -38,14 +42,15 @@ def test_loss_by_hand(case):
     check(f"{case}.value", inner_product_loss(rows1, rows2, settings(case)["chunks"]))
 
 
-def test_projector_and_term_are_the_official_ones():
+def test_term_is_the_official_one():
+    """With the official projector in the place of DINO's head."""
     case = "care.path0"
-    features = inputs(case)
-    term = care(512, chunk=4)
-    fill_as(term.projector, case, "g")
+    features, projector = inputs(case), mlp(512, 512, 128)
+    fill_as(projector, case, "g")
+    embeddings = [projector(view) for view in features]
     for i in range(2):
-        check(f"{case}.rows{i + 1}", F.normalize(term.projector(features[i]), dim=1))
-    value = term(None, None, torch.cat(features))["term"]
+        check(f"{case}.rows{i + 1}", F.normalize(embeddings[i], dim=1))
+    value = care(chunk=4)(None, None, torch.cat(embeddings))["term"]
     check(f"{case}.loss", value)
     for i, gradient in enumerate(torch.autograd.grad(value, features), 1):
         check(f"{case}.grad_features{i}", gradient)
@@ -66,9 +71,43 @@ def test_order_within_a_chunk_does_not_matter():
     assert (inner_product_loss(rows1[across], rows2[across], 3) - loss).abs() > 1e-3
 
 
+class Student(WithTerm):
+    """A small student with the term, and base views [2, B, ...], codes and extra views [B, 2, ...] as arguments."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        head = DINOHead(6, 9, norm_last_layer=False, hidden_dim=8, bottleneck_dim=5)
+        backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+        super().__init__(MultiCropWrapper(backbone, head).double(), care(chunk=4))
+
+    def forward(self, views, codes, extra):
+        output, values = super().forward([views.flatten(0, 1)], extra.transpose(0, 1), codes)
+        return {"term": values["term"] + output.square().mean()}  # a base loss, which all parameters take part in
+
+
+def student_and_batch():
+    views = torch.randn(8, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Student(), views[:, :2].transpose(0, 1), torch.zeros(8, 4, 1), views[:, 2:]
+
+
+def test_embeddings_are_what_the_last_layer_of_the_head_gets():
+    model, views, codes, extra = student_and_batch()
+    last, seen = model.student.head.last_layer, []
+    last.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    model.student(extra.transpose(0, 1).flatten(0, 1))
+    _, values = WithTerm.forward(model, [views.flatten(0, 1)], extra.transpose(0, 1), codes)
+    torch.testing.assert_close(values["term"], inner_product_loss(*seen[0].chunk(2), chunks=2))
+    values["term"].backward()
+    trained = {name for name, p in model.student.named_parameters() if p.grad is not None and p.grad.norm() > 0}
+    assert {"backbone.1.weight", "head.mlp.0.weight", "head.mlp.4.weight"} <= trained and last.weight_v.grad is None
+
+
+def test_two_processes_are_one(tmp_path):
+    assert_two_processes_are_one(student_and_batch, tmp_path, gathers=False)
+
+
 def test_telemetry_shows_error_and_collapse():
-    term = care(6, chunk=4)
-    term.projector = torch.nn.Identity()
+    term = care(chunk=4)
     rows = unit_rows(8, 6)
     equal = term(None, None, torch.cat([rows, rows]))
     assert equal["inner_product_error"] == 0 and equal["inner_product_spread"] > 0.1
@@ -79,8 +118,7 @@ def test_telemetry_shows_error_and_collapse():
 
 
 def test_inner_products_are_in_full_precision_within_autocast():
-    term = care(64, chunk=8)
-    term.projector = torch.nn.Identity()
+    term = care(chunk=8)
     features = torch.cat([torch.randn(8, 64)] * 2) + 1e-3 * torch.randn(16, 64)
     with torch.autocast("cpu", torch.bfloat16):
         value = term(None, None, features)["term"]

@@ -115,6 +115,7 @@ BAD = [
     ("sie", "--batch_size_per_gpu 1", "--batch_size_per_gpu 1", "2 or greater"),
     ("sie", "--hp1 nan", "--hp1 nan", "(0, 1]"),
     ("care", "--care_chunk 3", "--care_chunk 3"),
+    ("care", "--care_chunk 2 --equiv_part EF", "--equiv_part 'EF'", "ALL"),
     ("essl", "--essl_size 20", "--patch_size 8", "extra views' size 20"),
     ("sie", "--hp1 0.999", "hp1 0.999"),
     ("simclr", "", "'simclr'", "dino, CLeVER, augself"),

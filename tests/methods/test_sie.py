@@ -88,12 +88,12 @@ def test_parts_by_other_means():
     assert variance_hinge(x).item() == pytest.approx(np.maximum(0, 1 - np.sqrt(np.diag(cov) + 1e-4)).mean() / 2)
 
 
-def test_code_has_half_angles_and_a_constant():
+def test_code_has_the_angle_between_the_views_and_a_constant():
     angles1, angles2 = torch.deg2rad(torch.tensor([[10.0, -89.0, 30.0], [50.0, 89.0, 30.0]]))
     codes = torch.zeros(3, 2, len(COLUMNS))
     codes[..., GROUPS["rotation"]] = torch.stack([torch.stack([a.sin(), a.cos()], 1) for a in (angles1, angles2)], 1)
-    half = torch.deg2rad(torch.tensor([20.0, 89.0, 0.0]))
-    expected = torch.stack([torch.zeros(3), half.sin(), half.cos(), torch.ones(3)], dim=1)
+    angle = torch.deg2rad(torch.tensor([-40.0, -178.0, 0.0]))
+    expected = torch.stack([torch.zeros(3), angle.sin(), angle.cos(), torch.ones(3)], dim=1)
     torch.testing.assert_close(small(groups=["blur", "rotation"]).describe(*codes.unbind(1)), expected)
 
 
