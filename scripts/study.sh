@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
 # bash scripts/study.sh   (installs what is missing; takes hours on two cores, without a GPU)
 #
-# The equivariant methods of the field on one loop, compared in accuracy and in what they know of transformations (docs/study.md).
-# A cell is one network: a backbone pretrained by one of the NETS with one of the LAMBDAS, RECIPES and SEEDS, or the untrained one.
+# The equivariant methods of the field on one loop: how accurate they are, and what they know of transformations (docs/study.md).
+# A cell is one network: a backbone pretrained by one of the NETS with one of the LAMBDAS, RECIPES and SEEDS, or untrained.
 # Can be run again: finished steps are skipped, interrupted ones continue. A cell that fails does not stop the others.
 #
-#   TUNE=1                      the tuning split, for choosing weights: resnet8, seed 0, the weights FACTORS times the default; cells
-#                               are trained on the same images and evaluated on others of these, never on the test images
+#   TUNE=1                      to choose weights: FACTORS times the default, seed 0; cells are trained on the same images, and
+#                               evaluated on further training images, never on the test images
 #   ARCHS, RECIPES, SEEDS       lists of words, e.g. SEEDS="0 1 2 3 4"; default: resnet8, aug1_2, 0 1 2
-#   NETS="dino augself+EF:0.3"  rows of METHODS below, with or without a weight: +EF: the term on the EF alone; +rotation: told this
-#                               alone; dino+2: dino with 2 more views
+#   NETS="dino augself+EF:0.3"  rows of METHODS below, with or without a weight
 #   LAMBDAS="0.1 1"             weights of all NETS that have none: of the term, of CLeVER's EF loss
-#   RECORDS=docs/study/records.json   cells that are in this file are not run again: compare a method of yours with the published
-#   DATA=digits                 instead of fashion-mnist; or a folder of your own with train/ and val/ (TUNE=1: and <folder>_tune)
+#   RECORDS=docs/study/records.json   cells in this file are not run again: compare a method of yours with the published ones
+#   DATA=digits                 instead of fashion-mnist; or a folder of your own with train/ and val/ (TUNE=1: <folder>_tune)
 #   MEAN, STD                   of the channels of your own images, for pixels in 0..1; default: ImageNet's
 #   TOLD="crop color"           what methods are told of the views (--equiv_params)
 #   FASHION_MNIST_DIR=...       the files of Fashion-MNIST; DOWNLOAD=1 downloads them there
@@ -38,9 +37,8 @@ resnet8                 8      2      64    0.016 0.001 256     256    64       
 vit_micro               8      2      64    0.008 0.001 256     256    64         0.02 0.996    0.7  4     1
 vssm2-vmambav2_micro    8      2      64    0.016 0.001 256     256    64         0.02 0.99     0.7  16    1
 "
-# What is compared, with the default of its weight, and the weights that were chosen with TUNE=1: the one of the most R2 of the
-# rotation within a point of dino's accuracy, and the one of the highest accuracy. Controls without a default are not tuned.
-# +grey: told what grey images do not show.
+# What is compared: nets; +EF: the term on the EF alone; +rotation, +grey: told this alone, +grey on grey images nothing; +2: two
+# more views. With the default of the weight, and what was chosen with TUNE=1 (scripts/study.py); controls are not tuned.
 METHODS="
 net             default chosen
 untrained
@@ -59,7 +57,6 @@ equimod_pair+EF 1       1
 equimod_pair+grey -     1
 sie             1       0,1
 care            0.03    0.03
-care+EF         0.03    0.03
 "
 FACTORS="1 0.3 3 0.1 10"
 PERTURBATIONS="ori basic aug1 aug1_2 aug1_4_2"
@@ -70,10 +67,8 @@ TRANSFORMS="rotation crop jitter blur flip solarize elastic" # without `grey`, w
 stop() { echo "study: $*" >&2; exit 2; }
 tell() { printf 'study, %d:%02d: %s\n' $((SECONDS / 3600)) $((SECONDS / 60 % 60)) "$*"; }
 
-# column TABLE NAME NUMBER: a field of the row that begins with NAME.
+# column TABLE NAME NUMBER: a field of the row that begins with NAME. names TABLE: the first field of every row.
 column() { awk -v name="$2" -v number="$3" '$1 == name { print $number }' <<< "$1"; }
-
-# names TABLE: the first field of every row.
 names() { awk 'NF && $1 != "arch" && $1 != "net" { print $1 }' <<< "$1"; }
 
 # check_words NAME CHOICE...: stop unless every word of the variable NAME is one of the choices, and there is one.
@@ -99,7 +94,6 @@ weights_of() {
 }
 
 : "${TUNE:=0}" "${ARCHS:=resnet8}"
-check_words TUNE 0 1
 if [[ $TUNE == 1 ]]; then : "${SEEDS:=0}" "${STEPS:=pretrain tune}"; fi
 ALL_STEPS="pretrain tune probe perturbation knn equivariance"
 : "${NETS:=$(names "$METHODS" | paste -sd' ' -)}" "${RECIPES:=aug1_2}" "${SEEDS:=0 1 2}" "${STEPS:=${ALL_STEPS/ tune/}}"
@@ -144,7 +138,7 @@ done
 
 # --- one cell --------------------------------------------------------------------------------------------------------
 
-# choose_cell ARCH RECIPE NET WEIGHT SEED: set the variables that the functions below use. An untrained network has the recipe `-`.
+# choose_cell ARCH RECIPE NET WEIGHT SEED: set the variables that the functions below use. The recipe of `untrained` is `-`.
 choose_cell() {
   arch=$1 recipe=$2 net=$3 lambd=$4 seed=$5
   read -r epochs warmup batch lr wd out_dim hidden bottleneck temp momentum crop patch probe_lr \
@@ -163,11 +157,8 @@ choose_cell() {
     dino) ;;
     *)
       method+=" --equiv_lambd $lambd"
-      told=$TOLD
-      case $net in
-        *+EF) method+=" --equiv_part EF" ;;
-        *+*) told=${net#*+} ;;
-      esac
+      [[ $net != *+EF ]] || method+=" --equiv_part EF"
+      if [[ $net == *+EF || $net != *+* ]]; then told=$TOLD; else told=${net#*+}; fi
       [[ " $TOLD_NETS " != *" ${net%%+*} "* ]] || method+=" --equiv_params $told"
       ;;
   esac
@@ -177,8 +168,8 @@ choose_cell() {
 # settings: print what the results of the cell depend on, a name and its value per line.
 settings() {
   local name
-  for name in arch recipe net lambd seed data SIZE MEAN STD TOLD epochs warmup batch lr wd out_dim hidden bottleneck temp momentum \
-    crop patch probe_lr PRETRAIN_FLAGS PROBE_FLAGS KNN_FLAGS EQUIVARIANCE_FLAGS; do
+  for name in arch recipe net lambd seed data SIZE MEAN STD TOLD epochs warmup batch lr wd out_dim hidden bottleneck temp \
+    momentum crop patch probe_lr PRETRAIN_FLAGS PROBE_FLAGS KNN_FLAGS EQUIVARIANCE_FLAGS; do
     printf '%s %s\n' "$name" "${!name}"
   done
 }
@@ -212,8 +203,8 @@ evaluate() { run "$1" --pretrained_weights "$folder/checkpoint.pth" --data_path 
 knn_on() { evaluate eval_knn.py "$1" "$2" --else_part $parts --nb_knn 20 --test_aug_type "${@:3}" $KNN_FLAGS; }
 
 equivariance_on() { # a cell of its own shows the untrained network; dino's --hp1: the number of random dimensions
-  evaluate eval_equivariance.py "$1" "$2" --hp1 0.8 --untrained false --transforms "${@:3}" --num_images 2000 --views_per_image 4 \
-    --seed "$seed" $EQUIVARIANCE_FLAGS
+  evaluate eval_equivariance.py "$1" "$2" --hp1 0.8 --untrained false --transforms "${@:3}" --num_images 2000 \
+    --views_per_image 4 --seed "$seed" $EQUIVARIANCE_FLAGS
 }
 
 tune() { knn_on "${data}_tune" "$folder/tune" ori aug1_2 && equivariance_on "${data}_tune" "$folder/tune" rotation crop jitter; }
