@@ -134,7 +134,7 @@ def draw(accuracies: pd.DataFrame, rotation: pd.DataFrame, path: Path) -> None:
     )  # fmt: skip
     panel = panels[0, 0]
     draw_bars(panel, accuracies, digits=0)
-    panel.set(ylim=(0, 105), ylabel="top-1 accuracy (%)", xlabel="perturbation of the test images")
+    panel.set(ylim=(0, 105), ylabel="top-1 accuracy (%)", xlabel="perturbation of the test images", title="linear probe")
     classes = {record.get("num_labels") for record in accuracies["record"]}
     if len(classes) == 1 and (count := classes.pop()):
         panel.axhline(100 / count, color="black", linestyle="--", linewidth=1, zorder=0, label=f"chance ({100 / count:.3g} %)")
