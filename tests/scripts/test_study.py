@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +19,7 @@ from support.in_process import assert_refused, call, snapshot
 from support.processes import ROOT, write_labelled_images
 from support.shell import SCRIPTS, run
 
+from scripts.report import main as make_page
 from scripts.study import main as unpack
 from scripts.tables import main as make_tables
 
@@ -162,6 +164,18 @@ def test_tables_and_pictures_from_the_collected_records_alone(cells, tmp_path):
     for name in ("front.png", "told.png"):
         pictures = [np.asarray(Image.open(tmp_path / folder / name)) for folder in ("first", "second")]
         assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 10
+
+
+def test_page_of_the_records(cells, tmp_path):
+    """Every table, and the front as a drawing with a line for each net."""
+    call(make_tables, cells, "--out", tmp_path / "out")
+    outcome = call(make_page, tmp_path / "out", "--out", tmp_path / "page.html")
+    assert outcome.status == 0, outcome
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"resnet8: {title}</h3>" in page for title in tables_of(cells)) and "49.5 ± 1.0" not in page
+    assert ">augself+EF 3 IR</th>" in page and "50.5 ± 1.0" in page
+    (front,) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert all(f">{net}<" in front for net in ("dino", "CLeVER", "augself+EF"))
 
 
 def test_unpacked_records_and_new_results_of_a_cell(cells, tmp_path):
