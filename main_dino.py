@@ -25,7 +25,8 @@ from clever import arguments, distributed, signals
 from clever.arguments import bool_flag
 from clever.checkpoint import load_resumable, save_atomically, valid_state
 from clever.data.augmentations import MultiCropAugmentation, Views, check_crop_scale
-from clever.data.datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
+from clever.data.datasets import UNLABELLED, CheckRecord, ImageDataset, keep_readable, make_loader
+from clever.data.files import list_images
 from clever.data.rendering import add_renderer_argument, choose_renderer, renderer_line
 from clever.entry import run_entry_point
 from clever.evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
@@ -205,10 +206,11 @@ def build_views(args: argparse.Namespace) -> MultiCropAugmentation:
 
 def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset:
     """Training images with the views of --aug. Raises InputError if they do not fill one optimizer step."""
-    term, options = METHODS[args.net].term, image_options(args, record)
-    if term is not None:
-        options |= {"extra": Views(term.extra_views(args)), "images_per_draw": term.images_per_draw(args)}
-    dataset = pretraining_dataset(args.data_path, build_views(args), args.seed, **options)
+    samples = [(path, UNLABELLED) for path in list_images(args.data_path)]
+    samples = keep_readable(samples, args.skip_bad_images, args.check_images, args.num_workers, record)
+    term = METHODS[args.net].term
+    options = {} if term is None else {"extra": Views(term.extra_views(args)), "images_per_draw": term.images_per_draw(args)}
+    dataset = ImageDataset(samples, build_views(args), args.seed, renderer=args.views, **options)
     if len(dataset) < images_per_step(args):
         raise InputError(
             f"batch of {images_per_step(args)} images ({args.batch_size_per_gpu} x {distributed.get_world_size()} processes x "
