@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from clever import arguments, distributed, signals
-from clever.arguments import bool_flag
-from clever.checkpoint import load_resumable, save_atomically, valid_state
+from clever.arguments import bool_flag, plain_args
+from clever.checkpoint import load_checkpoint, save_atomically, valid_state
 from clever.data.augmentations import MultiCropAugmentation, Views, check_crop_scale
 from clever.data.datasets import UNLABELLED, CheckRecord, ImageDataset, keep_readable, make_loader
 from clever.data.files import list_images
@@ -242,7 +243,6 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
     )
     print(renderer_line(args.views))
 
-
 def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
     """One epoch; means of its losses.
 
@@ -265,6 +265,30 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
         distributed.barrier()
         raise signals.Interrupted(f"{stop}, saved in {args.output_dir}; {RESUME}", 0) from None
     return means
+
+
+def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -> dict[str, Any] | None:
+    """The checkpoint of a pretraining to resume, or None if there is no such file; prints which arguments have changed.
+
+    Raises InputError if the file is not such a checkpoint, or was made with other values of the arguments `fixed`.
+    """
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    with valid_state(path):
+        stored = plain_args(state["args"])
+        if state["epoch"] < 0:
+            raise ValueError(f"epoch {state['epoch']}")
+    for name in fixed:
+        if name in stored and stored[name] != getattr(args, name):
+            raise InputError(
+                f"--{name} {getattr(args, name)}: the checkpoint in {path.parent} was made with {stored[name]}; "
+                "continue it with that, or give another --output_dir"
+            )
+    changed = [n for n, v in sorted(vars(args).items()) if n in stored and stored[n] != v and n != "local_rank"]
+    if changed:
+        print("continuing with changed arguments:", ", ".join(f"{n} {stored[n]} -> {getattr(args, n)}" for n in changed))
+    return state
 
 
 def set_aside(path: Path) -> None:
