@@ -242,6 +242,16 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
         f"peak lr {peak_lr(args):.3g}; {dtype} on {run.device}"
     )
     print(renderer_line(args.views))
+    moments = (2 if args.optimizer == "adamw" else 1) * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    weights = [value for network in (run.model, run.teacher) for value in network.state_dict().values()]
+    megabytes = (4 * moments + sum(value.nbytes for value in weights)) / 1e6
+    kept = math.ceil(args.epochs / args.saveckp_freq) if args.saveckp_freq else 0
+    print(f"a checkpoint has {megabytes:.0f} MB; checkpoint.pth, and {kept} that are kept (--saveckp_freq {args.saveckp_freq})")
+    smaller = dict.fromkeys(METHODS[args.net].base.head_flags, 1024) | {"local_crops_number": 2, "global_crops_size": 96}
+    flags = [f"--{name} {few} (now {getattr(args, name)})" for name, few in smaller.items() if getattr(args, name) > few]
+    if flags and run.device.type == "cpu":
+        print(f"on a CPU, less time and memory, which the first progress line shows, would need {', '.join(flags)}")
+
 
 def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
     """One epoch; means of its losses.
