@@ -101,7 +101,7 @@ class TrainingProgress:
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
         todo = self.total - self.done
         epoch, run = (time_left(batches * self.images, self.rate) for batches in (todo, todo + self.epochs_after * self.total))
-        used = f"{self.rate:.0f} img/s  {peak_memory_gib(self.device):.1f} GiB"
+        used = f"{self.rate:.1f} img/s  {peak_memory_gib(self.device):.1f} GiB"
         return f"{self.header} {self.done}/{self.total}  {numbers}  {used}  left {epoch} epoch, {run} run"
 
 

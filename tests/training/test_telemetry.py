@@ -122,7 +122,7 @@ def test_on_a_terminal_one_line_redraws_itself(columns):
     assert len(bars) > 2 and all(len(part) <= columns for part in drawn)
     assert all(re.match(r".{10} epoch 1/2 \d+/30  loss \d+  normalized_loss 0.5  ", part) for part in bars)
     if columns == 200:
-        assert re.search(r"  \d+ img/s  \d\.\d GiB  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
+        assert re.search(r"  \d+\.\d img/s  \d\.\d GiB  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
     final = [line.split("\r")[-1] for line in text.split("\r\n")]  # what remains: bars are wiped out
     assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30 +[\d.]+ img/s  left 00:00", final[2])
     assert len(final) == 4 and final[3] == ""
