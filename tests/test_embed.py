@@ -123,7 +123,7 @@ def test_a_collapsed_part_is_one_point_and_is_said(tmp_path, capsys, monkeypatch
     assert spread[equal] == 0 < spread[other]
     assert "collapsed" in titles[equal] and "collapsed" not in titles[other]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: ") and f"({equal.upper()}), 8 dimensions collapsed: the same features" in line
+    assert line.startswith("warning: ") and f"({equal.upper()}), 8 dimensions; collapsed: the same features" in line
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])

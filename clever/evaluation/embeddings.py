@@ -121,7 +121,7 @@ def plot(
         text = f"{TITLES[part]}, {features.shape[1]} dimensions"
         if collapsed:
             text += f"\ncollapsed: the same features for all images (feature_std < {COLLAPSED})"
-            print(f"warning: {' '.join(text.split())}")
+            print(f"warning: {text}".replace("\n", "; "))
         panel.set(title=text, xticks=[], yticks=[])
         panel.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2")
     if angles is not None:
