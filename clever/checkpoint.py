@@ -60,6 +60,8 @@ def _readable(path: str | Path) -> Iterator[None]:
     """Any error while the file is read becomes an InputError: torch.load raises a dozen types of them for damaged files."""
     try:
         yield
+    except PermissionError:
+        raise
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
