@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from clever import arguments, distributed, signals
-from clever.arguments import bool_flag
-from clever.checkpoint import load_resumable, save_atomically, valid_state
+from clever.arguments import bool_flag, plain_args
+from clever.checkpoint import load_checkpoint, save_atomically, valid_state
 from clever.data.augmentations import MultiCropAugmentation, Views, check_crop_scale
-from clever.data.datasets import CheckRecord, ImageDataset, make_loader, pretraining_dataset
+from clever.data.datasets import UNLABELLED, CheckRecord, ImageDataset, keep_readable, make_loader
+from clever.data.files import list_images
 from clever.data.rendering import add_renderer_argument, choose_renderer, renderer_line
 from clever.entry import run_entry_point
 from clever.evaluation.online import OnlineEvaluation, add_online_arguments, check_online_args
@@ -205,10 +207,11 @@ def build_views(args: argparse.Namespace) -> MultiCropAugmentation:
 
 def build_dataset(args: argparse.Namespace, record: CheckRecord) -> ImageDataset:
     """Training images with the views of --aug. Raises InputError if they do not fill one optimizer step."""
-    term, options = METHODS[args.net].term, image_options(args, record)
-    if term is not None:
-        options |= {"extra": Views(term.extra_views(args)), "images_per_draw": term.images_per_draw(args)}
-    dataset = pretraining_dataset(args.data_path, build_views(args), args.seed, **options)
+    samples = [(path, UNLABELLED) for path in list_images(args.data_path)]
+    samples = keep_readable(samples, args.skip_bad_images, args.check_images, args.num_workers, record)
+    term = METHODS[args.net].term
+    options = {} if term is None else {"extra": Views(term.extra_views(args)), "images_per_draw": term.images_per_draw(args)}
+    dataset = ImageDataset(samples, build_views(args), args.seed, renderer=args.views, **options)
     if len(dataset) < images_per_step(args):
         raise InputError(
             f"batch of {images_per_step(args)} images ({args.batch_size_per_gpu} x {distributed.get_world_size()} processes x "
@@ -239,6 +242,15 @@ def print_summary(args: argparse.Namespace, run: Pretraining, images: int, steps
         f"peak lr {peak_lr(args):.3g}; {dtype} on {run.device}"
     )
     print(renderer_line(args.views))
+    moments = (2 if args.optimizer == "adamw" else 1) * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    weights = [value for network in (run.model, run.teacher) for value in network.state_dict().values()]
+    megabytes = (4 * moments + sum(value.nbytes for value in weights)) / 1e6
+    kept = math.ceil(args.epochs / args.saveckp_freq) if args.saveckp_freq else 0
+    print(f"a checkpoint has {megabytes:.0f} MB; checkpoint.pth, and {kept} that are kept (--saveckp_freq {args.saveckp_freq})")
+    smaller = dict.fromkeys(METHODS[args.net].base.head_flags, 1024) | {"local_crops_number": 2, "global_crops_size": 96}
+    flags = [f"--{name} {few} (now {getattr(args, name)})" for name, few in smaller.items() if getattr(args, name) > few]
+    if flags and run.device.type == "cpu":
+        print(f"on a CPU, less time and memory, which the first progress line shows, would need {', '.join(flags)}")
 
 
 def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.Namespace) -> dict[str, float]:
@@ -263,6 +275,30 @@ def run_epoch(run: Pretraining, loader: DataLoader, epoch: int, args: argparse.N
         distributed.barrier()
         raise signals.Interrupted(f"{stop}, saved in {args.output_dir}; {RESUME}", 0) from None
     return means
+
+
+def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -> dict[str, Any] | None:
+    """The checkpoint of a pretraining to resume, or None if there is no such file; prints which arguments have changed.
+
+    Raises InputError if the file is not such a checkpoint, or was made with other values of the arguments `fixed`.
+    """
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    with valid_state(path):
+        stored = plain_args(state["args"])
+        if state["epoch"] < 0:
+            raise ValueError(f"epoch {state['epoch']}")
+    for name in fixed:
+        if name in stored and stored[name] != getattr(args, name):
+            raise InputError(
+                f"--{name} {getattr(args, name)}: the checkpoint in {path.parent} was made with {stored[name]}; "
+                "continue it with that, or give another --output_dir"
+            )
+    changed = [n for n, v in sorted(vars(args).items()) if n in stored and stored[n] != v and n != "local_rank"]
+    if changed:
+        print("continuing with changed arguments:", ", ".join(f"{n} {stored[n]} -> {getattr(args, n)}" for n in changed))
+    return state
 
 
 def set_aside(path: Path) -> None:

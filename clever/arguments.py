@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any, NoReturn
 
 import yaml
@@ -102,13 +103,23 @@ def read_config(path: str) -> dict[str, Any]:
         values = values["args"]
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: must be a mapping, lines such as `epochs: 100`, not {reprlib.repr(values)}")
-    return values
+    return values if path.endswith(".json") else {name: _expanded(value, path) for name, value in values.items()}
+
+
+def _expanded(value: Any, path: str) -> Any:
+    """A value of YAML with ~ and $VAR as in a shell; $$ is a $. Raises InputError for a variable that is not set."""
+    if isinstance(value, list):
+        return [_expanded(item, path) for item in value]
+    try:
+        return Template(os.path.expanduser(value)).substitute(os.environ) if isinstance(value, str) else value
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--config {path}: {value}: needs a variable that is set; a $ itself is written $$") from error
 
 
 def config_text(args: argparse.Namespace) -> str:
     """All flags with their values as YAML, for --config. A flag without a value is left out."""
     values = {name: value for name, value in plain_args(args).items() if value is not None and name not in OF_THE_LAUNCHER}
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(values, sort_keys=False).replace("$", "$$")
 
 
 # --- types and checks of flags -----------------------------------------------------------------------------------------
@@ -177,6 +188,8 @@ def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
     """Raise InputError, which names the flag, unless `folder` or its nearest existing parent is writable; leaves no file."""
     if not str(folder):
         raise InputError(f"{flag}: is empty; is a variable not set?")
+    if str(folder).startswith("~"):
+        raise InputError(f"{flag} {folder}: the shell has not expanded the ~; write $HOME")
     path = Path(folder).absolute()
     try:
         if path.exists() and not path.is_dir():

@@ -5,14 +5,14 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from clever.arguments import check_installed, plain_args
+from clever.arguments import check_installed
 from clever.utils import InputError, atomic_file, describe_error
 
 # What is read besides tensors and plain values: the originals' checkpoints hold arguments, and numbers of numpy 1 or 2.
@@ -60,6 +60,8 @@ def _readable(path: str | Path) -> Iterator[None]:
     """Any error while the file is read becomes an InputError: torch.load raises a dozen types of them for damaged files."""
     try:
         yield
+    except PermissionError:
+        raise
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
@@ -100,30 +102,6 @@ def _write_flushed(obj: Any, path: Path) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:  # torch's archive cannot be closed after an OSError
         raise error.__context__ if isinstance(error.__context__, OSError) else error from error
-
-
-def load_resumable(path: Path, args: argparse.Namespace, fixed: Iterable[str]) -> dict[str, Any] | None:
-    """The checkpoint of a pretraining to resume, or None if there is no such file; prints which arguments have changed.
-
-    Raises InputError if the file is not such a checkpoint, or was made with other values of the arguments `fixed`.
-    """
-    if not path.exists():
-        return None
-    state = load_checkpoint(path)
-    with valid_state(path):
-        stored = plain_args(state["args"])
-        if state["epoch"] < 0:
-            raise ValueError(f"epoch {state['epoch']}")
-    for name in fixed:
-        if name in stored and stored[name] != getattr(args, name):
-            raise InputError(
-                f"--{name} {getattr(args, name)}: the checkpoint in {path.parent} was made with {stored[name]}; "
-                "continue it with that, or give another --output_dir"
-            )
-    changed = [n for n, v in sorted(vars(args).items()) if n in stored and stored[n] != v and n != "local_rank"]
-    if changed:
-        print("continuing with changed arguments:", ", ".join(f"{n} {stored[n]} -> {getattr(args, n)}" for n in changed))
-    return state
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import os
+import re
 
 import pytest
 
@@ -81,6 +82,29 @@ def test_the_flags_of_a_result_are_used_again(parser, tmp_path):
     path.write_text(json.dumps({"kind": "linear_probe", "accuracy": 3, "args": {"epochs": 4, "scale": [1.0], "lr": 0.25}}))
     found = parser.parse_args(["--config", str(path)])
     assert (found.epochs, found.scale, found.lr) == (4, [1.0], 0.25)
+
+
+def test_a_configuration_knows_the_home_folder_and_variables(parser, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data: #1")
+    monkeypatch.delenv("ABSENT", raising=False)
+    path = tmp_path / "run.yaml"
+
+    def read(text):
+        path.write_text(f"epochs: 1\nreg_lambd: {text}\n")
+        return parser.parse_args(["--config", str(path)]).reg_lambd
+
+    assert [read(text) for text in ("~/runs", "$DATA/a", "a/${DATA}", "a~", "$$5")] == [
+        "/home/me/runs", "/data: #1/a", "a//data: #1", "a~", "$5",
+    ]  # fmt: skip
+    for text in ("$ABSENT/a", "costs$"):
+        with pytest.raises(InputError, match=f"--config {path}: {re.escape(text)}: needs a variable that is set"):
+            read(text)
+    path.write_text(arguments.config_text(argparse.Namespace(epochs=1, reg_lambd="$DATA")))  # what main_dino.py writes
+    assert parser.parse_args(["--config", str(path)]).reg_lambd == "$DATA"
+    path = tmp_path / "result.json"  # a text in it is what it was
+    path.write_text(json.dumps({"kind": "knn", "args": {"epochs": 1, "reg_lambd": "$DATA"}}))
+    assert parser.parse_args(["--config", str(path)]).reg_lambd == "$DATA"
 
 
 @pytest.mark.parametrize(

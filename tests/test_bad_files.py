@@ -1,5 +1,6 @@
 """Damaged and hostile images and checkpoints, read by main_dino.py and eval_linear.py: one clear line, and nothing lost."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -108,6 +109,15 @@ def test_a_truncated_checkpoint_is_refused_wherever_it_is_cut(world, tmp_path):
             assert_refused(outcome, str(path), "damaged")
             assert snapshot(tmp_path / "out") == before
         path.unlink()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(world, tmp_path, monkeypatch):
+    def forbid(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", forbid)
+    outcome = pretrain(world.data / "train", tmp_path / "out", "--init_from", world.checkpoint)
+    assert_refused(outcome, f"{world.checkpoint}: Permission denied")
 
 
 def as_zip(obj, path):

@@ -40,6 +40,7 @@ PRETRAINING = [
     ("--init_from {foreign}", "{foreign}", "holds numpy"),
     ("--init_from {checkpoint} --arch resnet8", "weights do not fit", "missing", "unexpected"),
     ("--output_dir {file}", "{file}", "is a file"),
+    ("--output_dir=~/R", "--output_dir ~/R", "$HOME"),
     ("--output_dir {file}/below", "{file}/below", "cannot be written"),
     ("--output_dir /proc/below", "/proc/below", "cannot be written"),
     ("--patch_size 5", "--patch_size 5", "32"),

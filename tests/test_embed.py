@@ -8,11 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from PIL import Image
 from support.in_process import assert_refused, call, snapshot
 
 import embed
 from clever import load_backbone
+from clever.evaluation import embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -101,6 +104,33 @@ def test_pictures_have_a_panel_for_each_part(world, tmp_path, colour):
         assert picture.width > 1.5 * picture.height
         drawn = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(drawn[np.ptp(drawn, axis=1) > 60], axis=0)) > 20  # coloured points
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize("equal", ["ir", "ef"])
+def test_a_collapsed_part_is_one_point_and_is_said(tmp_path, capsys, monkeypatch, method, equal):
+    """Neither rounding noise that is drawn as if it were structure, nor t-SNE's crash on equal rows."""
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    parts = {name: rng.normal(size=(12, 8)).astype(np.float32) for name in ("ir", "ef")}
+    parts[equal][:] = parts[equal][0] * (method == "pca") + 1e-7 * rng.normal(size=(12, 8)) * (method == "pca")
+    drawn = {}
+    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, **_: drawn.update({axes: (x, y)}) or PathCollection([]))
+    embeddings.plot(parts, method, tmp_path / "t.png", "title", angles=np.zeros(12))
+    titles = {name: axes.get_title() for name, axes in zip(parts, drawn, strict=True)}
+    spread = {name: np.ptp(np.stack(points)) for name, points in zip(parts, drawn.values(), strict=True)}
+    (other,) = parts.keys() - {equal}
+    assert spread[equal] == 0 < spread[other]
+    assert "collapsed" in titles[equal] and "collapsed" not in titles[other]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: ") and f"({equal.upper()}), 8 dimensions; collapsed: the same features" in line
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_a_part_of_one_column_is_drawn(method):
+    pytest.importorskip("sklearn")
+    points = embeddings.reduce(np.arange(12, dtype=np.float32)[:, None], method, 0)
+    assert points.shape == (12, 2) and np.isfinite(points).all()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,19 @@ def test_the_sidecar_and_the_card_say_what_the_file_is(world, arch, kind, part, 
         assert text in card
 
 
+@pytest.mark.parametrize("arch, kind, part, suffix", [EXPORTS[1], EXPORTS[2], EXPORTS[5]])
+def test_timm_s_own_data_configuration_is_that_of_the_pretraining(world, monkeypatch, arch, kind, part, suffix):
+    timm, scope = pytest.importorskip("timm"), {}
+    monkeypatch.chdir(world.out)
+    exec(
+        "\n".join(json.loads((world.out / f"{exported_name(arch, kind, part, suffix)}.json").read_text())["usage"][:-1]), scope
+    )
+    found = timm.data.resolve_model_data_config(scope["model"])
+    expected = {"input_size": (3, SIZE, SIZE), "interpolation": "bicubic", "crop_pct": 0.875}
+    expected |= {name: tuple(TRAINING[name]) for name in ("mean", "std")}
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_a_safetensors_file_can_be_evaluated_and_exported_again(world, tmp_path):
     """And has the usual permissions."""
     source = world.out / "vit_test_safetensors_else_part.safetensors"

@@ -1,5 +1,6 @@
 """`load_backbone` and hubconf.py: the network, its transform as in the evaluations; from any folder."""
 
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -55,6 +56,19 @@ def test_images_are_transformed_as_by_the_evaluations(world):
             found = transform(image)
         assert found.shape == (3, 32, 32) and found.dtype == torch.float32
         assert torch.equal(found, normalize(pixels, *STATS))
+
+
+def test_all_of_it_can_be_sent_to_other_processes(world):
+    """As a loader's workers do with a transform, and torch.save with a whole network."""
+    loaded = load_backbone(world.root / "clever.pth")
+    network, transform, split = pickle.loads(pickle.dumps(tuple(loaded)))
+    image = Image.new("L", (40, 30), 99)
+    assert torch.equal(transform(image), loaded.transform(image))
+    z = loaded.network(transform(image)[None])
+    for part, same in zip(loaded.split(z), split(network(transform(image)[None])), strict=True):
+        assert torch.equal(part, same)
+    torch.save(network, world.root / "whole.pt")
+    assert torch.equal(torch.load(world.root / "whole.pt", weights_only=False)(transform(image)[None]), z)
 
 
 def test_errors_are_input_errors(world):

@@ -14,16 +14,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clever.data.augmentations import Views
 from clever.data.codes import encode
-from clever.data.files import Sample, decode_error, labelled_samples, list_images, read_pixels
+from clever.data.files import Sample, decode_error, labelled_samples, read_pixels
 from clever.data.rendering import render_batch
 from clever.data.shards import file_of
-from clever.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from clever.distributed import all_gather_objects, get_rank, get_world_size
 from clever.progress import progress
 from clever.signals import ignore_signals
 from clever.utils import InputError, atomic_file
 
 UNLABELLED = -1
 EXTRA = 1  # stream of the extra views
+DARK = 64  # of 255: no pixel is brighter in files of 16 bits of which at most 14 are used
 TIMEOUT = 1800.0  # seconds to wait for a batch; a worker that needs longer hangs, or its storage does
 
 
@@ -185,24 +186,18 @@ def keep_readable(
     if skip_bad_images and not check:
         raise InputError("--skip_bad_images true with --check_images false: unreadable images are found by the check")
     bad = check_images([path for path, _ in samples], threads, record) if check else {}
-    if not bad:
-        return list(samples)
-    first = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:3])
-    summary = f"{len(bad)} of {len(samples)} images cannot be read: {first}{'; ...' if len(bad) > 3 else ''}"
-    if not skip_bad_images or len(bad) == len(samples):
-        raise InputError(summary if skip_bad_images else f"{summary} (--skip_bad_images true leaves them out)")
-    if is_main_process():
+    kept = [sample for sample in samples if sample[0] not in bad]
+    if bad:
+        first = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:3])
+        summary = f"{len(bad)} of {len(samples)} images cannot be read: {first}{'; ...' if len(bad) > 3 else ''}"
+        if not skip_bad_images or not kept:
+            raise InputError(summary if skip_bad_images else f"{summary} (--skip_bad_images true leaves them out)")
         print(f"left out: {summary}", flush=True)
-    return [(path, label) for path, label in samples if path not in bad]
-
-
-def pretraining_dataset(
-    root: str | os.PathLike, views: Views, seed: int = 0, renderer: str = "torchvision", extra: Views | None = None,
-    images_per_draw: int = 1, **checks: Any,
-) -> ImageDataset:  # fmt: skip
-    """All images below `root`, flat or nested, with label -1; `checks` are options of keep_readable."""
-    samples = keep_readable([(path, UNLABELLED) for path in list_images(root)], **checks)
-    return ImageDataset(samples, views, seed, (), renderer, extra, images_per_draw)
+    few = kept[:: 1 + len(kept) // 8]
+    if few and (peak := max(read_pixels(path).max() for path, _ in few)) <= DARK:
+        print(f"dark: the brightest pixel of {len(few)} images is {peak} of 255, {few[0][0]} among them; 16-bit files that use "
+              "fewer bits must be scaled first (docs/pretraining.md, Images)", flush=True)  # fmt: skip
+    return kept
 
 
 def labelled_dataset(

@@ -1,18 +1,20 @@
 """Image files: finding them in folders and tar files, and reading them."""
 
+import glob
 import io
 import math
 import os
 import struct
 import zlib
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from clever.data.shards import find_shards, list_members, read_file
-from clever.distributed import is_main_process
-from clever.utils import InputError, describe_error
+from clever.data.shards import list_members, read_file
+from clever.utils import InputError, describe_error, error_prefix
 
 try:
     import simplejpeg
@@ -22,12 +24,13 @@ except ImportError:  # optional
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif", ".tif", ".tiff",
 )  # fmt: skip
+EXPECTED = f"taken are {' '.join(IMAGE_SUFFIXES)}, or tar files of these, not compressed, given as 'folder/*.tar'"
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 Sample = tuple[str, int]  # path, label
 
-# What Pillow raises for files that are missing, truncated, damaged or not images.
-DECODE_ERRORS = (
+DECODE_ERRORS = (  # what Pillow raises for files that are missing, truncated, damaged or not images
     OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -36,64 +39,79 @@ DECODE_ERRORS = (
 def list_images(root: str | os.PathLike) -> list[str]:
     """Sorted paths of all images below `root`. Symbolic links are followed; hidden files and folders are skipped.
 
-    `root` may also be tar files, or a folder of tar files (shards.py): the images in them, in the order of the tar files.
+    `root` may also be tar files (shards.py), or a folder of tar files without images: the images in them, in their order.
     Raises InputError if the folder is missing or contains no images.
     """
-    root = os.fspath(root)
-    if tar_files := find_shards(root, IMAGE_SUFFIXES):
-        return [path for path, _ in list_members(tar_files, IMAGE_SUFFIXES)]
-    return _find_images(root, [root])[0]
+    images, tar_files = _find(os.fspath(root))
+    return images or [path for path, _ in list_members(tar_files, IMAGE_SUFFIXES)]
 
 
 def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
-    """Class names (the sub-folders, sorted) and (path, index of the class) for every image at any depth below them.
+    """Class names, sorted, and (path, index of the class) of every image that has one.
 
-    In tar files (shards.py), the classes are the numbers of the labels.
-    Raises InputError if the folder is missing, contains no class folders, or contains a class folder without images, or if an
-    image in a tar file has no label.
+    Classes are the folders below `root`, or the labels in tar files. Images without a class are left out, which is printed.
+    Raises InputError if the folder is missing, contains no class folders, or contains a class folder without images.
     """
     root = os.fspath(root)
-    if tar_files := find_shards(root, IMAGE_SUFFIXES):
-        members = list_members(tar_files, IMAGE_SUFFIXES)
-        if unlabelled := [path for path, label in members if label is None]:
-            raise InputError(f"image {unlabelled[0]}: has no label; expected a .cls or .json file of the same name beside it")
-        numbers = sorted({label for _, label in members})
-        index = {number: i for i, number in enumerate(numbers)}
-        return [str(number) for number in numbers], [(path, index[label]) for path, label in members]
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
+    images, tar_files = _find(root)
+    if images:
+        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
+        start = len(os.path.join(root, ""))
+        members = sorted(((path, path[start:].split(os.sep)[0]) for path in images), key=itemgetter(1))
+    else:
+        members = list_members(tar_files, IMAGE_SUFFIXES, with_labels=True)
+        names = {label for _, label in members} - {None}
+        classes = sorted(names, key=int if all(map(str.isdecimal, names)) else None)
     if not classes:
-        raise InputError(f"image folder {root}: has no class folders (expected <class>/<image> below it)")
-    found = _find_images(root, [os.path.join(root, name) for name in classes])
-    return classes, [(path, label) for label, paths in enumerate(found) for path in paths]
+        raise InputError(f"images {root}: have no class folders (<class>/<image>; in tar files, labels <image>.cls or .json)")
+    if empty := sorted(set(classes) - {name for _, name in members}):
+        raise InputError(f"image folder {os.path.join(root, empty[0])}: has no images; {EXPECTED}")
+    index = {name: i for i, name in enumerate(classes)}
+    samples = [(path, index[name]) for path, name in members if name in index]
+    if len(samples) < len(members):
+        print(f"left out of {root}: {len(members) - len(samples)} images without a class folder or label", flush=True)
+    return classes, samples
 
 
-def _find_images(root: str, folders: list[str]) -> list[list[str]]:
-    """The images below each of these folders of `root`, sorted. A folder that several links lead to is listed once.
+def _find(root: str) -> tuple[list[str], list[str]]:
+    """The images below a folder, sorted; if there are none, its tar files, or those that `root` names.
 
-    What is passed over is counted and printed. Raises InputError if a folder has no images.
+    A folder that several links lead to is listed once. What is left out is counted and printed.
     """
-    found, other_files, other_links = [], 0, 0
-    for top in folders:
-        paths = []
-        seen = set(map(str, Path(top).resolve().parents))  # a link to one of them would lead in a circle
-        for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:
-                other_links += 1
-                subfolders.clear()
-                continue
-            seen.add(real)
-            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
-            files = [name for name in files if not name.startswith(".")]
-            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-            other_files += len(files) - len(images)
-            paths += [os.path.join(folder, name) for name in images]
-        if not paths:
-            raise InputError(f"image folder {top}: has no images ({' '.join(IMAGE_SUFFIXES)})")
-        found.append(sorted(paths))
-    if (other_files or other_links) and is_main_process():
-        print(f"left out below {root}: other files {other_files}, links to folders listed already {other_links}", flush=True)
-    return found
+    if root.lower().endswith(".tar") and not os.path.isdir(root):
+        if tar_files := [root] if os.path.isfile(root) else sorted(glob.glob(root, recursive=True)):
+            return [], tar_files
+        raise InputError(f"tar files {root}: do not exist")
+    if not os.path.isdir(root):
+        raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}; {EXPECTED}")
+    images, tar_files, left_out = [], [], Counter()
+    seen = set(map(str, Path(root).resolve().parents))  # a link to one of them would lead in a circle
+    for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            left_out["links to folders listed already"] += 1
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+        if folder == root and len(splits := [name for name in subfolders if name.lower() in SPLITS]) > 1:
+            print(f"{root} has {' and '.join(splits)}: images of all are taken; give one of them to leave out the others")
+        for path in (os.path.join(folder, name) for name in files if not name.startswith(".")):
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                images.append(path)
+            elif suffix == ".tar":
+                tar_files.append(path)
+            else:
+                left_out[suffix or "without suffix"] += 1
+    if images and tar_files:
+        left_out[".tar"] = len(tar_files)
+    counted = ", ".join(f"{number} {kind}" for kind, number in left_out.most_common())
+    if not images and not tar_files:
+        raise InputError(f"image folder {root}: has no images{counted and f', but {counted}'}; {EXPECTED}")
+    if left_out:
+        print(f"left out below {root}: {counted}; {EXPECTED}", flush=True)
+    return sorted(images), sorted(tar_files)
 
 
 def _raise(error: OSError) -> None:
@@ -110,11 +128,22 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.I
 
     Raises InputError naming the file and the reason if decoding fails.
     """
+    with error_prefix(f"image {path}: cannot be read"):
+        return to_rgb(_decode(path, content))
+
+
+def _decode(path: str | os.PathLike, content: bytes | None = None, quickly: bool = False) -> Image.Image:
+    """An image in its own mode. Errors of Pillow are the file's; `quickly`: a whole JPEG, but at an eighth of its size."""
     try:
-        with Image.open(io.BytesIO(read_file(path) if content is None else content)) as image:
-            return to_rgb(image)
+        image = Image.open(io.BytesIO(read_file(path) if content is None else content))
+        if quickly:
+            image.draft("L", (1, 1))
+        image.load()
+        return image
+    except UnidentifiedImageError as error:
+        raise InputError("not an image that Pillow knows") from error
     except DECODE_ERRORS as error:
-        raise InputError(f"image {path}: cannot be read ({_reason(error)})") from error
+        raise InputError(describe_error(error)) from error
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:
@@ -138,29 +167,24 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
 def decode_error(path: str) -> str | None:
     """Why an image cannot be decoded, in one line; None if it can. Quicker than decoding all pixels."""
     try:
-        with Image.open(io.BytesIO(read_file(path))) as image:  # fails without pixels, too
-            image.draft("L", (1, 1))  # JPEG: reads the whole stream, but decodes at an eighth of the resolution
-            image.load()
-            if image.mode not in ("L", "RGB"):
-                to_rgb(image)
-    except DECODE_ERRORS as error:
-        return _reason(error)
+        to_rgb(_decode(path, quickly=True))
+    except InputError as error:
+        return str(error)
     return None
-
-
-def _reason(error: Exception) -> str:
-    return "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else describe_error(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: drops transparency without blending, scales 16-bit grey to 8 bits (Pillow would clip it).
 
-    Raises ValueError for pixels that are floats or 32-bit integers, and for colours that Pillow cannot convert.
+    Raises InputError for pixels that are floats or 32-bit integers, and for colours that Pillow cannot convert.
     """
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # mode I of other formats has 16 bits
-        raise ValueError(f"pixels of mode {image.mode}, whose range is not known; convert the image to 8 or 16 bits")
+        raise InputError(f"pixels of mode {image.mode}, whose range is not known; convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise InputError(describe_error(error)) from error

@@ -131,9 +131,8 @@ def choose_renderer(name: str) -> str:
 
 def renderer_line(name: str) -> str:
     """Which renderer runs, and why if it is not the fastest."""
-    if name == "cpp":
-        return "views: compiled renderer (cpp)"
-    return f"views: torchvision and Pillow ({rendering_cpp.unavailable_reason() or '--views cpp is faster, and available'})"
+    reason = rendering_cpp.unavailable_reason() or "--views cpp is faster, and available"
+    return "views: compiled renderer (cpp)" if name == "cpp" else f"views: torchvision and Pillow ({reason})"
 
 
 def render_batch(images: Sequence[np.ndarray], views: np.ndarray, renderer: str) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 A sample is a key and its files: `n01/0003.jpg` and `n01/0003.cls` have the key `n01/0003`, which ends at the first dot of the
 name. Images are known by the rest (`jpg`, `png`, ...): `0003.seg.png` is a segmentation, no image of its own. The label is the
-number in `.cls`, or else in the field `cls` or `label` of `.json`.
+number or name in `.cls`, or else in the field `cls` or `label` of `.json`.
 
 An image in a tar file is named by a path that says where it is: `shards/000.tar//1536+20480/n01/0003.jpg` are the 20480 bytes
 that start at byte 1536 of shards/000.tar. So the views of an image depend on (seed, epoch, index), as those of a file do, and a
@@ -10,7 +10,6 @@ resumed run repeats them.
 """
 
 import functools
-import glob
 import io
 import json
 import os
@@ -19,36 +18,19 @@ import tarfile
 from collections import ChainMap
 from collections.abc import Iterator
 
-from clever.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from clever.distributed import all_gather_objects, get_rank, get_world_size
 from clever.progress import progress
 from clever.utils import InputError, describe_error
 
 MAX_OPEN_FILES = 64  # of a process
-_MEMBER = re.compile(r"(.*\.tar)//(\d+)\+(\d+)/", re.DOTALL)
+_MEMBER = re.compile(r"(.*\.tar)//(\d+)\+(\d+)/", re.DOTALL | re.IGNORECASE)
+_NUMBER = re.compile(r"[-+.\d]+")
 
-Member = tuple[str, int | None]  # an image in a tar file: its path, see above, and its label
-
-
-def find_shards(root: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The tar files that `root` means: one, a pattern such as `data/*.tar`, or a folder that has tar files but no images.
-
-    `suffixes` are those of images. An empty list if `root` is another folder. Raises InputError if it does not exist.
-    """
-    if root.endswith(".tar"):
-        paths = [root] if os.path.isfile(root) else sorted(glob.glob(root))
-        if not paths:
-            raise InputError(f"tar files {root}: do not exist")
-        return paths
-    if not os.path.isdir(root):
-        raise InputError(f"image folder {root}: {'is not a folder' if os.path.exists(root) else 'does not exist'}")
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    if any(entry.is_dir() or entry.name.lower().endswith(suffixes) for entry in entries):
-        return []  # images beside an archive, perhaps of the same images
-    return sorted(entry.path for entry in entries if entry.name.endswith(".tar"))
+Member = tuple[str, str | None]  # an image in a tar file: its path, see above, and its label
 
 
-def list_members(shards: list[str], suffixes: tuple[str, ...]) -> list[Member]:
-    """The images in these tar files, in their order, with labels where there are any. The processes share the files.
+def list_members(shards: list[str], suffixes: tuple[str, ...], with_labels: bool = False) -> list[Member]:
+    """The images in these tar files, in their order; labels are read `with_labels` only. The processes share the files.
 
     Raises InputError for a file that is damaged, truncated or compressed, that has no images, or has two images of one name.
     """
@@ -56,20 +38,20 @@ def list_members(shards: list[str], suffixes: tuple[str, ...]) -> list[Member]:
     found: dict[str, tuple[list[Member], int]] = {}
     with progress("listing tar files", len(own), unit="files", silent_if_quick=True) as bar:
         for path in own:
-            found[path] = _members_of(path, suffixes)
+            found[path] = _members_of(path, suffixes, with_labels)
             bar.update()
     of_all = ChainMap(*all_gather_objects(found))
     left_out = sum(of_all[path][1] for path in shards)
-    if left_out and is_main_process():
+    if left_out:
         print(f"left out of tar files: names with a dot before the suffix {left_out}", flush=True)
     return [member for path in shards for member in of_all[path][0]]
 
 
-def _members_of(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], int]:
+def _members_of(path: str, suffixes: tuple[str, ...], with_labels: bool) -> tuple[list[Member], int]:
     """The images in one tar file, in their order, and the number of those with a dot before the suffix."""
     left_out = 0
     images: dict[str, str] = {}  # by key
-    labels: dict[str, int | None] = {}
+    labels: dict[str, str | None] = {}
     for member in _read_headers(path):
         folder, name = os.path.split(os.path.normpath(member.name))
         if not member.isfile() or any(part.startswith((".", "__MACOSX")) for part in (*folder.split("/"), name)):
@@ -81,7 +63,7 @@ def _members_of(path: str, suffixes: tuple[str, ...]) -> tuple[list[Member], int
                 raise InputError(f"tar file {path}: two images of the name {key}")
             images[key] = f"{path}//{member.offset_data}+{member.size}/{member.name}"
         elif kind == ".cls" or (kind == ".json" and key not in labels):
-            labels[key] = _read_label(path, member, kind)
+            labels[key] = _read_label(path, member, kind) if with_labels else None
         elif kind.endswith(suffixes):
             left_out += 1
     if not images:
@@ -102,8 +84,8 @@ def _read_headers(path: str) -> Iterator[tarfile.TarInfo]:
         raise InputError(f"tar file {path}: damaged, or compressed, which it must not be ({describe_error(error)})") from error
 
 
-def _read_label(path: str, member: tarfile.TarInfo, kind: str) -> int | None:
-    """The label in a .cls or .json file; None if a .json has none. Raises InputError for anything but a number from 0 on."""
+def _read_label(path: str, member: tarfile.TarInfo, kind: str) -> str | None:
+    """The label in a .cls or .json file; None if a .json has none. Raises InputError unless it is a name or a number from 0."""
     content = _read_bytes(path, member.offset_data, member.size)
     try:
         value = content.decode()
@@ -112,11 +94,12 @@ def _read_label(path: str, member: tarfile.TarInfo, kind: str) -> int | None:
             value = fields.get("cls", fields.get("label")) if isinstance(fields, dict) else None
             if value is None:
                 return None
-        if type(value) not in (int, str) or int(value) < 0:
+        name = str(value).strip()
+        if type(value) not in (int, str) or not name or (_NUMBER.fullmatch(name) and not name.isdecimal()):
             raise ValueError(value)
-        return int(value)
+        return str(int(name)) if name.isdecimal() else name
     except (ValueError, RecursionError) as error:
-        raise InputError(f"tar file {path}: the label in {member.name} is no whole number from 0 on") from error
+        raise InputError(f"tar file {path}: the label in {member.name} is no name and no whole number from 0 on") from error
 
 
 def read_file(path: str | os.PathLike) -> bytes:

@@ -28,7 +28,7 @@ def torchvision_samples(
     try:
         data = getattr(datasets, name)(root, split=split, download=download)
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        why = f"cannot be read; --download fetches it ({describe_error(error)})"
+        why = f"cannot be {'downloaded' if download else 'read; --download fetches it'} ({describe_error(error)})"
         raise InputError(f"{name} in {Path(root) / folder}: {why}") from error
     samples = [(os.fspath(path), int(label)) for path, label in zip(getattr(data, images), getattr(data, labels), strict=True)]
     return [str(label) for label in range(count)], samples

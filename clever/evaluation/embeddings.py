@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from clever.training.telemetry import COLLAPSED, feature_std
 from clever.utils import atomic_file, printable, save_json
 
 
@@ -77,6 +79,7 @@ MAX_CLASSES = 20  # that a legend can tell apart
 
 def reduce(features: np.ndarray, method: str, seed: int) -> np.ndarray:
     """Features [M, D'] in two dimensions [M, 2]."""
+    features = np.pad(features, ((0, 0), (0, max(0, 2 - features.shape[1]))))  # an EF may have a single column
     if method == "pca":
         from sklearn.decomposition import PCA
 
@@ -108,13 +111,18 @@ def plot(
     names = sorted(set(classes or ()))
     colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
     for panel, (part, features) in zip(panels[0], parts.items(), strict=True):
-        points = reduce(features, method, seed)  # M, 2
+        collapsed = feature_std(torch.from_numpy(features)) < COLLAPSED  # the method would spread rounding noise
+        points = np.zeros((len(features), 2)) if collapsed else reduce(features, method, seed)  # M, 2
         if angles is not None:
             drawn = panel.scatter(*points.T, c=angles, cmap="coolwarm", vmin=-90, vmax=90, s=9)
         else:
             rows = [np.array(classes) == name for name in names]
             drawn = [panel.scatter(*points[mine].T, color=colours[i], s=9) for i, mine in enumerate(rows)]
-        panel.set(title=f"{TITLES[part]}, {features.shape[1]} dimensions", xticks=[], yticks=[])
+        text = f"{TITLES[part]}, {features.shape[1]} dimensions"
+        if collapsed:
+            text += f"\ncollapsed: the same features for all images (feature_std < {COLLAPSED})"
+            print(f"warning: {text}".replace("\n", "; "))
+        panel.set(title=text, xticks=[], yticks=[])
         panel.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2")
     if angles is not None:
         figure.colorbar(drawn, ax=panels, label="rotation of the image, degrees", ticks=range(-90, 91, 45))

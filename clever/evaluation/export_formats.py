@@ -74,8 +74,11 @@ def timm_model(network: Network) -> Model | None:
     return {"name": arch, "options": {"num_classes": 0, **sizes}}
 
 
-def _create_timm(model: Model, **options: str) -> str:
-    words = [repr(model["name"]), *(f"{name}={value!r}" for name, value in (model["options"] | options).items())]
+def _create_timm(network: Network, model: Model, **options: str) -> str:
+    images = {"input_size": (3, network.img_size, network.img_size), "interpolation": "bicubic", "crop_pct": 224 / 256}
+    images |= {name: tuple(network.description["args"][name]) for name in ("mean", "std")}  # for timm.data
+    options = model["options"] | {"pretrained_cfg_overlay": images} | options
+    words = [repr(model["name"]), *(f"{name}={value!r}" for name, value in options.items())]
     return f"import timm\nmodel = timm.create_model({', '.join(words)}).eval()"
 
 
@@ -83,7 +86,7 @@ def timm_usage(network: Network, file: str) -> str:
     model = timm_model(network)
     if model is None:
         raise InputError(f"--format timm: timm has no {network.arch}; choose safetensors, onnx or torch_export")
-    return f"{_create_timm(model, checkpoint_path=file)}\nfeatures = model(images){network.slice}"
+    return f"{_create_timm(network, model, checkpoint_path=file)}\nfeatures = model(images){network.slice}"
 
 
 def torchvision_usage(network: Network, file: str) -> str:
@@ -99,8 +102,8 @@ def safetensors_usage(network: Network, file: str) -> str:
     if model is None:
         return (f"from clever import load_backbone  # of this repository\nmodel = load_backbone({file!r}).network\n"
                 f"features = model(images){network.slice}")  # fmt: skip
-    return (f"from safetensors.torch import load_file\n{_create_timm(model)}\nmodel.load_state_dict(load_file({file!r}))\n"
-            f"features = model(images){network.slice}")  # fmt: skip
+    return (f"from safetensors.torch import load_file\n{_create_timm(network, model)}\n"
+            f"model.load_state_dict(load_file({file!r}))\nfeatures = model(images){network.slice}")  # fmt: skip
 
 
 def trace(network: Network) -> torch.export.ExportedProgram:

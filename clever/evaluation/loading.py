@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from clever.data.augmentations import eval_transform
 from clever.data.files import to_rgb
 from clever.data.rendering import choose_renderer, render_batch
 from clever.evaluation.pretrained import load_pretrained
+from clever.models.heads import Split
 from clever.models.layers import normalize
 from clever.utils import InputError
 
@@ -73,11 +75,11 @@ def load_backbone(
         img_size=img_size,
     )  # fmt: skip
     pretrained = load_pretrained(args, torch.device("cpu"))
-    cut = pretrained.split
-
-    def split(z: Tensor) -> tuple[Tensor, Tensor]:
-        if cut is None:
-            raise InputError(f"split: a {pretrained.net} network with hp1 {pretrained.hp1} has no IR and EF")
-        return z[..., cut.ir], z[..., cut.ef]
-
+    split = partial(_split, pretrained.split, f"split: a {pretrained.net} network with hp1 {pretrained.hp1} has no IR and EF")
     return LoadedBackbone(pretrained.backbone, CleanView(pretrained.img_size, *pretrained.stats), split)
+
+
+def _split(cut: Split | None, refusal: str, z: Tensor) -> tuple[Tensor, Tensor]:  # at the top: workers of a loader pickle it
+    if cut is None:
+        raise InputError(refusal)
+    return z[..., cut.ir], z[..., cut.ef]

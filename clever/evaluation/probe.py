@@ -279,8 +279,8 @@ class ProbeGroup:
 
     def train_one_epoch(self, active: list[Probe], loader: DataLoader, epoch: int) -> list[float]:
         """One pass over the training images for the active probes; the mean loss of each."""
-        header, images = f"epoch {epoch}/{self.args.epochs}", images_per_step(self.args)
-        progress = TrainingProgress(header, len(loader), images, self.device, print_freq=50)
+        header, images, after = f"epoch {epoch}/{self.args.epochs}", images_per_step(self.args), self.args.epochs - epoch - 1
+        progress = TrainingProgress(header, len(loader), images, self.device, print_freq=50, epochs_after=after)
         names = [f"{self.prefix(probe)}loss" for probe in active]
         for images, labels in loader:
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)  # B, 3, S, S and B

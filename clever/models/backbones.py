@@ -2,7 +2,9 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -148,14 +150,12 @@ def _build_timm(arch: str, img_size: int, drop_path_rate: float, checkpointing: 
 
 
 def _call_with_known_options(function: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    """Calls `function` without the options that it rejects: which ones a timm model accepts shows only when it is called."""
-    try:
-        return function(**options)
-    except TypeError as error:
-        known = {key: value for key, value in options.items() if f"keyword argument '{key}'" not in str(error)}
-        if len(known) == len(options):
-            raise
-    return _call_with_known_options(function, **known)
+    """Calls `function` with as many options as it accepts: which ones a timm model takes shows only when it is called."""
+    for count in range(len(options), 0, -1):
+        for names in combinations(options, count):
+            with suppress(TypeError):
+                return function(**{name: options[name] for name in names})
+    return function()
 
 
 @torch.no_grad()

@@ -18,28 +18,29 @@ from clever.utils import write_text_atomically
 
 LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
 UNIFORM = "Try a longer --warmup_epochs, a lower --lr or --teacher_temp, a smaller --out_dim, or --norm_last_layer true"
+COLLAPSED = 0.01  # a smaller feature_std means that all images have the same features
 CONSTANT = "Try a lower --lr, a higher --momentum_teacher, or --clip_grad"
 
 
 class TrainingProgress:
     """Averages over the batches of an epoch, and its progress with the losses of the last batch.
 
-    The progress is a bar on a terminal, elsewhere a line every `print_freq` batches and at the end. Values are averaged over
-    processes. On a GPU they are read one batch late, so that the GPU never waits for the log. If a value is not finite, all
-    processes raise FloatingPointError, which names it, at the same batch.
+    The progress is a bar on a terminal, elsewhere a line after 3 batches, which says early what a run needs, every `print_freq`
+    batches and at the end. Values are averaged over processes. On a GPU they are read one batch late, so that the GPU never
+    waits for the log. If a value is not finite, all processes raise FloatingPointError, which names it, at the same batch.
 
     `total`: batches of the epoch. `images`: of a batch, over all processes. `epochs_after`: epochs after this one, for the time
     left of the run.
     """
 
     def __init__(
-        self, header: str, total: int, images: int, device: torch.device, print_freq: int = 20, epochs_after: int | None = None
+        self, header: str, total: int, images: int, device: torch.device, print_freq: int = 20, epochs_after: int = 0
     ) -> None:
         self.header, self.total, self.images, self.print_freq = header, total, images, print_freq
         self.epochs_after = epochs_after
         has_bar, shape = redraws() and is_main_process(), "{bar:10} {desc}"
         self.bar = tqdm(total=total, file=sys.stdout, dynamic_ncols=True, leave=False, bar_format=shape, disable=not has_bar)
-        self.delay = 1 if device.type == "cuda" else 0
+        self.device, self.delay = device, 1 if device.type == "cuda" else 0
         self.totals: dict[str, float] = {}
         self.done = 0
         self.start = time.perf_counter()
@@ -93,16 +94,15 @@ class TrainingProgress:
         if not self.bar.disable:
             self.bar.set_description_str(self._line(values), refresh=False)
             self.bar.update()
-        elif self.done % self.print_freq == 0 or self.done == self.total:
+        elif self.done % self.print_freq == 0 or self.done in (3, self.total):
             print(self._line(values), flush=True)
 
     def _line(self, values: dict[str, float]) -> str:
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
         todo = self.total - self.done
-        left = f"left {time_left(todo * self.images, self.rate)}"
-        if self.epochs_after is not None:
-            left += f" epoch, {time_left((todo + self.epochs_after * self.total) * self.images, self.rate)} run"
-        return f"{self.header} {self.done}/{self.total}  {numbers}  {self.rate:.0f} img/s  {left}"
+        epoch, run = (time_left(batches * self.images, self.rate) for batches in (todo, todo + self.epochs_after * self.total))
+        used = f"{self.rate:.1f} img/s  {peak_memory_gib(self.device):.1f} GiB"
+        return f"{self.header} {self.done}/{self.total}  {numbers}  {used}  left {epoch} epoch, {run} run"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -173,7 +173,7 @@ class CollapseWatch:
         if abs(means["normalized_loss"] - 1) < 0.005:
             found["uniform"] = f"the loss stays at ln(out_dim): the outputs are uniform. {UNIFORM}"
         for name, value in means.items():
-            if name.startswith("feature_std") and value < 0.01:
+            if name.startswith("feature_std") and value < COLLAPSED:
                 found[name] = f"{name} is {value:.1e}: all images get the same features. {CONSTANT}"
         self.count = {kind: self.count.get(kind, 0) + 1 for kind in found}
         return [text for kind, text in found.items() if self.count[kind] > 1 and math.log2(self.count[kind]).is_integer()]

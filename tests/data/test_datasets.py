@@ -2,7 +2,9 @@
 
 import json
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from clever.data.datasets import (
     CheckRecord,
     ImageDataset,
     check_images,
+    keep_readable,
     make_loader,
-    pretraining_dataset,
     read_batch,
 )
 from clever.data.files import labelled_samples, list_images, read_image, read_pixels
@@ -74,16 +76,63 @@ def test_list_images_follows_links_but_not_in_circles(tmp_path, capsys):
     for name, target in (("link", "store"), ("sub/up", "root"), ("sub/above", ""), ("twice", "store")):
         (tmp_path / "root" / name).symlink_to(tmp_path / target)
     assert list_images(tmp_path / "root") == [str(tmp_path / "root" / "link" / "1.png")]
-    assert capsys.readouterr().out == f"left out below {tmp_path}/root: other files 1, links to folders listed already 3\n"
+    said = f"left out below {tmp_path}/root: 3 links to folders listed already, 1 .txt; taken are .jpg .jpeg"
+    assert capsys.readouterr().out.startswith(said)
 
 
-def test_labelled_samples(tmp_path):
+@pytest.mark.parametrize("name", ["photos.zip", "photos.TAR.GZ", "x.npy", "x.parquet", "IMG_1.HEIC", "noname"])
+def test_a_folder_without_images_is_refused_with_what_it_has(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"but 1 {os.path.splitext(name)[1].lower() or 'without suffix'}; taken are .jpg"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "test"), ("train", "validation"), ("cats", "test")])
+def test_a_tree_of_splits_given_whole_is_said(tmp_path, capsys, names):
+    for name in names:
+        save_image(tmp_path / name / "a" / "1.png")
+    assert len(list_images(tmp_path)) == 2
+    said = f"{tmp_path} has {' and '.join(sorted(names))}: images of all are taken; give one of them to leave out the others\n"
+    assert capsys.readouterr().out == ("" if "cats" in names else said)
+
+
+def save_png_16(path, value):
+    """A PNG of 16 bits and three channels, which Pillow cannot write, of one value."""
+    row, size = b"\0" + struct.pack(">H", value) * 3 * 8, struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(row * 8)), (b"IEND", b""))
+    whole = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+
+
+@pytest.mark.parametrize("bits, shown", [(12, (15, 16)), (14, (63, 64)), (16, ())])
+def test_dark_images_are_said(tmp_path, capsys, bits, shown):
+    """Of 12 or 14 bits in files of 16 bits, in colour (whose lower 8 bits Pillow drops) and grey."""
+    value = 2**bits - 1
+    save_png_16(tmp_path / "colour.png", value)
+    Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "grey.png")
+    for path in (str(tmp_path / name) for name in ("colour.png", "grey.png")):
+        assert keep_readable([(path, 0)]) == [(path, 0)]
+        said = capsys.readouterr().out
+        assert (any(f"is {peak} of 255" in said for peak in shown) and path in said) if shown else said == ""
+
+
+def test_an_error_that_is_not_the_file_s_keeps_its_kind(tmp_path, monkeypatch):
+    """One line in changed code is no damaged image."""
+    path = save_image(tmp_path / "1.png")
+    monkeypatch.setattr("clever.data.files.to_rgb", lambda image: {}["bands"])
+    for read in (read_image, read_pixels, lambda path: keep_readable([(path, 0)], skip_bad_images=True)):
+        with pytest.raises(KeyError, match="bands"):
+            read(path)
+
+
+def test_labelled_samples(tmp_path, capsys):
     save_image(tmp_path / "stray.png")
     with pytest.raises(InputError, match="no class folders"):
         labelled_samples(tmp_path)
     names = ["a/1.png", "b/1.png", "b/deep/2.png"]
     paths = [save_image(tmp_path / name) for name in names]
     assert labelled_samples(tmp_path) == (["a", "b"], list(zip(paths, (0, 1, 1), strict=True)))
+    assert capsys.readouterr().out == f"left out of {tmp_path}: 1 images without a class folder or label\n"
     (tmp_path / "c").mkdir()
     with pytest.raises(InputError, match=f"{tmp_path}/c.*no images"):
         labelled_samples(tmp_path)
@@ -216,7 +265,7 @@ def test_a_second_start_decodes_only_changed_files(tmp_path, monkeypatch):
     def start():
         decoded.clear()
         check = CheckRecord(record)
-        pretraining_dataset(tmp_path / "images", CLEAN, record=check)
+        keep_readable([(path, 0) for path in list_images(tmp_path / "images")], record=check)
         check.save()
         return sorted(decoded)
 

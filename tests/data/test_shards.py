@@ -17,12 +17,9 @@ from support.processes import write_labelled_images
 from clever.checkpoint import load_checkpoint
 from clever.data import shards
 from clever.data.augmentations import eval_transform
-from clever.data.datasets import CheckRecord, labelled_dataset, pretraining_dataset
+from clever.data.datasets import CheckRecord, keep_readable, labelled_dataset
 from clever.data.files import labelled_samples, list_images, read_image, read_pixels
-from clever.data.shards import find_shards
 from clever.utils import InputError
-
-SUFFIXES = (".png", ".jpg")
 
 
 def png(value, size=8):
@@ -42,18 +39,22 @@ def write_tar(path, files, **options):
     return path
 
 
-def test_patterns_and_folders_of_tar_files(tmp_path):
-    for name in ("a-08", "a-09", "b-08", "b[1]"):
-        write_tar(tmp_path / f"{name}.tar", [("x.png", png(1))])
-    found = {pattern: find_shards(f"{tmp_path}/{pattern}", SUFFIXES) for pattern in ("a-*.tar", "?-08.tar", "b[1].tar", "")}
-    names = {pattern: [os.path.basename(path) for path in paths] for pattern, paths in found.items()}
-    assert names["a-*.tar"] == ["a-08.tar", "a-09.tar"] and names["?-08.tar"] == ["a-08.tar", "b-08.tar"]
-    assert names["b[1].tar"] == ["b[1].tar"]  # a file of that name
-    assert names[""] == ["a-08.tar", "a-09.tar", "b-08.tar", "b[1].tar"] and len(list_images(tmp_path)) == 4
+def test_patterns_and_folders_of_tar_files(tmp_path, capsys):
+    for name in ("a-08", "a-09", "b-08", "b[1]", "deep/er/C.TAR"):
+        write_tar(tmp_path / (name if "." in name else f"{name}.tar"), [("x.png", png(1))])
+
+    def found(pattern):
+        return [os.path.relpath(shards.file_of(path), tmp_path) for path in list_images(f"{tmp_path}/{pattern}")]
+
+    assert found("a-*.tar") == ["a-08.tar", "a-09.tar"] and found("?-08.tar") == ["a-08.tar", "b-08.tar"]
+    assert found("b[1].tar") == ["b[1].tar"]  # a file of that name
+    assert found("") == ["a-08.tar", "a-09.tar", "b-08.tar", "b[1].tar", "deep/er/C.TAR"]
     with pytest.raises(InputError, match=r"c-\*.tar: do not exist"):
-        list_images(tmp_path / "c-*.tar")
-    (tmp_path / "y.png").write_bytes(png(2))  # an archive beside images is no data set
-    assert find_shards(str(tmp_path), SUFFIXES) == [] and list_images(tmp_path) == [str(tmp_path / "y.png")]
+        found("c-*.tar")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "deep" / "y.png").write_bytes(png(2))  # images beside archives are taken alone, and the others named
+    assert list_images(tmp_path) == [str(tmp_path / "deep" / "y.png")]
+    assert "5 .tar; taken are .jpg" in (said := capsys.readouterr().out) and "'folder/*.tar'" in said
 
 
 def test_images_are_found_in_their_order_and_read_by_their_place(tmp_path):
@@ -88,27 +89,41 @@ def test_labels_from_cls_and_json(tmp_path):
     assert [int(dataset[i][0].float().mean()) for i in range(4)] == [1, 2, 3, 4]
 
 
+def test_labels_that_are_names(tmp_path):
+    labels = [b"wolf\n", b"cat", "42", b"cat"]
+    files = [(f"{i}.cls", label) if type(label) is bytes else (f"{i}.json", json.dumps({"cls": label}).encode())
+             for i, label in enumerate(labels)]  # fmt: skip
+    path = write_tar(tmp_path / "x.tar", [*files, *((f"{i}.png", png(i)) for i in range(4))])
+    classes, samples = labelled_samples(path)
+    assert classes == ["42", "cat", "wolf"] and [label for _, label in samples] == [2, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     "files, words",
     [
         ([("a.txt", b"x")], ["has no images"]),
         ([("a.png", png(1)), ("a.png", png(2))], ["two images of the name a"]),
-        ([("a.png", png(1)), ("a.cls", b"cat")], ["the label in a.cls"]),
+        ([("a.png", png(1)), ("a.cls", b"-1")], ["the label in a.cls"]),
+        ([("a.png", png(1)), ("a.cls", b" ")], ["the label in a.cls"]),
         ([("a.png", png(1)), ("a.json", b'{"cls": 1.5}')], ["the label in a.json"]),
+        ([("a.png", png(1)), ("a.json", b'{"cls": [1]}')], ["the label in a.json"]),
+        ([("a.png", png(1)), ("a.json", b'{"caption": "a cat"}')], ["labels <image>.cls or .json"]),
     ],
 )
-def test_bad_tar_files_are_named(tmp_path, files, words):
+def test_bad_tar_files_are_named_where_labels_are_needed(tmp_path, files, words):
     path = write_tar(tmp_path / "x.tar", files)
     with pytest.raises(InputError) as caught:
         labelled_samples(path)
     assert all(word in str(caught.value) for word in (str(path), *words)) and "\n" not in str(caught.value)
+    if len(files) == 2 and files[1][0] != "a.png":  # a bad label, which pretraining does not read
+        assert len(list_images(path)) == 1
 
 
-def test_images_without_labels_serve_pretraining_only(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("a.json", b'{"caption": "a cat"}')])
-    assert len(pretraining_dataset(path, eval_transform("ori", 8))) == 1
-    with pytest.raises(InputError, match=r"x.tar//.*/a.png: has no label"):
-        labelled_samples(path)
+def test_images_without_a_label_are_left_out_and_counted(tmp_path, capsys):
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("b.png", png(2)), ("b.cls", b"7"), ("c.png", png(3))])
+    classes, ((name, label),) = labelled_samples(path)
+    assert (classes, label) == (["7"], 0) and name.endswith("/b.png")
+    assert capsys.readouterr().out == f"left out of {path}: 2 images without a class folder or label\n"
 
 
 @pytest.mark.parametrize("change", [lambda whole: whole[:700], gzip.compress, lambda whole: b"no tar file " * 100])
@@ -122,12 +137,12 @@ def test_damaged_and_compressed_tar_files_are_named(tmp_path, change):
 def test_the_check_knows_images_in_tar_files(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("b.png", b"no image"), ("c.png", png(3))])
     record = CheckRecord(tmp_path / "record.npy")
-    dataset = pretraining_dataset(path, eval_transform("ori", 8), record=record, skip_bad_images=True)
+    samples = keep_readable([(path, 0) for path in list_images(path)], record=record, skip_bad_images=True)
     record.save()
-    keys = {record.key(sample) for sample, _ in dataset.samples}
+    keys = {record.key(sample) for sample, _ in samples}
     assert len(keys) == 2 and keys < set(CheckRecord(tmp_path / "record.npy").known.tolist())
     os.utime(path, ns=(1, 1))
-    assert not {record.key(sample) for sample, _ in dataset.samples} & keys
+    assert not {record.key(sample) for sample, _ in samples} & keys
 
 
 def test_views_and_training_are_the_same_as_from_a_folder_bit_for_bit(tmp_path):

@@ -66,15 +66,16 @@ def test_a_value_of_the_last_step_that_is_not_finite_is_named_at_the_end():
         progress.finish()
 
 
-def test_lines_come_every_print_freq_steps_and_at_the_end(capsys):
-    progress = TrainingProgress("epoch 2/5", 7, 4, CPU, print_freq=3)
-    for step in range(7):
+def test_lines_come_early_then_every_print_freq_steps_and_at_the_end(capsys):
+    progress = TrainingProgress("epoch 2/5", 9, 4, CPU, print_freq=4)
+    for step in range(9):
         progress.update(loss=scalar(step), normalized_loss=scalar(0.5).bfloat16(), feature_std=scalar(3))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:3] for line in lines] == [
-        [f"epoch 2/5 {done}/7", f"loss {done - 1}", "normalized_loss 0.5"] for done in (3, 6, 7)
+        [f"epoch 2/5 {done}/9", f"loss {done - 1}", "normalized_loss 0.5"] for done in (3, 4, 8, 9)
     ]
-    assert all("img/s" in line and "feature_std" not in line for line in lines) and lines[-1].endswith("left 0:00:00")
+    assert all(re.search(r"img/s  \d+\.\d GiB  left", line) and "feature_std" not in line for line in lines)
+    assert lines[-1].endswith("left 0:00:00 epoch, 0:00:00 run")
 
 
 # A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
@@ -121,7 +122,7 @@ def test_on_a_terminal_one_line_redraws_itself(columns):
     assert len(bars) > 2 and all(len(part) <= columns for part in drawn)
     assert all(re.match(r".{10} epoch 1/2 \d+/30  loss \d+  normalized_loss 0.5  ", part) for part in bars)
     if columns == 200:
-        assert re.search(r"  \d+ img/s  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
+        assert re.search(r"  \d+\.\d img/s  \d\.\d GiB  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
     final = [line.split("\r")[-1] for line in text.split("\r\n")]  # what remains: bars are wiped out
     assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30 +[\d.]+ img/s  left 00:00", final[2])
     assert len(final) == 4 and final[3] == ""
