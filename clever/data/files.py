@@ -74,10 +74,7 @@ def labelled_samples(root: str | os.PathLike) -> tuple[list[str], list[Sample]]:
 
 
 def _find(root: str) -> tuple[list[str], list[str]]:
-    """The images below a folder, sorted; if there are none, its tar files, or those that `root` names.
-
-    A folder that several links lead to is listed once. What is left out is counted and printed.
-    """
+    """The images below a folder, sorted; without any, its tar files, or those that `root` names. Prints what is left out."""
     if root.lower().endswith(".tar") and not os.path.isdir(root):
         if tar_files := [root] if os.path.isfile(root) else sorted(glob.glob(root, recursive=True)):
             return [], tar_files

@@ -35,11 +35,10 @@ KNOWN = {
 SETTINGS = {"data": "data/digits", "epochs": "2", "lr": "0.016", "PRETRAIN_FLAGS": ""}
 
 
-def write_cell(root: Path, network: str, seed: int, recipe: str = "aug1_2", **settings: str) -> Path:
-    """A cell with known results, a point and 0.1 more for each next seed; on the tuning split the same.
+def write_cell(root: Path, network: str, seed: int, recipe: str = "aug1_2", **settings: str) -> None:
+    """A cell with known results, a point and 0.1 more for each next seed; rotated images have 10 points less.
 
-    Rotated images: 10 points less. The IR has a point more, the EF 10 points less. R2: of the EF half that of ALL, random
-    dimensions a quarter, the IR all of it; of blur 0.2 for every network.
+    IR: a point more, all of the R2; EF: 10 points less, half of it; random dimensions: a quarter. R2 of blur: always 0.2.
     """
     net, _, lambd = network.partition(" ")
     top1, r2 = KNOWN[network]
@@ -66,7 +65,6 @@ def write_cell(root: Path, network: str, seed: int, recipe: str = "aug1_2", **se
                 gaps.append(entry | {"cosine_gap": value / 2})
         write(place / "equivariance.json", {"kind": "equivariance", "results": results, "gaps": gaps})
     (folder / "pretrain.done").touch()
-    return folder
 
 
 def write(path: Path, record: dict) -> None:
@@ -103,8 +101,7 @@ SUMMARY = "top-1 (%) of 20-NN and linear probe, and R2"
 
 def test_means_over_seeds(cells):
     table = tables_of(cells)[SUMMARY]
-    headings = ["clean", "rotated", "R2 rotation", "R2 blur", "probe, clean", "probe, rotated"]
-    assert table.pop("network") == ["seeds", *headings]
+    assert table.pop("network") == ["seeds", "clean", "rotated", "R2 rotation", "R2 blur", "probe, clean", "probe, rotated"]
     assert list(table) == [
         "untrained ALL", "untrained random", "dino ALL", "dino random",
         *(f"{network} {space}" for network in list(KNOWN)[2:] for space in ("ALL", "IR", "EF", "random")),
@@ -112,7 +109,6 @@ def test_means_over_seeds(cells):
     assert table["dino ALL"] == ["3", "51.0 ± 1.0", "41.0 ± 1.0", "0.500 ± 0.100", "0.200 ± 0.000", "25.5 ± 0.5", "20.5 ± 0.5"]
     assert table["dino random"] == ["3", "-", "-", "0.125 ± 0.025", "0.200 ± 0.000", "-", "-"]
     assert table["CLeVER 0.1 EF"][:4] == ["3", "51.0 ± 1.0", "41.0 ± 1.0", "0.300 ± 0.050"]
-    assert tables_of(cells)["memory of the pretraining"]["dino ALL"] == ["3", "0.75 ± 0.00"]
 
 
 def test_differences_are_paired_by_seed(cells):
@@ -129,7 +125,6 @@ def test_differences_are_paired_by_seed(cells):
 
 
 def test_weights_are_chosen_on_the_tuning_split(cells):
-    """Of augself+EF, 3 has more R2, but at first loses more than a point of accuracy."""
     assert list(tables_of(cells)["weights"].items())[1:] == [
         ("CLeVER 0.1", ["R2 and accuracy"]), ("augself+EF 1", ["R2 and accuracy"]),
     ]  # fmt: skip
@@ -341,7 +336,6 @@ def test_killed_resumed_and_one_cell_that_fails(tmp_path):
     text, _ = result.communicate(timeout=60)
     assert result.returncode == 2 and "was made with other settings than PROBE_FLAGS --epochs 2" in text, text
 
-    shutil.copytree(out / "resnet8_aug1_2_dino_seed0", tmp_path / "cell")
     records = {"RESULT": str(tmp_path / "other"), "RECORDS": str(out / "records.json")}
     text, _ = start_study(**variables | records).communicate(timeout=60)
     assert "0 of 4 cells to run" in text and (tmp_path / "other" / "tables.md").read_text() == (out / "tables.md").read_text()
