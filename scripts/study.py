@@ -265,10 +265,12 @@ def report(values: pd.DataFrame) -> str:
 
 
 def style_of(net: str) -> dict[str, Any]:
-    """Colour of the method; dashed, with open markers, if its term is on the EF alone."""
-    on_ef = net.endswith("+EF") or net == "sie"
-    color = COLORS.get(net.split("+")[0], "grey")
-    return {"color": color, "linestyle": "--" if on_ef else "-", "markerfacecolor": "white" if on_ef else color}
+    """Colour of the method; dashed, open markers: the term is on the EF alone; a star: dino; crosses: controls."""
+    name, _, variant = net.partition("+")
+    marker = "*" if net == BASELINE else "X" if variant not in ("", "EF") else "o"
+    on_ef, color = variant == "EF" or net == "sie", COLORS.get(name, "grey")
+    style = {"color": color, "linestyle": "--" if on_ef else "-", "markerfacecolor": "white" if on_ef else color}
+    return style | {"marker": marker, "markersize": {"*": 13, "X": 9}.get(marker, 6)}
 
 
 def draw_front(values: pd.DataFrame) -> plt.Figure:
@@ -280,19 +282,16 @@ def draw_front(values: pd.DataFrame) -> plt.Figure:
     archs = [arch for arch, found in values.groupby("arch") if (found["split"] == "tune").any()]
     figure, panels = plt.subplots(len(archs), 2, figsize=(11, 4.4 * len(archs)), squeeze=False, layout="constrained")
     for (whole, gain), arch in zip(panels, archs, strict=True):
-        table = pivot(values[(values["arch"] == arch) & (values["split"] == "tune")], CHOICE).sort_values(
-            "weight", kind="stable"
-        )
+        table = pivot(values[(values["arch"] == arch) & (values["split"] == "tune")], CHOICE)
         gains = differences(table)
         for net, rows in table.groupby("net", sort=False):
-            style = style_of(net) | {"marker": "*" if net == BASELINE else "o", "markersize": 13 if net == BASELINE else 6}
             ALL = rows[rows["space"] == "ALL"]
-            whole.plot(ALL["R2 rotation"], ALL["rotated"], label=net, **style)
+            whole.plot(ALL["R2 rotation"], ALL["rotated"], label=net, **style_of(net))
             for end in (ALL[ALL["weight"] > 0].head(1), ALL[ALL["weight"] > 0].tail(1)):
                 for x, y, weight in end[["R2 rotation", "rotated", "weight"]].to_numpy():
                     whole.annotate(f"{weight:g}", (x, y), fontsize=7, textcoords="offset points", xytext=(5, 3))
             EF, IR = (gains[(gains["net"] == net) & (gains["space"] == space)].set_index("weight") for space in ("EF", "IR"))
-            gain.plot(EF["R2 rotation"], IR["rotated"].reindex(EF.index), **style)
+            gain.plot(EF["R2 rotation"], IR["rotated"].reindex(EF.index), **style_of(net))
         gain.axhline(0, color="black", linewidth=0.8)
         gain.axvline(0, color="black", linewidth=0.8)
         whole.set(title=f"{arch}: the whole representation", xlabel="R2 of the rotation", ylabel="20-NN on rotated images (%)")
