@@ -339,7 +339,7 @@ def make_tables(source: Path, out: Path | None) -> None:
     for line in missing(values):
         note(line)
     text = report(values)
-    print(text)
+    print(text, end="")
     if out is None:
         return
     lines = ",\n".join(json.dumps(cell) for cell in read_cells(source))

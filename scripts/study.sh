@@ -7,7 +7,7 @@
 #
 #   TUNE=1                      to choose weights: FACTORS times the default, seed 0; cells are trained on the same images, and
 #                               evaluated on further training images, never on the test images
-#   ARCHS, RECIPES, SEEDS       lists of words, e.g. SEEDS="0 1 2 3 4"; default: resnet8, aug1_2, 0 1 2
+#   ARCHS, RECIPES, SEEDS       lists of words, e.g. SEEDS="0 1 2 3 4"; default: resnet8, aug1_2, 1 2 3
 #   NETS="dino augself+EF:0.3"  rows of METHODS below, with or without a weight
 #   LAMBDAS="0.1 1"             weights of all NETS that have none: of the term, of CLeVER's EF loss
 #   RECORDS=docs/study/records.json   cells in this file are not run again: compare a method of yours with the published ones
@@ -45,15 +45,15 @@ untrained
 dino
 dino+2
 CLeVER          1       0.1,1
-augself         1       1
-augself+EF      1       1
+augself         1       3,10
+augself+EF      1       1,10
 augself+rotation -      1
 essl            0.4     0.4
 essl+EF         0.4     0.4
-equimod         1       1
-equimod+EF      1       1
+equimod         1       10
+equimod+EF      1       10
 equimod_pair    1       1
-equimod_pair+EF 1       1
+equimod_pair+EF 1       0.3,3
 equimod_pair+grey -     1
 sie             1       0,1
 care            0.03    0.03
@@ -96,7 +96,7 @@ weights_of() {
 : "${TUNE:=0}" "${ARCHS:=resnet8}"
 if [[ $TUNE == 1 ]]; then : "${SEEDS:=0}" "${STEPS:=pretrain tune}"; fi
 ALL_STEPS="pretrain tune probe perturbation knn equivariance"
-: "${NETS:=$(names "$METHODS" | paste -sd' ' -)}" "${RECIPES:=aug1_2}" "${SEEDS:=0 1 2}" "${STEPS:=${ALL_STEPS/ tune/}}"
+: "${NETS:=$(names "$METHODS" | paste -sd' ' -)}" "${RECIPES:=aug1_2}" "${SEEDS:=1 2 3}" "${STEPS:=${ALL_STEPS/ tune/}}"
 : "${DATA:=fashion-mnist}" "${TOLD:=crop rotation brightness contrast}" "${RECORDS:=}"
 : "${PRETRAIN_FLAGS:=}" "${PROBE_FLAGS:=}" "${KNN_FLAGS:=}" "${EQUIVARIANCE_FLAGS:=}"
 check_words ARCHS $(names "$SETTINGS")

@@ -153,7 +153,7 @@ def test_choice_of_images(tmp_path):
 CLEVER = "--pretrained_weights {root}/clever.pth --data_path {data} "
 # Flags, and what the message must hold.
 BAD = [
-    (CLEVER + "--transforms crop shear", "--transforms 'shear'", "rotation, rotation_corners, crop, jitter, blur, flip"),
+    (CLEVER + "--transforms crop shear", "--transforms 'shear'", "rotation, rotation_corners, crop, jitter, blur, elastic"),
     (CLEVER + "--transforms flip --input single", "--transforms 'flip'", "solarize, grey"),
     (CLEVER + "--num_images 4", "4 images to fit regressors to, 4 to test them on", "at least 5 and 2"),
     ("--pretrained_weights {root}/clever.pth --data_path {root}/bad", "{root}/bad", "cannot be read"),
