@@ -307,7 +307,7 @@ def result_tables(results: list[Record], names: dict[Path, str]) -> list[dict[st
 
 def comparison(source: Path) -> dict[str, Any]:
     """The tables of a study (scripts/study.sh), and its front as a chart."""
-    values = study.load_study(source)
+    values = study.to_values(source, study.read_cells(source))
     tables = [
         {"title": title, "heads": heads, "numeric": [True] * len(heads), "rows": [(name, cells) for name, *cells in rows]}
         for title, ((_, *heads), *rows) in study.tables_of(values).items()

@@ -110,12 +110,11 @@ def no_values(record: dict[str, Any]) -> list[list[Any]]:
 VALUES = {"knn": accuracy_values, "linear_probe": accuracy_values, "equivariance": equivariance_values}
 
 
-def load_study(source: Path) -> pd.DataFrame:
+def to_values(source: Path, cells: list[dict[str, Any]]) -> pd.DataFrame:
     """A row for every value of every cell, in the order of tables: OWN_SETTINGS, PLACE, `value`, and `label` of the network.
 
     Raises InputError if two cells are the same network, or if cells of a backbone differ in a setting.
     """
-    cells = read_cells(source)
     check_settings(source, cells)
     with readable(source, "not the records of a study"):
         rows = [[*(cell["settings"][name] for name in OWN_SETTINGS), *value] for cell in cells for value in cell["values"]]
@@ -335,14 +334,15 @@ def draw_told(values: pd.DataFrame) -> plt.Figure:
 
 def make_tables(source: Path, out: Path | None) -> None:
     """Print the tables of a study; write them with their records and, as far as there are results to draw, pictures."""
-    values = load_study(source)
+    cells = read_cells(source)
+    values = to_values(source, cells)
     for line in missing(values):
         note(line)
     text = report(values)
     print(text, end="")
     if out is None:
         return
-    lines = ",\n".join(json.dumps(cell) for cell in read_cells(source))
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
     write_text_atomically(f'{{"cells": [\n{lines}\n]}}\n', out / "records.json")
     write_text_atomically(text, out / "tables.md")
     for name, split, draw in (("front", "tune", draw_front), ("told", "test", draw_told)):
