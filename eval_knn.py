@@ -52,8 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         "else_part (EF); each has its own result file")  # fmt: skip
     add("--test_aug_type", nargs="+", default=["ori"], help=f"perturbations of the test images: {', '.join(PERTURBATIONS)}; "
         "each has its own result file")  # fmt: skip
-    add("--per_image", type=bool_flag, default=False, help="also write which test images were classified correctly, to compare "
-        "networks image by image")  # fmt: skip
     add("--data_path", help="folder with train/ and val/, a folder per class in each")
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is usually best")
     add("--temperature", type=float, nargs="+", default=[0.07], help="a neighbour with cosine s votes exp(s / temperature)")
@@ -150,7 +148,6 @@ def classify(
         neighbors=neighbors,
         temperatures=sorted(set(args.temperature)),
         search_device=device if args.use_cuda else torch.device("cpu"),
-        per_image=args.per_image,
         header="nearest neighbours",
     )
     images = "test images" if args.test_aug_type == "ori" else f"test images perturbed by {args.test_aug_type}"

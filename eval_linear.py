@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 
 from clever import arguments
-from clever.arguments import bool_flag
 from clever.data.augmentations import Views, eval_transform
 from clever.data.datasets import ImageDataset
 from clever.data.files import labelled_samples
@@ -54,8 +53,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder with train/ and val/, a folder per class in each")
     add("--dataset_type", choices=IMAGENET_CLASSES, help="to check the folder's classes, 1000 or 100; default: any number")
     add("--optimizer", default="sgd", choices=["sgd", "lars"], help="lars suits large batches")
-    add("--per_image", type=bool_flag, default=False, help="with --evaluate: also write which test images were classified "
-        "correctly, to compare networks image by image")  # fmt: skip
     add("--output_dir", default=".", help="folder for the probe's checkpoint and results")
     add_distributed_arguments(parser)
     return parser
@@ -66,8 +63,6 @@ def check_args(args: argparse.Namespace) -> None:
     check_probe_args(args)
     if len(args.else_part) > 1 and args.final_eval_weights is not None:
         raise InputError(f"--final_eval_weights {args.final_eval_weights}: only with one part, not {' '.join(args.else_part)}")
-    if args.per_image and not args.evaluate:
-        raise InputError("--per_image true: only with --evaluate")
     arguments.check_writable(args.output_dir)
 
 
@@ -132,7 +127,7 @@ def evaluate(args: argparse.Namespace, pretrained: Pretrained, group: ProbeGroup
         images = copy.copy(test)
         images.views = eval_transform(perturbation, pretrained.img_size)
         print(f"perturbation {perturbation}")
-        for probe, result in group.evaluate(images, args.per_image).items():
+        for probe, result in group.evaluate(images).items():
             accuracy, count = result["accuracy"], result["num_test_images"]
             print(f"{group.prefix(probe)}Accuracy of the network on the {count} test images: {accuracy:.2f}%")
             path = Path(args.output_dir) / f"only_eval_{perturbation}_{classifier_name(probe.path)}.json"

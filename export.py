@@ -37,7 +37,7 @@ BATCHES = (1, 3)  # numbers of random images to compare; programs are traced wit
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = arguments.ArgumentParser(description=__doc__)
-    add_backbone_arguments(parser)
+    add_backbone_arguments(parser, compiles=False)
     add = parser.add_argument
     add("--format", required=True, choices=FORMATS, help="see above")
     add("--part", type=part_flag, default="ALL", choices=PARTS, help="ALL, main_part (IR) or else_part (EF): what programs "

@@ -35,6 +35,7 @@ from clever.locking import locked
 from clever.methods import METHODS, add_method_arguments, resolve_method
 from clever.methods.pairs import TEACHER_VIEWS
 from clever.models.backbones import default_drop_path_rate
+from clever.models.compilation import add_compile_argument
 from clever.training import optim
 from clever.training.build import build_networks, build_pretraining, images_per_step, peak_lr
 from clever.training.loggers import Loggers, add_logger_argument, check_log_to
@@ -100,6 +101,7 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--amp_dtype", default="auto", help="type of mixed precision: auto (the best that the hardware has), bf16, fp16, fp32")
     add("--activation_checkpointing", type=bool_flag, default=False, help="recompute activations in the backward pass: less "
         "memory, more time")
+    add_compile_argument(group)
 
 
 def add_data_arguments(group: argparse._ArgumentGroup) -> None:

@@ -145,7 +145,7 @@ def test_saved_features_serve_every_part(world, tmp_path):
 
 
 def test_several_perturbations_equal_separate_runs(world, tmp_path):
-    flags = (*world.flags, "--else_part", "ALL", "EF", "--per_image", "true", "--test_aug_type")
+    flags = (*world.flags, "--else_part", "ALL", "EF", "--test_aug_type")
     assert knn(*flags, "ori", "aug1_2", "--output_dir", tmp_path / "together").status == 0
     for perturbation in ("ori", "aug1_2"):
         assert knn(*flags, perturbation, "--output_dir", tmp_path / "separate").status == 0
@@ -162,14 +162,11 @@ def test_several_perturbations_equal_separate_runs(world, tmp_path):
 
 def test_two_processes_agree_with_one(world, tmp_path):
     """27 and 16 images: the shares of the training images are unequal."""
-    flags = (
-        *world.flags, "--num_workers", 0, "--output_dir", tmp_path, "--dump_features", tmp_path / "features",
-        "--per_image", "true",
-    )  # fmt: skip
+    flags = (*world.flags, "--num_workers", 0, "--output_dir", tmp_path, "--dump_features", tmp_path / "features")
     log = run("eval_knn.py", *flags, output=tmp_path / "log", processes=2)
     assert log.count("classifier result") == 6 and "training features 14/14  " in log
     assert results(tmp_path) == results(world.root / "all")
-    knn(*world.flags, "--output_dir", tmp_path / "one", "--per_image", "true")
+    knn(*world.flags, "--output_dir", tmp_path / "one")
     records = [json.loads((folder / "knn.json").read_text())["results"] for folder in (tmp_path, tmp_path / "one")]
     assert records[0] == records[1]
     for name in TENSORS.values():

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from clever.data.datasets import ImageDataset
 from clever.distributed import all_reduce_sum, get_rank, get_world_size
-from clever.evaluation.features import FeatureExtractor, extract_all, gather_in_order, in_eval_mode, select_part
-from clever.evaluation.hits import pack_hits
+from clever.evaluation.features import FeatureExtractor, extract_all, in_eval_mode, select_part
 from clever.models.heads import Split
 from clever.progress import with_progress
 
@@ -61,7 +60,7 @@ def knn_hits(
 def knn_accuracies(
     train_features: torch.Tensor, train_labels: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, num_classes: int,
     device: torch.device, neighbors: Sequence[int] = (20,), temperatures: Sequence[float] = (0.07,),
-    search_device: torch.device | None = None, per_image: bool = False, header: str = "",
+    search_device: torch.device | None = None, header: str = "",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Top-1 and top-5 accuracies, in percent, for each k and temperature.
 
@@ -71,7 +70,6 @@ def knn_accuracies(
     Args:
         device: where the counts are summed over processes.
         search_device: where features are compared; default: there.
-        per_image: also return `correct`, the images whose class was found, as text (evaluation/hits.py).
         header: of printed progress, if any.
     """
     rank, world, total = get_rank(), get_world_size(), len(features)
@@ -88,15 +86,10 @@ def knn_accuracies(
         hits.append(torch.stack(found).to(device))  # settings, 2, B
     own = torch.cat(hits, dim=-1)  # settings, 2, N / world
     percent = (100 * all_reduce_sum(own.sum(-1).double()) / total).tolist()
-    results = [
+    return [
         {"k": k, "temperature": temperature, "top1": top1, "top5": top5}
         for (k, temperature), (top1, top5) in zip(settings, percent, strict=True)
     ]
-    if per_image:
-        correct = gather_in_order(own[:, 0].T.contiguous(), total).cpu().numpy()  # N, settings
-        for result, column in zip(results, correct.T, strict=True):
-            result["correct"] = pack_hits(column)
-    return results
 
 
 def knn_accuracy(

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from clever.models.backbones import (
     is_same_network,
     vit_names,
 )
+from clever.models.compilation import add_compile_argument, compile_blocks
 from clever.models.heads import Split
-from clever.models.weights import backbone_state, load_backbone_weights, trained_image_size
+from clever.models.weights import backbone_state, load_backbone_weights
 from clever.utils import InputError, error_prefix, seed_everything
 
 MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
+# Modules of timm whose networks are plain ViTs: a grid of patches, with position embeddings for each.
+PLAIN_VITS = ("vision_transformer", "deit", "eva")
 
 
 @dataclass
@@ -117,13 +121,17 @@ def check_trial_name(name: str) -> None:
 # --- flags and loading -----------------------------------------------------------------------------------------------------
 
 
-def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = True, parts: bool = True) -> None:
+def add_backbone_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, parts: bool = True, compiles: bool = True
+) -> None:
     """Flags that name the network to evaluate; what is not given is taken from the checkpoint.
 
     Args:
         required: whether --pretrained_weights is required.
         parts: also add the flags for IR and EF and for the size of the images.
+        compiles: with those, --compile.
     """
+    parser.set_defaults(compile=False)
     add = parser.add_argument
     add("--pretrained_weights", required=required, help="checkpoint of a pretraining, ours, an original's or another program's")
     add("--checkpoint_key", default="teacher", help="which network of the checkpoint, if there are several; a file without "
@@ -136,6 +144,8 @@ def add_backbone_arguments(parser: argparse.ArgumentParser, required: bool = Tru
     add("--net", choices=METHODS, help="how it was pretrained; default: the checkpoint's, else dino")
     add("--hp1", type=TypedFloat, help="share of the representation that is IR; default: the checkpoint's")
     add("--img_size", type=int, help="side of the images, pixels; default: the pretraining's global crops, else 224 or timm's")
+    if compiles:
+        add_compile_argument(parser)
 
 
 def resolve_option(name: str, given: Any, stored: Any, default: Any) -> Any:
@@ -165,6 +175,20 @@ def resolve_net_and_hp1(args: argparse.Namespace, stored: dict[str, Any]) -> tup
     return net, hp1
 
 
+def trained_image_size(arch: str, state: dict[str, torch.Tensor]) -> int | None:
+    """Side in pixels of the images that a ViT's position embeddings were trained for; None for other backbones."""
+    if is_ours(arch):
+        is_vit = arch in vit_names()
+    else:
+        from timm.models import is_model_in_modules
+
+        is_vit = is_model_in_modules(arch, PLAIN_VITS)
+    if not is_vit or "pos_embed" not in state or "patch_embed.proj.weight" not in state:
+        return None
+    dim, *_, patch_size = state["patch_embed.proj.weight"].shape
+    return isqrt(state["pos_embed"].numel() // dim) * patch_size  # the root of 1 + g*g rounds down to g
+
+
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
     """The backbone of --pretrained_weights. Raises InputError if flags contradict the checkpoint or weights do not fit."""
     checkpoint = load_checkpoint(args.pretrained_weights)
@@ -183,9 +207,12 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
+    backbone = backbone.eval().requires_grad_(False).to(device)
+    if args.compile:
+        compile_blocks([backbone], device)
     mean, std = default_stats(arch)
     return Pretrained(
-        backbone=backbone.eval().requires_grad_(False).to(device),
+        backbone=backbone,
         arch=arch,
         net=net,
         hp1=hp1,

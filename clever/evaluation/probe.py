@@ -27,8 +27,7 @@ from clever import arguments, signals, utils
 from clever.checkpoint import load_checkpoint, save_atomically, strip_prefix, valid_state
 from clever.data.datasets import ImageDataset, make_loader
 from clever.distributed import all_reduce_sum, broadcast_buffers, get_rank, get_world_size, is_distributed, is_main_process
-from clever.evaluation.features import FeatureExtractor, extract_parts, gather_in_order, shard
-from clever.evaluation.hits import pack_hits
+from clever.evaluation.features import FeatureExtractor, extract_parts, shard
 from clever.evaluation.pretrained import Pretrained
 from clever.models.backbones import has_batch_norm
 from clever.models.weights import backbone_state, load_backbone_weights
@@ -200,20 +199,11 @@ class ProbeGroup:
         self._kept: tuple[ImageDataset, tuple[list[torch.Tensor], torch.Tensor]] | None = None
 
     @torch.no_grad()
-    def evaluate(self, test: ImageDataset, per_image: bool = False) -> dict[Probe, dict[str, Any]]:
-        """Accuracies of every probe on the test images, see `accuracies`.
-
-        With `per_image` also `correct`: which images, in the order of the data set, were classified correctly, as text
-        (evaluation/hits.py).
-        """
+    def evaluate(self, test: ImageDataset) -> dict[Probe, dict[str, Any]]:
+        """Accuracies of every probe on the test images, see `accuracies`."""
         features, labels = self._test_features(test)
-        results = {}
-        for probe, x in zip(self.probes, features, strict=True):
-            results[probe] = accuracies(probe.classifier, x, labels, self.per_class)
-            if per_image:
-                right = (probe.classifier(x).argmax(1) == labels).to(torch.uint8)  # M
-                results[probe]["correct"] = pack_hits(gather_in_order(right, len(test)).cpu().numpy())
-        return results
+        probes = zip(self.probes, features, strict=True)
+        return {probe: accuracies(probe.classifier, x, labels, self.per_class) for probe, x in probes}
 
     def _test_features(self, test: ImageDataset) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Features of each part, and labels. Those of a frozen backbone are kept until another data set is given."""

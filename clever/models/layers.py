@@ -39,6 +39,7 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
 
     def __init__(self, p: float) -> None:
         super().__init__(p, mode="row")
+        self.is_active, self.keep = p > 0, torch.tensor(1 - p)  # a tensor: compiled blocks that differ in p share their code
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], all_samples: bool = False) -> Tensor:
         """x [B, ...] -> [B, ...].
@@ -47,14 +48,15 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
             branch: maps [B', ...] to [B', ...] for any B' of at least 1.
             all_samples: run the branch on all samples, and drop its results. Needed if it mixes samples, as batch norm does.
         """
-        if not self.training or self.p == 0:
+        if not (self.training and self.is_active):
             return x + branch(x)
-        keep_prob = 1 - self.p
-        scale = 1 / keep_prob if keep_prob else 0.0
         # A graph has fixed shapes: while a compiler or fvcore records one, the branch runs on all samples.
         if all_samples or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            weights = torch.empty(len(x), device=x.device).bernoulli_(keep_prob) * scale  # [B], 0 where the branch is dropped
+            kept = torch.rand(len(x), device=x.device) < self.keep  # [B]
+            weights = torch.where(kept, 1 / self.keep, 0.0)  # 0 where the branch is dropped
             return x + branch(x) * weights.view(-1, *[1] * (x.ndim - 1))
+        keep_prob = 1 - self.p
+        scale = 1 / keep_prob if keep_prob else 0.0
         kept = torch.empty(len(x)).bernoulli_(keep_prob)  # [B], 1 where the branch is kept
         indices = kept.nonzero().squeeze(1)  # [B']
         if not len(indices):  # one sample with weight 0: distributed training needs a gradient of every parameter

@@ -4,14 +4,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
-from math import isqrt
 from typing import Any
 
 from torch import Tensor, nn
 
 from clever.checkpoint import load_checkpoint
 from clever.models import vision_transformer as vit
-from clever.models.backbones import is_ours, vit_names
 from clever.utils import InputError, error_prefix
 
 # Projection heads and classifiers. timm names the last layers of some backbones `head`, too: those are kept.
@@ -140,21 +138,3 @@ def load_backbone_file(backbone: nn.Module, path: str, checkpoint_key: str = "te
         if isinstance(backbone, vit.VisionTransformer) and "pos_embed" in state:
             state["pos_embed"] = vit.resize_positions(state["pos_embed"], backbone.grid_size)
         load_backbone_weights(backbone, state)
-
-
-# Modules of timm whose networks are plain ViTs: a grid of patches, with position embeddings for each.
-TIMM_VITS = ("vision_transformer", "deit", "eva")
-
-
-def trained_image_size(arch: str, state: dict[str, Tensor]) -> int | None:
-    """Side in pixels of the images that a ViT's position embeddings were trained for; None for other backbones."""
-    if is_ours(arch):
-        is_vit = arch in vit_names()
-    else:
-        from timm.models import is_model_in_modules
-
-        is_vit = is_model_in_modules(arch, TIMM_VITS)
-    if not is_vit or "pos_embed" not in state or "patch_embed.proj.weight" not in state:
-        return None
-    dim, *_, patch_size = state["patch_embed.proj.weight"].shape
-    return isqrt(state["pos_embed"].numel() // dim) * patch_size  # the root of 1 + g*g rounds down to g

@@ -10,6 +10,7 @@ from clever.distributed import get_world_size, resolve_amp_dtype
 from clever.methods import METHODS
 from clever.methods.term import WithTerm
 from clever.models.backbones import build_backbone, check_timm_size, is_ours, synchronize_batch_norm
+from clever.models.compilation import compile_blocks
 from clever.models.heads import DINOHead, MultiCropWrapper, Split
 from clever.models.weights import load_backbone_file
 from clever.training import optim
@@ -64,8 +65,10 @@ def build_networks(
         load_backbone_file(student.backbone, args.init_from, args.init_key)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    student, teacher = synchronize_batch_norm([student, teacher], args.arch, device)
-    return student.to(device), teacher.to(device)
+    student, teacher = (n.to(device) for n in synchronize_batch_norm([student, teacher], args.arch, device))
+    if args.compile:
+        compile_blocks([student.backbone, teacher.backbone], device)
+    return student, teacher
 
 
 def build_student(args: argparse.Namespace, student: MultiCropWrapper, device: torch.device) -> WithTerm:

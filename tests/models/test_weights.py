@@ -12,10 +12,10 @@ from support.in_process import assert_refused, pretrain, probe
 
 import eval_linear
 from clever import load_backbone
-from clever.evaluation.pretrained import load_pretrained
+from clever.evaluation.pretrained import load_pretrained, trained_image_size
 from clever.models.backbones import build_backbone
 from clever.models.vision_transformer import vit_micro
-from clever.models.weights import backbone_state, load_backbone_file, load_backbone_weights, trained_image_size
+from clever.models.weights import backbone_state, load_backbone_file, load_backbone_weights
 from clever.utils import InputError
 
 

@@ -1,0 +1,45 @@
+"""--compile: torch.compile for the blocks of a backbone."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from clever.arguments import bool_flag
+from clever.utils import describe_error
+
+MAX_VERSIONS = 64  # of one kind of block: widths, image sizes, training and evaluation
+
+
+def add_compile_argument(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add("--compile", type=bool_flag, default=False, help="compile the backbone's blocks with torch.compile, which takes "
+        "minutes at the start: faster on a GPU, hardly on a CPU")  # fmt: skip
+
+
+def compile_blocks(backbones: Sequence[nn.Module], device: torch.device) -> None:
+    """Compiles the blocks of backbones in place, anew for every size of images; the names of weights stay as they are.
+
+    Blocks of one kind share their code. Where torch.compile does not work, for lack of a C++ compiler or of Triton, a line
+    says why, and the backbones are left as they are.
+    """
+    blocks = [block for backbone in backbones for block in residual_blocks(backbone)]
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as error:  # whatever is missing, networks run without
+        print(f"--compile true: torch.compile does not work here, the run goes on without it ({describe_error(error)[:300]})")
+        return
+    torch._dynamo.config.cache_size_limit = max(MAX_VERSIONS, torch._dynamo.config.cache_size_limit)
+    for block in blocks:
+        block.compile(dynamic=False)
+    print(f"compiled blocks: {len(blocks)}; the first steps take minutes")
+
+
+def residual_blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules whose class is called ...Block or Bottleneck, ours, torchvision's or timm's."""
+    for module in network.children():
+        if type(module).__name__.endswith(("Block", "Bottleneck")):
+            yield module
+        else:
+            yield from residual_blocks(module)
