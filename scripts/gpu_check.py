@@ -77,6 +77,8 @@ ALL_PARTS = (
          f"{STEP} --arch vssm2-vmambav2_tiny_224 --batch_size 64 --steps 5 --rounds 1", f"{TINY} vssm2-vmambav2_micro"),
     Part("step_resnet_64", "How fast is a step of ResNet-50?", 90,
          f"{STEP} --arch resnet50 --batch_size 64 --steps 8 --rounds 1", f"{TINY} resnet8"),
+    Part("step_compiled", "What does --compile true give?", 200, f"{STEP} --arch vit_small resnet50 --batch_size 64 --steps 8 "
+         "--rounds 2 -- --compile true", f"{TINY} vit_micro -- --compile true"),
     Part("sanitizer", "Does the scan touch memory that is not its own?", 120,
          f"compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu {SCAN_TESTS} -k images_on_a_gpu",
          f"{COLLECT} {SCAN_TESTS}", tool="compute-sanitizer"),

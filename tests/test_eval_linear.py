@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.in_process import assert_refused, pretrain, probe, snapshot
-from support.processes import run
 from test_resume import assert_same
 
 from clever.checkpoint import load_checkpoint
@@ -217,16 +216,3 @@ def test_the_only_probe_of_a_part_is_evaluated_whatever_its_recipe(weights, colo
     shutil.copy(tmp_path / f"checkpoint_{name}.pth.tar", tmp_path / "checkpoint_linear_hp0.8_5_3_T.pth.tar")
     for more in ((), ("--trial_name", "U"), ("--else_part", "ALL"), ("--else_part", "else_part")):
         assert_refused(probe(weights, colours, tmp_path, *evaluation, *more), "no such file")
-
-
-def test_two_processes_count_as_one_does(trained, weights, colours, tmp_path):
-    checkpoint = trained[0] / "checkpoint_linear_5_8_.pth.tar"
-    flags = ("--final_eval_weights", checkpoint, "--test_aug_type", "ori", "aug1_3", "--evaluate")
-    assert probe(weights, colours, tmp_path / "one", *flags).status == 0
-    shared = ("--pretrained_weights", weights, "--data_path", colours, "--num_workers", 0, "--epochs", 1)
-    run("eval_linear.py", *shared, *flags, "--output_dir", tmp_path / "two", output=tmp_path / "log", processes=2)
-    for perturbation in ("ori", "aug1_3"):
-        name = f"only_eval_{perturbation}_linear_5_8_"
-        one, two = (read_result(tmp_path / folder, name) for folder in ("one", "two"))
-        assert one["accuracy"] == two["accuracy"]
-    assert 0 < one["accuracy"] < 100

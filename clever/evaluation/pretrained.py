@@ -15,19 +15,11 @@ from clever.checkpoint import load_checkpoint
 from clever.evaluation.names import part_flag
 from clever.evaluation.stored import stored_arguments
 from clever.methods import FLAGS, METHODS
-from clever.models.backbones import (
-    build_backbone,
-    default_image_size,
-    default_stats,
-    is_known,
-    is_ours,
-    is_same_network,
-    vit_names,
-)
+from clever.models.backbones import BACKBONES, build_backbone, is_known, is_ours, vit_names
 from clever.models.compilation import add_compile_argument, compile_blocks
 from clever.models.heads import Split
 from clever.models.weights import backbone_state, load_backbone_weights
-from clever.utils import InputError, error_prefix, seed_everything
+from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, error_prefix, seed_everything
 
 MAX_TRIAL_NAME = 100  # bytes: file systems allow 255 for a whole name
 # Modules of timm whose networks are plain ViTs: a grid of patches, with position embeddings for each.
@@ -160,7 +152,8 @@ def resolve_option(name: str, given: Any, stored: Any, default: Any) -> Any:
 
 def resolve_arch(given: str | None, stored: str | None) -> str:
     """--arch, or what the checkpoint says if it is a name that we know; two names of one backbone agree."""
-    if given is None or stored is None or not is_ours(stored) or is_same_network(given, stored):
+    is_same = given in BACKBONES and BACKBONES[given] is BACKBONES.get(stored)
+    if given is None or stored is None or not is_ours(stored) or is_same:
         return given or (stored if stored and is_known(stored) else "vit_small")
     return resolve_option("arch", given, stored, None)
 
@@ -189,6 +182,16 @@ def trained_image_size(arch: str, state: dict[str, torch.Tensor]) -> int | None:
     return isqrt(state["pos_embed"].numel() // dim) * patch_size  # the root of 1 + g*g rounds down to g
 
 
+def made_for(arch: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side in pixels, channel means and standard deviations of the images that a backbone is made for: 224 pixels and
+    ImageNet's, or what timm says of its model.
+    """
+    from timm.models import get_pretrained_cfg
+
+    config = None if is_ours(arch) or not is_known(arch) else get_pretrained_cfg(arch)
+    return (config.input_size[-1], tuple(config.mean), tuple(config.std)) if config else (224, IMAGENET_MEAN, IMAGENET_STD)
+
+
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretrained:
     """The backbone of --pretrained_weights. Raises InputError if flags contradict the checkpoint or weights do not fit."""
     checkpoint = load_checkpoint(args.pretrained_weights)
@@ -202,15 +205,14 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         with torch.device("meta" if is_ours(arch) else "cpu"):  # for its names
             own = build_backbone(arch).state_dict()
         state = backbone_state(checkpoint, args.checkpoint_key, own)
-        trained_size = trained_image_size(arch, state) or stored.get("global_crops_size")
-        trained_size = trained_size or default_image_size(arch)
+        size, mean, std = made_for(arch)
+        trained_size = trained_image_size(arch, state) or stored.get("global_crops_size") or size
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
     backbone = backbone.eval().requires_grad_(False).to(device)
     if args.compile:
         compile_blocks([backbone], device)
-    mean, std = default_stats(arch)
     return Pretrained(
         backbone=backbone,
         arch=arch,

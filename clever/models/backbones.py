@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clever.distributed import is_distributed
 from clever.models import resnet
 from clever.models import vision_transformer as vit
-from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, describe_error
+from clever.utils import InputError, describe_error
 
 # Builders of our backbones, by the name that --arch takes; every file vmamba/configs/<folder>/<config>.yaml is one more,
 # called <folder>-<config>. A builder takes those of `build_backbone`'s options (patch_size, img_size, drop_path_rate,
@@ -87,30 +87,6 @@ def is_known(arch: str) -> bool:
     from timm.models import is_model, is_model_pretrained
 
     return is_ours(arch) or (is_model(arch) and ("." not in arch or is_model_pretrained(arch)))
-
-
-def _timm_config(arch: str) -> Any:
-    """What timm says of the images that its model is made for; None for other backbones."""
-    from timm.models import get_pretrained_cfg
-
-    return get_pretrained_cfg(arch) if is_known(arch) and not is_ours(arch) else None
-
-
-def default_image_size(arch: str) -> int:
-    """Side in pixels of the images that a backbone is made for: 224, or what timm says of its model."""
-    config = _timm_config(arch)
-    return config.input_size[-1] if config else 224
-
-
-def default_stats(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels that a backbone is made for: ImageNet's, or what timm says of its model."""
-    config = _timm_config(arch)
-    return (tuple(config.mean), tuple(config.std)) if config else (IMAGENET_MEAN, IMAGENET_STD)
-
-
-def is_same_network(arch: str, other: str) -> bool:
-    """True for two names of one backbone, such as vit_tiny and deit_tiny."""
-    return arch == other or (arch in BACKBONES and BACKBONES[arch] is BACKBONES.get(other))
 
 
 def backbone_names() -> list[str]:

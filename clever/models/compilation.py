@@ -13,16 +13,14 @@ MAX_VERSIONS = 64  # of one kind of block: widths, image sizes, training and eva
 
 
 def add_compile_argument(parser: argparse._ActionsContainer) -> None:
-    add = parser.add_argument
-    add("--compile", type=bool_flag, default=False, help="compile the backbone's blocks with torch.compile, which takes "
-        "minutes at the start: faster on a GPU, hardly on a CPU")  # fmt: skip
+    about = "compile the backbone's blocks with torch.compile, which takes minutes at the start; hardly faster on a CPU"
+    parser.add_argument("--compile", type=bool_flag, default=False, help=about)
 
 
 def compile_blocks(backbones: Sequence[nn.Module], device: torch.device) -> None:
     """Compiles the blocks of backbones in place, anew for every size of images; the names of weights stay as they are.
 
-    Blocks of one kind share their code. Where torch.compile does not work, for lack of a C++ compiler or of Triton, a line
-    says why, and the backbones are left as they are.
+    Where torch.compile does not work, for lack of a C++ compiler or of Triton, a line says why, and nothing is changed.
     """
     blocks = [block for backbone in backbones for block in residual_blocks(backbone)]
     try:
@@ -32,7 +30,7 @@ def compile_blocks(backbones: Sequence[nn.Module], device: torch.device) -> None
         return
     torch._dynamo.config.cache_size_limit = max(MAX_VERSIONS, torch._dynamo.config.cache_size_limit)
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False)  # those of one kind share their code
     print(f"compiled blocks: {len(blocks)}; the first steps take minutes")
 
 

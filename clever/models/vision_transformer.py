@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
         x = self._tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = checkpointed(block, x, self.checkpointing)
+            x = block(x)
             if i >= len(self.blocks) - n:
                 outputs.append(self.norm(x))
         return outputs
@@ -176,10 +176,9 @@ class VisionTransformer(nn.Module):
     def _last_attention_input(self, x: Tensor) -> Tensor:
         """Input of the attention in the last block: [B, 1+N, D]."""
         x = self._tokens(x)
-        *earlier, last = self.blocks
-        for block in earlier:
-            x = checkpointed(block, x, self.checkpointing)
-        return last.norm1(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1].norm1(x)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Embeddings of [CLS] and the patches, with positions: [B, 1+N, D]."""

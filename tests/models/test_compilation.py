@@ -10,7 +10,7 @@ from support.in_process import pretrain
 from support.processes import write_images
 
 from clever.models.backbones import build_backbone
-from clever.models.compilation import compile_blocks, residual_blocks
+from clever.models.compilation import compile_blocks
 from clever.training.telemetry import read_log
 
 CPU = torch.device("cpu")
@@ -58,11 +58,6 @@ def test_blocks_share_their_code_whatever_their_rate_of_stochastic_depth(without
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
-def test_blocks_of_timm_are_found():
-    names = {"resnet10t": ["BasicBlock"] * 4, "convnext_atto": ["ConvNeXtBlock"] * 12}
-    assert {arch: [type(block).__name__ for block in residual_blocks(build_backbone(arch))] for arch in names} == names
-
-
 def test_without_a_compiler(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no\ncompiler")
@@ -74,14 +69,10 @@ def test_without_a_compiler(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_with_compiled_blocks_equals_one_without(tmp_path):
-    """Compiled by g++; the second epoch is a new process's, as after an interruption."""
+    """Compiled by g++; a run goes on with or without."""
     write_images(tmp_path / "images", 8)
-    for name in ("false", "true"):
-        for epochs in (1, 2):
-            flags = ("--epochs", epochs, "--warmup_epochs", 0, "--drop_path_rate", 0, "--amp_dtype", "fp32", "--compile", name)
-            torch._dynamo.reset()
-            assert pretrain(tmp_path / "images", tmp_path / name, *flags).status == 0
-    plain, compiled = (read_log(tmp_path / name / "log.txt") for name in ("false", "true"))
-    assert [a["train_loss"] for a in compiled] == pytest.approx([a["train_loss"] for a in plain], rel=1e-4)
-    plain, compiled = (torch.load(tmp_path / name / "checkpoint.pth")["teacher"] for name in ("false", "true"))
-    assert list(plain) == list(compiled)
+    for epochs, name in ((1, "false"), (1, "true"), (2, "false"), (2, "true")):
+        flags = ("--epochs", epochs, "--warmup_epochs", 0, "--drop_path_rate", 0, "--compile", name)
+        assert pretrain(tmp_path / "images", tmp_path / name, *flags).status == 0
+    plain, compiled = ([record["train_loss"] for record in read_log(tmp_path / name / "log.txt")] for name in ("false", "true"))
+    assert compiled == pytest.approx(plain, rel=1e-4)

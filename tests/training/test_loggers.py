@@ -1,6 +1,5 @@
 """--log_to: what TensorBoard, Weights & Biases and MLflow show of a run, read by their own readers."""
 
-import itertools
 import json
 import os
 import struct
@@ -12,8 +11,8 @@ from support.in_process import assert_refused, pretrain
 from support.processes import TINY_NETWORK, run, write_images
 
 from clever.training import loggers
-from clever.training.loggers import Loggers, tagged
-from clever.training.telemetry import append_log, read_log
+from clever.training.loggers import tagged
+from clever.training.telemetry import read_log
 
 EPOCHS = 4
 
@@ -147,39 +146,8 @@ def test_wandb_shows_every_epoch_of_a_killed_run_once(images, tmp_path):
     assert config["out_dim"] == "64" and config["arch"] == '"vit_micro"'
 
 
-# --- interruptions at any moment -----------------------------------------------------------------------------------------
-
-
-def record(epoch):
-    return {"train_loss": 5.0 - epoch, "knn_IR": 50.0 + epoch, "epoch": epoch, "seconds": 2.0, "memory_gib": 0.5}
-
-
-SECONDS = itertools.count(1_800_000_000)  # TensorBoard orders files by the second in their names
-
-
-def train(folder, epochs, *names):
-    """A run that is killed after these epochs: nothing is closed."""
-    with mock.patch("time.time", return_value=next(SECONDS)):
-        log = Loggers(names, folder, {"lr": 0.1, "arch": "vit_micro"}, epochs[0])
-    for epoch in epochs:
-        append_log(folder / "log.txt", record(epoch))
-        log.send(record(epoch))
-    return log
-
-
 def steps(scalars):
     return {tag: [step for step, _ in values] for tag, values in scalars.items()}
-
-
-EVERY_TAG = ("train/loss", "probe/knn_IR", "run/seconds", "run/memory_gib")
-
-
-def test_a_logger_that_is_added_later_gets_all_of_the_log(tmp_path):
-    pytest.importorskip("tensorboard")
-    for epoch in range(3):
-        append_log(tmp_path / "log.txt", record(epoch))
-    train(tmp_path, [3], "tensorboard")
-    assert steps(tensorboard_scalars(tmp_path)) == dict.fromkeys(EVERY_TAG, [0, 1, 2, 3])
 
 
 # --- failures ------------------------------------------------------------------------------------------------------------

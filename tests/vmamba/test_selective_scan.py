@@ -219,16 +219,6 @@ def test_the_operator_is_registered_completely(backend: str, device: str) -> Non
     torch.library.opcheck(torch.ops.clever.selective_scan_2d, (*tensors, backend))
 
 
-def test_compiles_without_a_break() -> None:
-    tensors = draw_images(2, 3, 4, 5, 2, 1)
-
-    def scan(*tensors: Tensor) -> Tensor:
-        return scan_images(*tensors).square()
-
-    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, with_gradients(compiled, tensors), with_gradients(scan, tensors)))
-
-
 def test_second_derivative_is_an_error() -> None:
     for scan, tensors in (selective_scan, draw_sequences(1, 1, 2, 1, 4)), (scan_images, draw_images(1, 2, 2, 2, 1, 1)):
         tensors = [each.requires_grad_() for each in tensors]
