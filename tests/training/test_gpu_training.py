@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from support.in_process import call
 from support.processes import ROOT, free_port, write_images
 
 import main_dino
+from clever.data.datasets import CheckRecord
+from clever.training.build import build_networks, build_pretraining
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NETS = ("dino", "CLeVER")
 HEAD = ("--out_dim", 4096, "--DVR_out_dim", 1024, "--use_bn_in_head", "true")
 
@@ -86,6 +90,21 @@ def test_200_steps_in_half_precision_follow_fp32(many_images, tmp_path, net, arc
 @pytest.mark.parametrize("arch", ["vit_small", "vssm2-vmambav2_tiny_224"])
 def test_a_run_that_is_killed_goes_on(many_images, tmp_path, arch):
     assert_resumes(many_images, tmp_path, {}, [], "--arch", arch, "--num_workers", 2, epochs=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["vit_small", "resnet50", "vssm2-vmambav2_tiny_224"])
+def test_a_step_never_waits_for_the_gpu(many_images, tmp_path, arch):
+    words = flags(many_images, tmp_path, "--net", "CLeVER", "--arch", arch, "--amp_dtype", "bf16", "--num_workers", 0)
+    args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(words))
+    loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
+    run = build_pretraining(args, *build_networks(args, DEVICE), DEVICE, len(loader))
+    try:
+        for mode in ("default", "error"):  # the first step makes what later ones need
+            torch.cuda.set_sync_debug_mode(mode)
+            run.train_step([next(iter(loader))], mock.Mock(), 0, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
