@@ -162,7 +162,7 @@ choose_cell() {
       [[ " $TOLD_NETS " != *" ${net%%+*} "* ]] || method+=" --equiv_params $told"
       ;;
   esac
-  parts=$(PRETRAIN_FLAGS=$method parts_of "${net%%+*}")
+  parts=$(parts_of "${net%%+*}" "$method $PRETRAIN_FLAGS")
 }
 
 # settings: print what the results of the cell depend on, a name and its value per line.
