@@ -56,7 +56,7 @@ CHECKPOINT = ".pth.tar"
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = arguments.ArgumentParser(description=__doc__)
-    add_backbone_arguments(parser)
+    add_backbone_arguments(parser, compiles=False)
     add_probe_arguments(parser)
     add = parser.add_argument
     add("--ds_mode", default="linear", choices=MODES, help="see above")

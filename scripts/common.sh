@@ -34,7 +34,7 @@ reg=${reg-_reg0.001}    # empty: no regulariser
 
 # Linear probe and evaluation
 : "${EPOCH_LN:=100}" "${BATCH_LN:=128}" "${lr:=0.001}" "${n_last_blocks:=4}"
-: "${PARTS:=$(parts_of "$net_name" "${PRETRAIN_FLAGS:-}")}"
+: "${PARTS:=$(parts_of "$net_name" "$PRETRAIN_FLAGS")}"
 : "${TEST_AUGS:=basic aug1 aug1_2 aug1_4_2}"
 : "${PROBE_FLAGS:=}" # additional flags of eval_linear.py
 : "${EQUIVARIANCE_FLAGS:=}" # additional flags of eval_equivariance.py

@@ -16,7 +16,7 @@ SETS=(CUB200 Flowers102 Food101 OxfordIIITPet)
 : "${SEMI_LISTS:=$DATASET_PATH}"         # contains ${DATASET}_1percent.txt and ${DATASET}_10percent.txt (make_semi_lists.py)
 : "${GPU_num_DS:=1}" "${BATCH_DS:=256}" "${EPOCH_DS:=200}" "${lr_DS:=0.001}" "${lrbk_DS:=0.001}" "${WD_DS:=1e-4}"
 : "${DS_FLAGS:=}" # additional flags of eval_linear_ds.py
-PARTS=$(parts_of "$net_name" "${PRETRAIN_FLAGS:-}")
+PARTS=$(parts_of "$net_name" "$PRETRAIN_FLAGS")
 PARTS=${PARTS_DS:-${PARTS% else_part}}
 
 # downstream MODE DATA PART: run one job.

@@ -101,7 +101,7 @@ wait_for "${jobs[@]}"
 
 step "linear probes, perturbations, rotation"
 measure CLeVER 0 ALL & jobs=($!)
-for net in $NETS; do measure "$net" "$epochs" "$(parts_of "$net" "${PRETRAIN_FLAGS:-}")" & jobs+=($!); done
+for net in $NETS; do measure "$net" "$epochs" "$(parts_of "$net")" & jobs+=($!); done
 wait_for "${jobs[@]}" # jobs of about the same length: at once, two cores are never idle
 
 step "results: top-1 accuracy in percent on clean images (ori) and perturbed ones; then what rotation does to the features"

@@ -182,13 +182,13 @@ def trained_image_size(arch: str, state: dict[str, torch.Tensor]) -> int | None:
     return isqrt(state["pos_embed"].numel() // dim) * patch_size  # the root of 1 + g*g rounds down to g
 
 
-def made_for(arch: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+def image_defaults(arch: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """Side in pixels, channel means and standard deviations of the images that a backbone is made for: 224 pixels and
     ImageNet's, or what timm says of its model.
     """
     from timm.models import get_pretrained_cfg
 
-    config = None if is_ours(arch) or not is_known(arch) else get_pretrained_cfg(arch)
+    config = None if is_ours(arch) else get_pretrained_cfg(arch)
     return (config.input_size[-1], tuple(config.mean), tuple(config.std)) if config else (224, IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -205,14 +205,14 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         with torch.device("meta" if is_ours(arch) else "cpu"):  # for its names
             own = build_backbone(arch).state_dict()
         state = backbone_state(checkpoint, args.checkpoint_key, own)
-        size, mean, std = made_for(arch)
+        size, mean, std = image_defaults(arch)
         trained_size = trained_image_size(arch, state) or stored.get("global_crops_size") or size
         options = {"patch_size": patch_size, "img_size": trained_size}
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
     backbone = backbone.eval().requires_grad_(False).to(device)
     if args.compile:
-        compile_blocks([backbone], device)
+        compile_blocks([backbone], device, dynamic=None)
     return Pretrained(
         backbone=backbone,
         arch=arch,

@@ -7,37 +7,41 @@ import torch
 from torch import nn
 
 from clever.arguments import bool_flag
+from clever.distributed import is_distributed
+from clever.models.backbones import has_batch_norm
 from clever.utils import describe_error
-
-MAX_VERSIONS = 64  # of one kind of block: widths, image sizes, training and evaluation
 
 
 def add_compile_argument(parser: argparse._ActionsContainer) -> None:
-    about = "compile the backbone's blocks with torch.compile, which takes minutes at the start; hardly faster on a CPU"
-    parser.add_argument("--compile", type=bool_flag, default=False, help=about)
+    parser.add_argument("--compile", type=bool_flag, default=False, help="torch.compile for the blocks; a CPU gains little")
 
 
-def compile_blocks(backbones: Sequence[nn.Module], device: torch.device) -> None:
-    """Compiles the blocks of backbones in place, anew for every size of images; the names of weights stay as they are.
+def compile_blocks(backbones: Sequence[nn.Module], device: torch.device, dynamic: bool | None = False) -> None:
+    """Compiles the blocks of backbones in place, for every shape of their input; the names of weights stay as they are.
 
-    Where torch.compile does not work, for lack of a C++ compiler or of Triton, a line says why, and nothing is changed.
+    Where that is not possible, a line says why, and nothing is changed. `dynamic` None, for evaluations, whose last batch is
+    smaller: from the second shape on, for all of them.
     """
     blocks = [block for backbone in backbones for block in residual_blocks(backbone)]
+    reason = "" if blocks else "no blocks are known in this backbone"
+    if is_distributed() and any(map(has_batch_norm, backbones)):
+        reason = "torch.compile does not support batch norm over several processes"
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
-    except Exception as error:  # whatever is missing, networks run without
-        print(f"--compile true: torch.compile does not work here, the run goes on without it ({describe_error(error)[:300]})")
+    except Exception as error:  # no C++ compiler, no Triton, an old GPU: networks run without
+        reason = f"torch.compile does not work here ({describe_error(error)[:300]})"
+    if reason:
+        print(f"--compile true: {reason}; nothing is compiled")
         return
-    torch._dynamo.config.cache_size_limit = max(MAX_VERSIONS, torch._dynamo.config.cache_size_limit)
+    versions = 64 + 4 * len(blocks)  # at most, of one kind of block; timm's differ in their rate of stochastic depth
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = versions
     for block in blocks:
-        block.compile(dynamic=False)  # those of one kind share their code
+        block.compile(dynamic=dynamic)
     print(f"compiled blocks: {len(blocks)}; the first steps take minutes")
 
 
 def residual_blocks(network: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules whose class is called ...Block or Bottleneck, ours, torchvision's or timm's."""
     for module in network.children():
-        if type(module).__name__.endswith(("Block", "Bottleneck")):
-            yield module
-        else:
-            yield from residual_blocks(module)
+        is_block = type(module).__name__.endswith(("Block", "Bottleneck"))
+        yield from [module] if is_block else residual_blocks(module)

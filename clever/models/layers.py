@@ -39,7 +39,8 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
 
     def __init__(self, p: float) -> None:
         super().__init__(p, mode="row")
-        self.is_active, self.keep = p > 0, torch.tensor(1 - p)  # a tensor: compiled blocks that differ in p share their code
+        # Tensors: compiled blocks that differ in p share their code. On the CPU: kernels take scalars from there, not copied.
+        self.is_active, self.keep, self.scale = p > 0, torch.tensor(1 - p), torch.tensor(1 / (1 - p) if p < 1 else 0.0)
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], all_samples: bool = False) -> Tensor:
         """x [B, ...] -> [B, ...].
@@ -52,13 +53,10 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
             return x + branch(x)
         # A graph has fixed shapes: while a compiler or fvcore records one, the branch runs on all samples.
         if all_samples or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            kept = torch.rand(len(x), device=x.device) < self.keep  # [B]
-            weights = torch.where(kept, 1 / self.keep, 0.0)  # 0 where the branch is dropped
+            weights = (torch.rand(len(x), device=x.device) < self.keep) * self.scale  # [B], 0 where the branch is dropped
             return x + branch(x) * weights.view(-1, *[1] * (x.ndim - 1))
-        keep_prob = 1 - self.p
-        scale = 1 / keep_prob if keep_prob else 0.0
-        kept = torch.empty(len(x)).bernoulli_(keep_prob)  # [B], 1 where the branch is kept
-        indices = kept.nonzero().squeeze(1)  # [B']
+        scale = float(self.scale)
+        indices = torch.empty(len(x)).bernoulli_(1 - self.p).nonzero().squeeze(1)  # [B'], where the branch is kept
         if not len(indices):  # one sample with weight 0: distributed training needs a gradient of every parameter
             indices, scale = torch.zeros(1, dtype=torch.long), 0.0
         indices = indices.to(x.device, non_blocking=True)
@@ -67,18 +65,16 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
 
 def checkpointed(module: nn.Module, x: Tensor, enabled: bool = True) -> Tensor:
     """module(x), recomputed in the backward pass if `enabled`, in training mode and with gradients; otherwise a plain call."""
-    if not (enabled and module.training and torch.is_grad_enabled()):
-        return module(x)
-    return _checkpoint(module, module, x)
+    recomputes = enabled and module.training and torch.is_grad_enabled()
+    return _checkpoint(module, module, x) if recomputes else module(x)
 
 
 class CheckpointedSequential(nn.Sequential):
     """nn.Sequential that is recomputed in the backward pass, with the same state-dict names."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x)
-        return _checkpoint(super().forward, self, x)
+        forward, recomputes = super().forward, self.training and torch.is_grad_enabled()
+        return _checkpoint(forward, self, x) if recomputes else forward(x)
 
 
 def _checkpoint(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:

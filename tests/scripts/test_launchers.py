@@ -160,10 +160,12 @@ def test_perturbation_evaluates_every_part_on_every_perturbation():
 
 def test_shell_scripts_know_the_networks_and_their_parts():
     command = f"source {SCRIPTS}/nets.sh; echo $ALL_NETS; echo $TOLD_NETS; for net in $ALL_NETS; do parts_of $net; done"
+    command += "; parts_of dino '--equiv_part EF'"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    names, told, *parts = result.stdout.splitlines()
+    names, told, *parts, told_ef = result.stdout.splitlines()
     splits = {net: part == "ALL main_part else_part" for net, part in zip(names.split(), parts, strict=True)}
     assert splits == {net: method.is_split(method.term and method.term.part) for net, method in METHODS.items()}
+    assert told_ef == "ALL main_part else_part"
     assert told.split() == [net for net, method in METHODS.items() if method.term and method.term.is_told]
 
 
