@@ -319,7 +319,7 @@ def draw_told(values: pd.DataFrame) -> plt.Figure:
             style = style_of(rows["net"].iloc[0])
             x = np.arange(len(names)) + 0.8 * ((i + 0.5) / len(labels) - 0.5)
             panel.bar(x, gains.mean(), 0.8 / len(labels), yerr=gains.std(), label=label, edgecolor=style["color"],
-                      color=style["markerfacecolor"], error_kw={"linewidth": 0.8})  # fmt: skip
+                      color=style["markerfacecolor"], hatch="//" * (style["marker"] == "X"), error_kw={"lw": 0.8})  # fmt: skip
         panel.axhline(0, color="black", linewidth=0.8)
         panel.axvline(len(TOLD) - 0.5, color="0.7", linestyle=":")
         panel.set_xticks(range(len(names)), [f"{name}\n({'told' if name in TOLD else 'held out'})" for name in names])
