@@ -249,8 +249,7 @@ def tables_of(values: pd.DataFrame) -> dict[str, list[list[str]]]:
                 title = f"{arch}: paired differences, with 95 % intervals"
                 tables[title] = to_lines(differences(table), columns, interval, base=f"{BASELINE} ALL")
         tables[f"{arch}: tuning split, 20-NN top-1 (%) and R2"] = to_lines(pivot(found[is_tuned], CHOICE), CHOICE)
-        chosen = [["chosen on the tuning split", "for"], *map(list, choose(found).items())]
-        tables[f"{arch}: weights"] = chosen
+        tables[f"{arch}: weights"] = [["chosen on the tuning split", "for"], *map(list, choose(found).items())]
     return {title: lines for title, lines in tables.items() if len(lines) > 1}
 
 
@@ -317,9 +316,10 @@ def draw_told(values: pd.DataFrame) -> plt.Figure:
             rows = table[table["label"] == label]
             gains = rows[names] - base.reindex(rows.index)
             style = style_of(rows["net"].iloc[0])
-            x = np.arange(len(names)) + 0.8 * ((i + 0.5) / len(labels) - 0.5)
-            panel.bar(x, gains.mean(), 0.8 / len(labels), yerr=gains.std(), label=label, edgecolor=style["color"],
-                      color=style["markerfacecolor"], hatch="//" * (style["marker"] == "X"), error_kw={"lw": 0.8})  # fmt: skip
+            edge, hatch = ("white", "//") if style["marker"] == "X" else (style["color"], None)  # hatched: controls
+            style = {"edgecolor": edge, "color": style["markerfacecolor"], "hatch": hatch, "error_kw": {"linewidth": 0.8}}
+            x, width = np.arange(len(names)) + 0.8 * ((i + 0.5) / len(labels) - 0.5), 0.8 / len(labels)
+            panel.bar(x, gains.mean(), width, yerr=gains.std(), label=label, **style)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.axvline(len(TOLD) - 0.5, color="0.7", linestyle=":")
         panel.set_xticks(range(len(names)), [f"{name}\n({'told' if name in TOLD else 'held out'})" for name in names])
