@@ -72,7 +72,7 @@ def load_backbone(
     """
     args = argparse.Namespace(
         pretrained_weights=str(path), checkpoint_key=checkpoint_key, arch=arch, patch_size=patch_size, net=net, hp1=hp1,
-        img_size=img_size, compile=False,
+        img_size=img_size,
     )  # fmt: skip
     pretrained = load_pretrained(args, torch.device("cpu"))
     split = partial(_split, pretrained.split, f"split: a {pretrained.net} network with hp1 {pretrained.hp1} has no IR and EF")

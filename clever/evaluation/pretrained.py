@@ -123,7 +123,6 @@ def add_backbone_arguments(
         parts: also add the flags for IR and EF and for the size of the images.
         compiles: with those, --compile.
     """
-    parser.set_defaults(compile=False)
     add = parser.add_argument
     add("--pretrained_weights", required=required, help="checkpoint of a pretraining, ours, an original's or another program's")
     add("--checkpoint_key", default="teacher", help="which network of the checkpoint, if there are several; a file without "
@@ -211,7 +210,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> Pretraine
         backbone = build_backbone(arch, **options)
         load_backbone_weights(backbone, state)
     backbone = backbone.eval().requires_grad_(False).to(device)
-    if args.compile:
+    if getattr(args, "compile", False):  # not every script has the flag
         compile_blocks([backbone], device, dynamic=None)
     return Pretrained(
         backbone=backbone,
