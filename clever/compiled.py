@@ -58,18 +58,16 @@ class CompiledPackage:
         except (OSError, AttributeError) as error:  # missing, damaged, for another machine, or another library
             return f"{path} does not load ({' '.join(str(error).split())}); {self.build_command} --force"
         if version != self.abi_version:
-            versions = f"has interface version {version}, this code needs {self.abi_version}"
-            return f"{path} {versions}; {self.build_command} --force"
+            return f"{path} has interface version {version}, not {self.abi_version} as this code; {self.build_command} --force"
         return library
 
     def _find(self, name: str) -> ctypes.CDLL | str:
         """The library of the first folder that has a usable one, or the reasons why none can be used. Searched once."""
-        if name in self.found:
-            return self.found[name]
-        opened = [self._open(folder, name) for folder in self.build_folders()]
-        reasons = "; ".join(found for found in opened if isinstance(found, str))
-        missing = reasons or f"the compiled {self.title} is not built: {self.build_command}"
-        self.found[name] = next((found for found in opened if not isinstance(found, str)), missing)
+        if name not in self.found:
+            opened = [self._open(folder, name) for folder in self.build_folders()]
+            reasons = "; ".join(found for found in opened if isinstance(found, str))
+            missing = reasons or f"the compiled {self.title} is not built: {self.build_command}"
+            self.found[name] = next((found for found in opened if not isinstance(found, str)), missing)
         return self.found[name]
 
     def unavailable_reason(self, name: str) -> str | None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
 from clever.distributed import is_main_process
@@ -47,3 +48,15 @@ def with_progress(batches: Iterable[tuple], header: str, total: int, seconds: fl
         for batch in batches:
             yield batch
             bar.update(len(batch[0]))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU. 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":  # has no module resource
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 BUILD_SCAN = "python csrc/selective_scan/setup.py build_ext --inplace"
 BUILD_VIEWS = "python csrc/views/setup.py build_ext --inplace"
-STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16"
+STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16 --batch_size 64 --launch eager compile graph both"
 TINY = "python -m scripts.bench.pretrain --output {out} --batch_size 2 --out_dim 256 --steps 1 --rounds 1 --arch"
 SCAN = "python -m scripts.bench.scan --no-loop --output {out}"
 CORES = os.cpu_count() or 1
@@ -67,18 +67,16 @@ ALL_PARTS = (
     Part("doctor", "What is there?", 30, "python -m scripts.doctor", "python -m scripts.doctor"),
     Part("tests", "Are scan, losses and attention right on the GPU, in all types, with equal bits in 20 runs?", 120,
          f"{PYTEST} --ignore {TRAINING_TESTS}", COLLECT),
-    Part("step_vit_64", "How fast is a step of ViT-S/16? How many cores feed it?", 120,
-         f"{STEP} --arch vit_small --batch_size 64 --steps 10 --rounds 2 --num_workers {CORES}", f"{TINY} vit_micro"),
+    Part("step_vit_64", "How fast is a step of ViT-S/16, compiled, as a graph? How many cores feed it?", 200,
+         f"{STEP} --arch vit_small --steps 10 --rounds 3 --num_workers {CORES}", f"{TINY} vit_micro --launch eager graph"),
     Part("scan", "How fast is the scan, beside the memory's limit?", 90,
          f"{SCAN} --device cuda --dtype bf16 --batch 64 64", f"{SCAN} --sizes 32 --batch 1 --repeats 1"),
     Part("training", "Do 200 steps in bf16 and fp16 follow fp32? Does a killed run go on?", 180,
          f"{PYTEST} {TRAINING_TESTS}", f"{COLLECT} {TRAINING_TESTS}"),
-    Part("step_vmamba_64", "How fast is a step of VMamba-T?", 90,
-         f"{STEP} --arch vssm2-vmambav2_tiny_224 --batch_size 64 --steps 5 --rounds 1", f"{TINY} vssm2-vmambav2_micro"),
-    Part("step_resnet_64", "How fast is a step of ResNet-50?", 90,
-         f"{STEP} --arch resnet50 --batch_size 64 --steps 8 --rounds 1", f"{TINY} resnet8"),
-    Part("step_compiled", "What does --compile true give?", 200, f"{STEP} --arch vit_small resnet50 --batch_size 64 --steps 8 "
-         "--rounds 2 -- --compile true", f"{TINY} vit_micro -- --compile true"),
+    Part("step_vmamba_64", "How fast is a step of VMamba-T?", 150,
+         f"{STEP} --arch vssm2-vmambav2_tiny_224 --steps 5 --rounds 2", f"{TINY} vssm2-vmambav2_micro"),
+    Part("step_resnet_64", "How fast is a step of ResNet-50?", 150,
+         f"{STEP} --arch resnet50 --steps 8 --rounds 2", f"{TINY} resnet8"),
     Part("sanitizer", "Does the scan touch memory that is not its own?", 120,
          f"compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu {SCAN_TESTS} -k images_on_a_gpu",
          f"{COLLECT} {SCAN_TESTS}", tool="compute-sanitizer"),

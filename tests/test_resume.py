@@ -269,16 +269,6 @@ def test_the_log_of_a_run_without_a_checkpoint_is_its_own(tmp_path, is_empty):
     assert [record["epoch"] for record in read_log(run)] == [0]
 
 
-def test_an_epoch_that_an_older_version_left_begins_again(tmp_path):
-    images = write_images(tmp_path / "images", 8)
-    assert in_process.pretrain(images, tmp_path / "run").status == 0
-    path = tmp_path / "run" / "checkpoint.pth"
-    torch.save(torch.load(path, weights_only=True) | {"part_of_epoch": {"epoch": 1, "images": 4}}, path)
-    outcome = in_process.pretrain(images, tmp_path / "run", "--epochs", 2)
-    assert outcome.status == 0 and "epoch 1 was interrupted by an older version" in outcome.stdout
-    assert "epoch 1/2 1/2 " in outcome.stdout
-
-
 @pytest.mark.parametrize("name, value", [("args", None), ("epoch", -1), ("optimizer", {}), ("epoch_so_far", {"epoch": 1})])
 def test_a_damaged_state_is_refused_in_a_line(tmp_path, name, value):
     images = write_images(tmp_path / "images", 8)

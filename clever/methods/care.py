@@ -66,25 +66,20 @@ class CARE(Term):
         return args.care_chunk
 
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
-        """Embeddings [2B, E] of both views -> term, mean error of inner products, and the spread of view 1's (0: collapse)."""
+        """Embeddings [2B, E] of both views -> the values of `compare`."""
         with torch.autocast(extra.device.type, enabled=False):
             rows1, rows2 = F.normalize(at_least_float32(extra), dim=1).chunk(2)  # B, E
-            chunks = len(rows1) // self.chunk
-            term = inner_product_loss(rows1, rows2, chunks)
-            with torch.no_grad():
-                products1, products2 = (inner_products(rows, chunks) for rows in (rows1, rows2))
-                error, spread = (products1 - products2).abs().mean(), products1.std(correction=0)
-        return {"term": term, "inner_product_error": error, "inner_product_spread": spread}
+            return compare(rows1, rows2, len(rows1) // self.chunk)
 
 
-def inner_product_loss(rows1: Tensor, rows2: Tensor, chunks: int) -> Tensor:
-    """Mean over chunks of 2/n sum_{i != j} (<a_i, a_j> - <b_i, b_j>)^2, for unit rows a and b [B, E] and n = B // chunks.
-
-    A chunk is n consecutive rows; rows that are left over do not count.
-    """
-    n = len(rows1) // chunks
-    errors = inner_products(rows1, chunks) - inner_products(rows2, chunks)  # chunks, pairs; each pair stands for (i, j), (j, i)
-    return 4 / n * errors.square().sum(1).mean()
+def compare(rows1: Tensor, rows2: Tensor, chunks: int) -> dict[str, Tensor]:
+    """Unit rows a and b [B, E] in chunks of n = B // chunks; the last B % chunks rows do not count -> term, and for the log the
+    mean error of the inner products, and their spread in view 1 (0: collapse)."""
+    products, products2 = (inner_products(rows, chunks) for rows in (rows1, rows2))  # chunks, n * (n - 1) / 2
+    errors = products - products2
+    term = 4 / (len(rows1) // chunks) * errors.square().sum(1).mean()  # each pair stands for (i, j) and (j, i)
+    spread = products.detach().std(correction=0)
+    return {"term": term, "inner_product_error": errors.detach().abs().mean(), "inner_product_spread": spread}
 
 
 def inner_products(rows: Tensor, chunks: int) -> Tensor:

@@ -26,7 +26,7 @@ class ESSL(Term):
     Dangovski et al., Equivariant Contrastive Learning (arXiv 2111.00899):
 
         x = small view of every image                               # B, 3, S, S
-        images, k = rotate(x)                                       # 4B, 3, S, S and 4B: by k quarter turns
+        images = rotate(x)                                          # 4B, 3, S, S: by k = 0, 1, 2, 3 quarter turns
         term = cross_entropy(head(backbone(images)), k)
 
     As for ImageNet in the authors' code (imagenet/simclr): a view of 96 pixels of 5 to 14 % of the image, blurred with
@@ -37,18 +37,16 @@ class ESSL(Term):
     ambiguous. The student alone sees it, and DINO's loss does not. If global views have fewer than 96 pixels, 5 to 14 % of the
     image show nothing: the view is then drawn like a global one (there, for CIFAR: half the side, 20 to 100 % of the image).
     With 70 to 100 % of a digit, this term alone learns to name 64 % of the turns in 12 epochs; with 20 to 100 %, half of them.
-
-    `bottleneck`: outputs of the last hidden layer; the authors' SimSiam has 256.
     """
 
     about: ClassVar[str] = "DINO, and which of four quarter turns a small extra view was given (E-SSL)"
     lambd: ClassVar[float] = 0.4
     is_told: ClassVar[bool] = False
 
-    def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = (), bottleneck: int = 128):
+    def __init__(self, dim: int, args: argparse.Namespace, groups: Sequence[str] = ()):
         super().__init__()
-        hidden_layers = mlp(dim, 2048, 2048, bottleneck, norm=nn.LayerNorm, bias=True)
-        self.head = nn.Sequential(*hidden_layers, nn.LayerNorm(bottleneck), nn.Linear(bottleneck, 4))
+        hidden_layers = mlp(dim, 2048, 2048, 128, norm=nn.LayerNorm, bias=True)
+        self.head = nn.Sequential(*hidden_layers, nn.LayerNorm(128), nn.Linear(128, 4))
 
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -74,17 +72,15 @@ class ESSL(Term):
         return [replace(DINO_VIEW, size=args.essl_size or size, scale=tuple(args.essl_scale or scale), blur_p=0.1)]
 
     def images(self, extra: Tensor) -> Tensor:
-        return rotate(extra.flatten(0, 1))[0]
+        return rotate(extra.flatten(0, 1))
 
     def forward(self, z: Tensor, codes: Tensor, extra: Tensor) -> dict[str, Tensor]:
         """Features [4N, d] of `images` -> term, and the share of turns that the head names."""
-        labels = torch.arange(4, device=extra.device).repeat_interleave(len(extra) // 4)  # 4N, as those of `rotate`
+        labels = torch.arange(4, device=extra.device).repeat_interleave(len(extra) // 4)  # 4N
         logits = at_least_float32(self.head(extra))  # 4N, 4
         return {"term": F.cross_entropy(logits, labels), "rotation_accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
-def rotate(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Square images [N, 3, S, S] -> images [4N, 3, S, S] in blocks, turned counter-clockwise by 0, 90, 180 and 270 degrees, and
-    their labels [4N], N times 0, 1, 2 and 3."""
-    turned = torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])
-    return turned, torch.arange(4, device=images.device).repeat_interleave(len(images))
+def rotate(images: Tensor) -> Tensor:
+    """Square images [N, 3, S, S] -> [4N, 3, S, S]: all of them turned counter-clockwise by 0 degrees, by 90, 180, and 270."""
+    return torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])

@@ -21,7 +21,6 @@ Shapes: V views of the student, Q = 2 of the teacher, B samples, K outputs, C bl
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 BLOCK = 4096  # outputs of a program; 16 per thread
 WARPS = 8
@@ -97,8 +96,8 @@ def student_sums(
 
 
 @triton.jit
-def join_teacher(sums, log_norms, entropies, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
-    """log_norm(y) of each row, and for p = 1 the entropy of its softmax. Programs [Q*B]."""
+def _join(sums, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
+    """The sums of a row from those of its blocks: log_norm, largest logit, each block's weight and product. Programs [rows]."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     block = tl.arange(0, BLOCKS)
     at, mask = sums + row * C + block, block < C
@@ -106,23 +105,22 @@ def join_teacher(sums, log_norms, entropies, C, POWER: tl.constexpr, BLOCKS: tl.
     largest = tl.max(block_largest, 0)
     weight = tl.exp(block_largest - largest)
     total = tl.sum((weight if POWER == 1 else weight * weight) * tl.load(at + rows * C, mask=mask, other=0.0), 0)
-    log_norm = largest + tl.log(total) / POWER
-    tl.store(log_norms + row, log_norm)
-    tl.store(entropies + row, log_norm - tl.sum(weight * tl.load(at + 2 * rows * C, mask=mask, other=0.0), 0) / total)
+    return largest + tl.log(total) / POWER, largest, weight, tl.load(at + 2 * rows * C, mask=mask, other=0.0)
+
+
+@triton.jit
+def join_teacher(sums, log_norms, entropies, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
+    """log_norm(y) of each row, and for p = 1 the entropy of its softmax. Programs [Q*B]."""
+    log_norm, largest, weight, products = _join(sums, C, POWER, BLOCKS)
+    tl.store(log_norms + tl.program_id(0), log_norm)
+    tl.store(entropies + tl.program_id(0), log_norm - tl.sum(weight * products, 0) * tl.exp(largest - log_norm))
 
 
 @triton.jit
 def join_student(sums, log_norms, values, B, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
     """log_norm(x) and the value of each row. Programs [V*B]."""
-    row, rows = tl.program_id(0), tl.num_programs(0)
-    block = tl.arange(0, BLOCKS)
-    at, mask = sums + row * C + block, block < C
-    block_largest = tl.load(at, mask=mask, other=-float("inf"))
-    largest = tl.max(block_largest, 0)
-    weight = tl.exp(block_largest - largest)
-    total = tl.sum((weight if POWER == 1 else weight * weight) * tl.load(at + rows * C, mask=mask, other=0.0), 0)
-    log_norm = largest + tl.log(total) / POWER
-    products = tl.load(at + 2 * rows * C, mask=mask, other=0.0)
+    row = tl.program_id(0)
+    log_norm, largest, weight, products = _join(sums, C, POWER, BLOCKS)
     n = tl.where(row < 2 * B, 1.0, 2.0)
     cosine = tl.sum(weight * products, 0) * tl.exp(largest - log_norm)
     value = n * log_norm - tl.sum(products, 0) if POWER == 1 else cosine
@@ -149,8 +147,11 @@ def student_gradient(
         tl.store(at, (scale * value).to(gradient.dtype.element_ty), mask=k < K)
 
 
-class _MeanOverPairs(torch.autograd.Function):
-    """Mean over pairs (q, v) of different views, and the mean entropy of the teacher's rows, which has no gradient."""
+class MeanOverPairs(torch.autograd.Function):
+    """`pairs.cross_entropy_of_pairs` (power 1), or the mean of `pairs.cosine_of_pairs` and a number without meaning (power 2).
+
+    Differentiable once. Both results are float32; the gradient is of the type of `student`: float32, bfloat16 or float16.
+    """
 
     @staticmethod
     def forward(ctx, student, teacher, center, student_temp: float, teacher_temp: float, power: int):
@@ -185,12 +186,4 @@ class _MeanOverPairs(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def mean_over_pairs(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, power: int
-) -> tuple[Tensor, Tensor | None]:
-    """`pairs.cross_entropy_of_pairs` (power 1), or `pairs.cosine_of_pairs` and None (power 2); differentiable once.
-
-    The mean and the entropy are float32; the gradient is of the type of `student`: float32, bfloat16 or float16.
-    """
-    mean, entropy = _MeanOverPairs.apply(student, teacher, center, student_temp, teacher_temp, power)
-    return mean, entropy if power == 1 else None
+mean_over_pairs = MeanOverPairs.apply

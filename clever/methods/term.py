@@ -72,8 +72,8 @@ class WithTerm(nn.Module):
         super().__init__()
         self.student, self.term, self.columns = student, term, columns
 
-    def forward(self, crops: list[Tensor], extra: Tensor | None = None, codes: Tensor | None = None):
-        """Crops [V'*B, 3, S, S], extra views [E, B, 3, S, S], codes [B, 2+E, P] -> output of the heads, values of the term."""
+    def forward(self, crops: list[Tensor], codes: Tensor | None = None, extra: Tensor | None = None):
+        """Crops [V'*B, 3, S, S], codes [B, 2+E, P], extra views [E, B, 3, S, S] -> output of the heads, values of the term."""
         if self.term is None:
             return self.student(crops), {}
         output, z = self.student(crops, return_features=True)  # V*B, D

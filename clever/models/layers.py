@@ -51,16 +51,16 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
         """
         if not (self.training and self.is_active):
             return x + branch(x)
-        # A graph has fixed shapes: while a compiler or fvcore records one, the branch runs on all samples.
-        if all_samples or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A graph has fixed shapes: while a compiler, fvcore or CUDA records one, the branch runs on all samples.
+        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if all_samples or is_recorded or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             weights = (torch.rand(len(x), device=x.device) < self.keep) * self.scale  # [B], 0 where the branch is dropped
             return x + branch(x) * weights.view(-1, *[1] * (x.ndim - 1))
-        scale = float(self.scale)
         indices = torch.empty(len(x)).bernoulli_(1 - self.p).nonzero().squeeze(1)  # [B'], where the branch is kept
-        if not len(indices):  # one sample with weight 0: distributed training needs a gradient of every parameter
-            indices, scale = torch.zeros(1, dtype=torch.long), 0.0
+        if not len(indices):  # distributed training needs a gradient of every parameter
+            return x + 0 * branch(x)
         indices = indices.to(x.device, non_blocking=True)
-        return x.index_add(0, indices, branch(x.index_select(0, indices)).to(x.dtype), alpha=scale)
+        return x.index_add(0, indices, branch(x.index_select(0, indices)).to(x.dtype), alpha=float(self.scale))
 
 
 def checkpointed(module: nn.Module, x: Tensor, enabled: bool = True) -> Tensor:

@@ -78,8 +78,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     """Clip each gradient separately to norm `max_norm` (0: no clipping), without synchronising with the GPU."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if max_norm > 0 and grads:
-        scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
-        torch._foreach_mul_(grads, scales)
+        scales = (max_norm / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, scales.unbind())
 
 
 @torch.no_grad()

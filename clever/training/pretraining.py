@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from clever.models.heads import MultiCropWrapper
 from clever.models.layers import normalize
 from clever.training.optim import clip_gradients, set_schedules, update_teacher
 from clever.training.telemetry import TrainingProgress, feature_std
-from clever.utils import seed_everything
+from clever.utils import describe_error, seed_everything
 
 
 class EpochSampler(DistributedSampler):
@@ -56,13 +57,39 @@ class Pretraining:
     def __post_init__(self) -> None:
         self.student: MultiCropWrapper = self.model.student
         self.term: Term | None = self.model.term
+        self.teacher_pass: Callable[[Tensor], tuple] = partial(self.teacher, return_features=True)
         self.arguments = plain_args(self.args)  # as checkpoints record them
 
-    def distribute(self) -> None:
-        """Average the student's gradients over the processes of the group, if there is one."""
+    def prepare(self, views: list[Tensor], codes: Tensor) -> None:
+        """Before the first step: average gradients over the processes of the group, if there is one; record graphs if wanted.
+
+        views, codes: of one image, [V', 3, S, S] per resolution and [2 + E, P], for their shapes.
+        """
         if is_distributed():
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
+        if self.args.cuda_graph:
+            self.capture(views, codes)
+
+    def capture(self, views: list[Tensor], codes: Tensor) -> None:
+        """Record the passes of both networks as CUDA graphs, whose kernels the CPU starts all at once; weights and buffers stay
+        as they are. Where that is not possible, a line says why. Arguments as those of `prepare`."""
+        batch = self.args.batch_size_per_gpu
+        if not torch.cuda.is_available() or self.images_per_step > batch:
+            print("--cuda_graph true: needs a GPU, one process and --accumulation 1; nothing is recorded")
+            return
+        views = [self.normalized(view[:, None].repeat(1, batch, 1, 1, 1).to(self.device)) for view in views]
+        global_views, inputs = self.inputs(views, codes[None].repeat(batch, *[1] * codes.ndim))
+        buffers = [*self.model.buffers(), *self.teacher.buffers()]
+        before = [buffer.clone() for buffer in buffers]  # the networks run some times before they are recorded
+        try:
+            with self.autocast(cache_enabled=False):
+                with torch.no_grad():
+                    self.teacher_pass = torch.cuda.make_graphed_callables(self.teacher_pass, (global_views,))
+                torch.cuda.make_graphed_callables(self.model, inputs, allow_unused_input=True)  # in place
+        except RuntimeError as error:  # of an operation that waits for the GPU, or memory is short
+            print(f"--cuda_graph true: {describe_error(error)[:300]}; nothing is recorded")
+        torch._foreach_copy_(buffers, before)
 
     def train_one_epoch(self, loader: DataLoader, epoch: int) -> dict[str, float]:
         """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
@@ -118,16 +145,11 @@ class Pretraining:
 
     def compute_loss(self, views: list[Tensor], codes: Tensor, epoch: int, update_center: bool) -> dict[str, Tensor]:
         """Forward pass of both networks: terms of the loss, "loss" first, then telemetry."""
-        extra = None
-        if self.term is not None:
-            codes = codes.to(self.device, non_blocking=True)  # B, 2 + E, P
-            if codes.shape[1] > TEACHER_VIEWS:
-                *views, extra = views  # E, B, 3, S, S
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
+        global_views, inputs = self.inputs(views, codes)
+        with self.autocast():
             with torch.no_grad():
-                global_views = views[0][:TEACHER_VIEWS].flatten(0, 1)  # 2*B, 3, S, S
-                teacher_output, z = self.teacher(global_views, return_features=True)  # 2*B, K; 2*B, D
-            student_output, values = self.model([view.flatten(0, 1) for view in views], extra, codes)  # V*B, K
+                teacher_output, z = self.teacher_pass(global_views)  # 2*B, K; 2*B, D
+            student_output, values = self.model(*inputs)  # V*B, K
         terms = self.criterion(student_output, teacher_output, epoch, update_center)
         telemetry = self.criterion.telemetry(terms)
         if self.term is not None:
@@ -135,6 +157,20 @@ class Pretraining:
             terms["loss"] = terms["loss_base"] + self.args.equiv_lambd * terms["loss_term"]
         spread = {f"feature_std{part}": feature_std(features) for part, features in self.teacher.split(z).items()}
         return terms | values | telemetry | spread
+
+    def inputs(self, views: list[Tensor], codes: Tensor) -> tuple[Tensor, tuple]:
+        """What the teacher gets of a batch, and the arguments of the model; without a term, the crops alone."""
+        told: tuple[Tensor, ...] = ()
+        if self.term is not None:
+            told = (codes.to(self.device, non_blocking=True),)  # B, 2 + E, P
+            if codes.shape[1] > TEACHER_VIEWS:
+                *views, extra = views
+                told += (extra,)  # E, B, 3, S, S
+        return views[0][:TEACHER_VIEWS].flatten(0, 1), ([view.flatten(0, 1) for view in views], *told)  # 2*B, 3, S, S
+
+    def autocast(self, **options: bool) -> torch.autocast:
+        """Mixed precision, if the run has it."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32, **options)
 
     def normalized(self, views: Tensor) -> Tensor:
         """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""
@@ -186,8 +222,6 @@ class Pretraining:
         load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state.get("fp16_scaler"):
             self.scaler.load_state_dict(state["fp16_scaler"])
-        if "part_of_epoch" in state:
-            print(f"epoch {state['epoch']} was interrupted by an older version of this program: it begins again")
         self.so_far = state.get("epoch_so_far", {})
         self.seconds_spent(state["epoch"])  # an error here, unless it is whole
         return state["epoch"]

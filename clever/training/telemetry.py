@@ -1,6 +1,5 @@
 """Progress and averages of an epoch, log.txt, and warnings of collapse."""
 
-import datetime
 import json
 import math
 import sys
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from clever.distributed import all_reduce_sum, get_world_size, is_main_process
-from clever.progress import redraws
+from clever.progress import peak_memory_gib, redraws
 from clever.utils import write_text_atomically
 
 LOSSES = ("loss", "normalized_loss")  # what progress lines show; log.txt has everything
@@ -99,35 +98,18 @@ class TrainingProgress:
 
     def _line(self, values: dict[str, float]) -> str:
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
-        todo = self.total - self.done
-        epoch, run = (time_left(batches * self.images, self.rate) for batches in (todo, todo + self.epochs_after * self.total))
+        todo, seconds = self.total - self.done, self.images / self.rate  # batches; of a batch
+        epoch, run = (tqdm.format_interval(batches * seconds) for batches in (todo, todo + self.epochs_after * self.total))
         used = f"{self.rate:.1f} img/s  {peak_memory_gib(self.device):.1f} GiB"
         return f"{self.header} {self.done}/{self.total}  {numbers}  {used}  left {epoch} epoch, {run} run"
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far of this process: allocated on the GPU, or resident on a CPU. 0 on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":  # has no module resource
-        return 0.0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def epoch_line(epoch: int, epochs: int, record: dict[str, Any]) -> str:
     """The main values in the log record of an epoch as one line, with the time left of the run."""
-    left = time_left(epochs - epoch - 1, 1 / max(record["seconds"], 1e-9))
+    left = tqdm.format_interval((epochs - epoch - 1) * record["seconds"])
     shown = {name: record[f"train_{name}"] for name in (*LOSSES, "lr") if f"train_{name}" in record}
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
     return f"epoch {epoch}/{epochs} done in {record['seconds']:.0f} s: {numbers}  {record['memory_gib']:.1f} GiB  left {left}"
-
-
-def time_left(todo: float, rate: float) -> datetime.timedelta:
-    """Time that `todo` items will take at `rate` items per second, in whole seconds."""
-    return datetime.timedelta(seconds=round(todo / max(rate, 1e-9)))
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:

@@ -2,12 +2,12 @@
 
     python -m scripts.bench.pretrain                                                  # ViT-tiny, batch 8, this machine
     python -m scripts.bench.pretrain --arch vit_small resnet50 --batch_size 64 --amp_dtype bf16 --num_workers 12
+    python -m scripts.bench.pretrain --arch vit_small --launch eager compile graph both               # on a GPU, in turn
     python -m scripts.bench.pretrain --net dino care --arch resnet8 --images small -- --global_crops_size 16
 
 The step gets views that are kept, the loader reads random images. Its workers are processes; on a CPU they compete with the
 step for its cores. If "together" is as fast as the slower of the two, they overlap completely. "cores needed" is the rate of
 the step divided by that of the loader per worker. All are measured in turn, an epoch each; the table shows medians over rounds.
-Further flags of main_dino.py stand after `--`.
 """
 
 import argparse
@@ -32,6 +32,9 @@ from clever.training.pretraining import Pretraining
 from clever.utils import save_json
 from scripts.bench.views import write_images
 
+LAUNCH = {"eager": [], "compile": ["--compile", "true"], "graph": ["--cuda_graph", "true"]}
+LAUNCH["both"] = LAUNCH["compile"] + LAUNCH["graph"]
+
 
 def train_again(run: Pretraining, batches: Iterable) -> None:
     """The first epoch from its beginning, however often, without its progress lines."""
@@ -40,15 +43,17 @@ def train_again(run: Pretraining, batches: Iterable) -> None:
         run.train_one_epoch(batches, epoch=0)
 
 
-def prepare(options: argparse.Namespace, net: str, arch: str, folder: Path) -> dict[str, Callable[[], object]]:
+def prepare(options: argparse.Namespace, folder: Path, net: str, arch: str, launch: str) -> dict[str, Callable[[], object]]:
     """{column: an epoch of it}, after a first step."""
     flags = ["--data_path", folder, "--net", net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
     flags += ["--amp_dtype", options.amp_dtype, "--out_dim", options.out_dim, "--num_workers", options.num_workers]
-    flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, "--print_freq", 10**6, *options.flags]
+    flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, *LAUNCH[launch], *options.flags]
     args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(list(map(str, flags))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
+    dataset = main_dino.build_dataset(args, CheckRecord(None))
+    loader = main_dino.build_loader(dataset, args)
     run = build_pretraining(args, *build_networks(args, device), device, len(loader))
+    run.prepare(*dataset[0])
     views, codes = next(iter(loader))  # starts the workers
     views = [run.normalized(view.to(device)) for view in views]  # V', B, 3, S, S
     train_again(run, [(views, codes)])
@@ -78,6 +83,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--net", nargs="+", default=["CLeVER"], choices=METHODS)
     parser.add_argument("--arch", nargs="+", default=["vit_tiny"], help="backbones; every net with each is a row of the table")
+    parser.add_argument("--launch", nargs="+", default=["eager"], choices=LAUNCH, help="of kernels: each is a row of its own")
     parser.add_argument("--images", default="photos", choices=("photos", "small"), help="small: PNG files of 28 x 28 pixels")
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -91,22 +97,21 @@ def main() -> None:
     check_positive(options, "out_dim", "batch_size", "steps", "rounds")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
     about = f"out_dim {options.out_dim}, batch {options.batch_size}, {options.amp_dtype}, {options.num_workers} workers"
-    print(f"{about}; images per second on {machine}, torch {torch.__version__}\n")
-    print("| net | backbone | step | loader | together | cores needed |\n|---|---|--:|--:|--:|--:|")
-    names = list(itertools.product(options.net, options.arch))
+    print(f"{about}; images per second on {machine}, torch {torch.__version__}")
+    names = list(itertools.product(options.net, options.arch, options.launch))
     with tempfile.TemporaryDirectory() as scratch:
         write_images(options.images, Path(scratch), options.batch_size * options.steps)
-        networks = [prepare(options, *name, Path(scratch)) for name in names]
+        networks = [prepare(options, Path(scratch), *name) for name in names]
         rates = measure(networks, options.batch_size * options.steps, options.rounds)
+    print("\n| net | backbone | launch | step | loader | together | cores needed |\n|---|---|---|--:|--:|--:|--:|")
     results = []
-    for (net, arch), found in zip(names, rates, strict=True):
+    for name, found in zip(names, rates, strict=True):
         found["cores needed"] = found["step"] * max(options.num_workers, 1) / found["loader"]
-        results.append({"net": net, "arch": arch, **found})
-        print(f"| {net} | {arch} | " + " | ".join(f"{value:.1f}" for value in found.values()) + " |")
+        results.append(dict(zip(("net", "arch", "launch"), name, strict=True)) | found)
+        print(" | ".join(["", *name, *(f"{value:.1f}" for value in found.values()), ""]).strip())
     if options.output:
-        settings = {name: value for name, value in vars(options).items() if name != "output"}
         about = {"kind": "bench_pretrain", "machine": machine, "torch": torch.__version__}
-        save_json(about | settings | {"results": results}, options.output)
+        save_json(vars(options) | about | {"output": str(options.output), "results": results}, options.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python -m scripts.bench.scan                                  # stages of VMamba-Tiny: batch 2 of 224 px, batch 8 of 96 px
     python -m scripts.bench.scan --device cuda --batch 64 64 --dtype bf16 --no-loop
-    python -m scripts.bench.scan --backends cpp torch
 
 Columns of the tables, in milliseconds of forward + backward:
 - cuda, triton, cpp, torch: backends, called as a network calls them.

@@ -10,7 +10,6 @@ with 2 views of 24 pixels.
 """
 
 import importlib.util
-import json
 import random
 import tempfile
 import time
@@ -138,7 +137,6 @@ def main() -> None:
                 print(f"{kind} ({kilobytes:.0f} KB) {aug}: images/s and core: {rates}{factor}", flush=True)
     if args.output:
         save_json({"kind": "bench_views", "torch": torch.__version__, "rows": rows}, args.output)
-    print(json.dumps({"torch": torch.__version__}))
 
 
 if __name__ == "__main__":

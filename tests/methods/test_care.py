@@ -10,7 +10,7 @@ from support.golden_methods import METHODS, check, fill_as, inputs, settings
 from torch import nn
 
 from clever.data.augmentations import MultiCropAugmentation
-from clever.methods.care import CARE, inner_product_loss
+from clever.methods.care import CARE, compare
 from clever.methods.term import WithTerm, mlp
 from clever.models.heads import DINOHead, MultiCropWrapper
 from clever.utils import InputError
@@ -18,6 +18,10 @@ from clever.utils import InputError
 
 def care(chunk):
     return CARE(0, argparse.Namespace(care_chunk=chunk))
+
+
+def inner_product_loss(rows1, rows2, chunks):
+    return compare(rows1, rows2, chunks)["term"]
 
 
 def unit_rows(*shape):
@@ -81,7 +85,7 @@ class Student(WithTerm):
         super().__init__(MultiCropWrapper(backbone, head).double(), care(chunk=4))
 
     def forward(self, views, codes, extra):
-        output, values = super().forward([views.flatten(0, 1)], extra.transpose(0, 1), codes)
+        output, values = super().forward([views.flatten(0, 1)], codes, extra.transpose(0, 1))
         return {"term": values["term"] + output.square().mean()}  # a base loss, which all parameters take part in
 
 
@@ -95,7 +99,7 @@ def test_embeddings_are_what_the_last_layer_of_the_head_gets():
     last, seen = model.student.head.last_layer, []
     last.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
     model.student(extra.transpose(0, 1).flatten(0, 1))
-    _, values = WithTerm.forward(model, [views.flatten(0, 1)], extra.transpose(0, 1), codes)
+    _, values = WithTerm.forward(model, [views.flatten(0, 1)], codes, extra.transpose(0, 1))
     torch.testing.assert_close(values["term"], inner_product_loss(*seen[0].chunk(2), chunks=2))
     values["term"].backward()
     trained = {name for name, p in model.student.named_parameters() if p.grad is not None and p.grad.norm() > 0}

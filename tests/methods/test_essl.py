@@ -20,28 +20,25 @@ def arguments(**values):
 @pytest.mark.parametrize("case", ["essl.rotate0", "essl.rotate1"])
 def test_rotations_are_the_official_ones(case):
     (images,) = inputs(case)
-    turned, labels = rotate(images)
-    check(f"{case}.images", turned)
-    check(f"{case}.labels", labels)
+    check(f"{case}.images", rotate(images))
 
 
 def test_rotations_of_a_small_image():
-    images, labels = rotate(torch.tensor([[1, 2], [3, 4]]).expand(1, 3, 2, 2))
+    images = rotate(torch.tensor([[1, 2], [3, 4]]).expand(1, 3, 2, 2))
     check("hand13.value", images[:, 0])
-    assert labels.tolist() == [0, 1, 2, 3]
 
 
 def test_four_quarter_turns_are_the_identity():
     images = start = torch.rand(2, 3, 5, 5)
     for _ in range(4):
-        images = rotate(images)[0][2:4]
+        images = rotate(images)[2:4]
     assert torch.equal(images, start)
 
 
-@pytest.mark.parametrize("case, bottleneck", [("essl.head2", 128), ("essl.head3", 256)])
-def test_head_and_loss_are_the_official_ones(case, bottleneck):
+def test_head_and_loss_are_the_official_ones():
+    case = "essl.head2"
     (features,) = inputs(case)
-    term = ESSL(settings(case)["feature_width"], arguments(), bottleneck=bottleneck)
+    term = ESSL(settings(case)["feature_width"], arguments())
     fill_as(term.head, case, "rotation_projector")
     check(f"{case}.logits", term.head(features))
     terms = term(None, None, features)
@@ -54,7 +51,7 @@ def test_head_and_loss_are_the_official_ones(case, bottleneck):
 def test_labels_stand_in_the_order_of_the_images():
     term = ESSL(4, arguments())
     extra = torch.rand(1, 5, 3, 4, 4)
-    assert torch.equal(term.images(extra), rotate(extra[0])[0])
+    assert torch.equal(term.images(extra), rotate(extra[0]))
     term.head = torch.nn.Identity()
     terms = term(None, None, 100 * F.one_hot(torch.arange(4).repeat_interleave(5), 4).float())  # features that say the turn
     assert terms["term"] < 1e-6 and terms["rotation_accuracy"] == 1

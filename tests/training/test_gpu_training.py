@@ -93,12 +93,28 @@ def test_a_run_that_is_killed_goes_on(many_images, tmp_path, arch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("net, arch", [("CLeVER", "resnet50"), ("care", "vit_small"), ("sie", "vssm2-vmambav2_tiny_224"),
+                                       ("augself", "vit_small"), ("essl", "resnet50"), ("equimod", "vit_small")])  # fmt: skip
+def test_cuda_graphs_give_the_same_losses(many_images, tmp_path, net, arch):
+    found = {}
+    for graph in ("false", "true"):
+        words = ("--net", net, "--arch", arch, "--drop_path_rate", 0, "--amp_dtype", "bf16", "--cuda_graph", graph)
+        outcome = call(main_dino.main, *flags(many_images, tmp_path / graph, *words, epochs=2))
+        assert outcome.status == 0 and "nothing is recorded" not in outcome.stdout, outcome
+        found[graph] = losses(tmp_path / graph)
+    assert found["true"] == pytest.approx(found["false"], rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["false", "true"])
 @pytest.mark.parametrize("arch", ["vit_small", "resnet50", "vssm2-vmambav2_tiny_224"])
-def test_a_step_never_waits_for_the_gpu(many_images, tmp_path, arch):
-    words = flags(many_images, tmp_path, "--net", "CLeVER", "--arch", arch, "--amp_dtype", "bf16", "--num_workers", 0)
-    args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(words))
-    loader = main_dino.build_loader(main_dino.build_dataset(args, CheckRecord(None)), args)
+def test_a_step_never_waits_for_the_gpu(many_images, tmp_path, arch, graph):
+    words = ("--net", "CLeVER", "--arch", arch, "--amp_dtype", "bf16", "--cuda_graph", graph, "--num_workers", 0)
+    args = main_dino.resolve_args(main_dino.get_args_parser().parse_args(flags(many_images, tmp_path, *words)))
+    dataset = main_dino.build_dataset(args, CheckRecord(None))
+    loader = main_dino.build_loader(dataset, args)
     run = build_pretraining(args, *build_networks(args, DEVICE), DEVICE, len(loader))
+    run.prepare(*dataset[0])
     try:
         for mode in ("default", "error"):  # the first step makes what later ones need
             torch.cuda.set_sync_debug_mode(mode)

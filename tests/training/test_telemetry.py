@@ -75,7 +75,7 @@ def test_lines_come_early_then_every_print_freq_steps_and_at_the_end(capsys):
         [f"epoch 2/5 {done}/9", f"loss {done - 1}", "normalized_loss 0.5"] for done in (3, 4, 8, 9)
     ]
     assert all(re.search(r"img/s  \d+\.\d GiB  left", line) and "feature_std" not in line for line in lines)
-    assert lines[-1].endswith("left 0:00:00 epoch, 0:00:00 run")
+    assert lines[-1].endswith("left 00:00 epoch, 00:00 run")
 
 
 # A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
@@ -122,7 +122,7 @@ def test_on_a_terminal_one_line_redraws_itself(columns):
     assert len(bars) > 2 and all(len(part) <= columns for part in drawn)
     assert all(re.match(r".{10} epoch 1/2 \d+/30  loss \d+  normalized_loss 0.5  ", part) for part in bars)
     if columns == 200:
-        assert re.search(r"  \d+\.\d img/s  \d\.\d GiB  left 0:00:0\d epoch, 0:00:0\d run *$", bars[-1])
+        assert re.search(r"  \d+\.\d img/s  \d\.\d GiB  left 00:0\d epoch, 00:0\d run *$", bars[-1])
     final = [line.split("\r")[-1] for line in text.split("\r\n")]  # what remains: bars are wiped out
     assert final[:2] == ["epoch 0 done", "epoch 1 done"] and re.match(r"features 30/30 +[\d.]+ img/s  left 00:00", final[2])
     assert len(final) == 4 and final[3] == ""
@@ -131,7 +131,7 @@ def test_on_a_terminal_one_line_redraws_itself(columns):
 def test_epoch_line_has_losses_and_the_time_left():
     record = {"train_loss": 1.23456, "train_lr": 1e-4, "epoch": 1, "seconds": 90.0, "memory_gib": 2.5}
     line = epoch_line(1, 4, record)
-    assert line == "epoch 1/4 done in 90 s: loss 1.235  lr 0.0001  2.5 GiB  left 0:03:00"
+    assert line == "epoch 1/4 done in 90 s: loss 1.235  lr 0.0001  2.5 GiB  left 03:00"
 
 
 # --- log.txt -----------------------------------------------------------------------------------------------------------
