@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.downstream_world import downstream, flags_of, make_world, only, parse, result_of
 from support.golden import rel_error
 from support.in_process import assert_refused, call
-from support.processes import launch, run
+from support.processes import run, run_script
 from test_resume import assert_same
 from torchvision.ops import StochasticDepth
 
@@ -142,25 +142,20 @@ def test_a_step_of_fine_tuning_by_hand(world, watch, tmp_path):
 
 # --- processes, resume, evaluation -------------------------------------------------------------------------------------
 
-# Runs eval_linear_ds.py and saves each process's backbone after it to <first argument>/<rank>.
-AND_SAVE = """
-import os, sys, torch, eval_linear_ds
-from clever.entry import run_entry_point
-torch.set_num_threads(1)
-folder, built, build = sys.argv.pop(1), [], eval_linear_ds.build_extractor
-eval_linear_ds.build_extractor = lambda *arguments: built.append(build(*arguments)) or built[0]
-run_entry_point(eval_linear_ds.main)
-torch.save(built[0].backbone.state_dict(), os.path.join(folder, os.environ.get("RANK", "single")))
-"""
 FINE_TUNING = ("--ds_mode", "ds_ft", "--backbone_lr", 0.2, "--weight_decay", 1e-3, "--epochs", 3)
 
 
-def test_two_processes_of_torchrun_train_the_backbone_that_one_trains(world, tmp_path):
-    script = tmp_path / "and_save.py"
-    script.write_text(AND_SAVE)
+def train_and_save(words, variables, output, kill_at):
+    """Runs the script, then saves this process's backbone beside `output`."""
+    built, build = [], ds.build_extractor
+    ds.build_extractor = lambda *arguments: built.append(build(*arguments)) or built[0]
+    run_script(words, variables, output, kill_at)
+    torch.save(built[0].backbone.state_dict(), output.with_name(variables["RANK"]))
+
+
+def test_two_processes_train_the_backbone_that_one_trains(world, tmp_path):
     flags = flags_of(world, world.vit, tmp_path / "two", *FINE_TUNING, "--batch_size_per_gpu", 2)
-    process = launch("torch.distributed.run", script, tmp_path, *flags)
-    assert process.returncode == 0, process.stderr
+    run("eval_linear_ds.py", *flags, processes=2, target=train_and_save, output=tmp_path / "output")
     run("eval_linear_ds.py", *flags_of(world, world.vit, tmp_path / "one", *FINE_TUNING), output=tmp_path / "output")
     ranks = [torch.load(tmp_path / rank, weights_only=True) for rank in "01"]
     assert_same(dict(ranks[1]), dict(ranks[0]))

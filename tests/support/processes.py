@@ -93,11 +93,12 @@ def launch(launcher: str, script: str, *flags: object, processes: int = 2) -> su
 
 
 def run(
-    script: str, *flags: object, output: Path, processes: int = 1, kill_at: str | None = None, expect: int = 0, **variables: str
-) -> str:
+    script: str, *flags: object, output: Path, processes: int = 1, kill_at: str | None = None, expect: int = 0, target=None,
+    **variables: str,
+) -> str:  # fmt: skip
     """Run main() of a script in forks, in a process group if there are several; returns what they wrote to `output` so far.
 
-    `variables` are added to the environment.
+    `variables` are added to the environment. `target`: called in place of `run_script`.
     With `kill_at` the first process gets SIGKILL as soon as it prints this text, and the others then, as if the machine
     had failed. Otherwise asserts that all end with the exit status `expect`.
     """
@@ -107,7 +108,7 @@ def run(
     for rank in range(processes):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         group = {name: str(value) for name, value in group.items()} if processes > 1 else {}
-        children.append(fork(run_script, words, variables | group, output, kill_at))
+        children.append(fork(target or run_script, words, variables | group, output, kill_at))
     if kill_at:
         children[0].join(TIMEOUT)
         status = children[0].exitcode
