@@ -48,15 +48,15 @@ CLeVER          1       0.1,1
 augself         1       3,10
 augself+EF      1       1,10
 augself+rotation -      1
-essl            0.4     0.4
-essl+EF         0.4     0.4
+essl            0.4     4
+essl+EF         0.4     1.2,4
 equimod         1       10
 equimod+EF      1       10
 equimod_pair    1       1
 equimod_pair+EF 1       0.3,3
 equimod_pair+grey -     1
-sie             1       0,1
-care            0.03    0.03
+sie             1       0,0.3,1
+care            0.03    0.03,0.3
 "
 FACTORS="1 0.3 3 0.1 10"
 PERTURBATIONS="ori basic aug1 aug1_2 aug1_4_2"
