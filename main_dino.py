@@ -103,7 +103,7 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
         "memory, more time")
     add_compile_argument(group)
     add("--cuda_graph", type=bool_flag, default=False, help="record the networks' kernels once and start them together; for "
-        "small networks and batches, whose GPU waits for the CPU. Needs one process and --accumulation 1")
+        "small networks and batches, where the GPU waits for the CPU. Needs a GPU, and one process")
 
 
 def add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -354,7 +354,7 @@ def pretrain(given: argparse.Namespace, args: argparse.Namespace, device: torch.
         run.save(args.output_dir, -1)
     del state
 
-    run.prepare(*dataset[0])
+    run.prepare(dataset)
     with Loggers(args.log_to, args.output_dir, run.arguments, start_epoch) as loggers, signals.deferred():
         train(run, loader, online, loggers, start_epoch, args)
     print(f"done: {args.output_dir}")

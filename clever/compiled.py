@@ -58,7 +58,7 @@ class CompiledPackage:
         except (OSError, AttributeError) as error:  # missing, damaged, for another machine, or another library
             return f"{path} does not load ({' '.join(str(error).split())}); {self.build_command} --force"
         if version != self.abi_version:
-            return f"{path} has interface version {version}, not {self.abi_version} as this code; {self.build_command} --force"
+            return f"{path} has version {version}, but this code needs {self.abi_version}; {self.build_command} --force"
         return library
 
     def _find(self, name: str) -> ctypes.CDLL | str:

@@ -1,4 +1,4 @@
-"""How far a loop is: tqdm's line, which redraws itself on a terminal and comes every few seconds elsewhere."""
+"""How far a loop is, and its memory: tqdm's line, which redraws itself on a terminal and comes every few seconds elsewhere."""
 
 import os
 import sys

@@ -2,7 +2,6 @@
 
     bash scripts/gpu_check.sh                     # the parts below in this order, in at most 9 minutes
     bash scripts/gpu_check.sh scan tests          # only these parts
-    bash scripts/gpu_check.sh --list              # the parts, and what each of them answers
     bash scripts/gpu_check.sh --dry_run           # without a GPU, at tiny sizes: does every part start, and end?
 
 Each part is a process of its own with a time limit. If one fails, the others go on. The folder --out (results/gpu_check) holds

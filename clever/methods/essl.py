@@ -82,5 +82,5 @@ class ESSL(Term):
 
 
 def rotate(images: Tensor) -> Tensor:
-    """Square images [N, 3, S, S] -> [4N, 3, S, S]: all of them turned counter-clockwise by 0 degrees, by 90, 180, and 270."""
+    """Square images [N, 3, S, S] -> [4N, 3, S, S], in blocks turned counter-clockwise by 0, 90, 180 and 270 degrees."""
     return torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(4)])

@@ -27,7 +27,7 @@ def cross_entropy_of_pairs(
         center: [1, K], subtracted from the teacher's logits.
     """
     if student.is_cuda and (kernels := _kernels()):
-        return kernels.mean_over_pairs(student, teacher, center, student_temp, teacher_temp, 1)
+        return kernels.MeanOverPairs.apply(student, teacher, center, student_temp, teacher_temp, 1)
     log_t = F.log_softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
     log_s = F.log_softmax(at_least_float32(student) / student_temp, dim=-1)  # V, B, K
     t = log_t.exp()
@@ -38,7 +38,7 @@ def cross_entropy_of_pairs(
 def cosine_of_pairs(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
     """Mean of the cosine between t[q] and s[v]; arguments as those of `cross_entropy_of_pairs`."""
     if student.is_cuda and (kernels := _kernels()):
-        return kernels.mean_over_pairs(student, teacher, center, student_temp, teacher_temp, 2)[0]
+        return kernels.MeanOverPairs.apply(student, teacher, center, student_temp, teacher_temp, 2)[0]
     t = F.softmax((at_least_float32(teacher) - center) / teacher_temp, dim=-1)  # Q, B, K
     s = F.softmax(at_least_float32(student) / student_temp, dim=-1)  # V, B, K
     cosines = torch.einsum("qbk,vbk->qv", F.normalize(t, dim=-1), F.normalize(s, dim=-1))

@@ -97,7 +97,7 @@ def student_sums(
 
 @triton.jit
 def _join(sums, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
-    """The sums of a row from those of its blocks: log_norm, largest logit, each block's weight and product. Programs [rows]."""
+    """Of a row, from the sums of its blocks: log_norm, the largest logit, the sum, and each block's weight and product."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     block = tl.arange(0, BLOCKS)
     at, mask = sums + row * C + block, block < C
@@ -105,22 +105,22 @@ def _join(sums, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
     largest = tl.max(block_largest, 0)
     weight = tl.exp(block_largest - largest)
     total = tl.sum((weight if POWER == 1 else weight * weight) * tl.load(at + rows * C, mask=mask, other=0.0), 0)
-    return largest + tl.log(total) / POWER, largest, weight, tl.load(at + 2 * rows * C, mask=mask, other=0.0)
+    return largest + tl.log(total) / POWER, largest, total, weight, tl.load(at + 2 * rows * C, mask=mask, other=0.0)
 
 
 @triton.jit
 def join_teacher(sums, log_norms, entropies, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
     """log_norm(y) of each row, and for p = 1 the entropy of its softmax. Programs [Q*B]."""
-    log_norm, largest, weight, products = _join(sums, C, POWER, BLOCKS)
+    log_norm, _, total, weight, products = _join(sums, C, POWER, BLOCKS)
     tl.store(log_norms + tl.program_id(0), log_norm)
-    tl.store(entropies + tl.program_id(0), log_norm - tl.sum(weight * products, 0) * tl.exp(largest - log_norm))
+    tl.store(entropies + tl.program_id(0), log_norm - tl.sum(weight * products, 0) / total)
 
 
 @triton.jit
 def join_student(sums, log_norms, values, B, C, POWER: tl.constexpr, BLOCKS: tl.constexpr):
     """log_norm(x) and the value of each row. Programs [V*B]."""
     row = tl.program_id(0)
-    log_norm, largest, weight, products = _join(sums, C, POWER, BLOCKS)
+    log_norm, largest, _, weight, products = _join(sums, C, POWER, BLOCKS)
     n = tl.where(row < 2 * B, 1.0, 2.0)
     cosine = tl.sum(weight * products, 0) * tl.exp(largest - log_norm)
     value = n * log_norm - tl.sum(products, 0) if POWER == 1 else cosine
@@ -148,7 +148,7 @@ def student_gradient(
 
 
 class MeanOverPairs(torch.autograd.Function):
-    """`pairs.cross_entropy_of_pairs` (power 1), or the mean of `pairs.cosine_of_pairs` and a number without meaning (power 2).
+    """`pairs.cross_entropy_of_pairs` (power 1), or the mean of `pairs.cosine_of_pairs` and a meaningless number (power 2).
 
     Differentiable once. Both results are float32; the gradient is of the type of `student`: float32, bfloat16 or float16.
     """
@@ -184,6 +184,3 @@ class MeanOverPairs(torch.autograd.Function):
                 POWER=power, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         return gradient, None, None, None, None, None
-
-
-mean_over_pairs = MeanOverPairs.apply

@@ -32,10 +32,11 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 class StochasticDepth(torchvision.ops.StochasticDepth):
     """x + branch(x), where training drops the branch of each sample independently, with probability p.
 
-    Kept branches are scaled by 1 / (1 - p). The branch runs on the kept samples only, as in DINOv2 (arXiv 2304.07193, section
-    5), but their number is not fixed. They are drawn by torch's generator of the CPU, whatever the device: the number of kept
-    samples is then known without waiting for a GPU. Where the branch runs on all samples, the device draws them.
+    Branches run on the kept samples only, as in DINOv2 (arXiv 2304.07193, section 5), and are scaled by 1 / (1 - p). Which are
+    kept is drawn by the CPU, as a GPU would have to be waited for; by the device where a branch runs on all samples.
     """
+
+    has_fixed_shapes = False  # whether all instances run their branches on all samples
 
     def __init__(self, p: float) -> None:
         super().__init__(p, mode="row")
@@ -51,9 +52,8 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
         """
         if not (self.training and self.is_active):
             return x + branch(x)
-        # A graph has fixed shapes: while a compiler, fvcore or CUDA records one, the branch runs on all samples.
-        is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if all_samples or is_recorded or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        # A graph has fixed shapes: while a compiler or fvcore records one, the branch runs on all samples.
+        if all_samples or self.has_fixed_shapes or torch.compiler.is_compiling() or torch.jit.is_tracing():
             weights = (torch.rand(len(x), device=x.device) < self.keep) * self.scale  # [B], 0 where the branch is dropped
             return x + branch(x) * weights.view(-1, *[1] * (x.ndim - 1))
         indices = torch.empty(len(x)).bernoulli_(1 - self.p).nonzero().squeeze(1)  # [B'], where the branch is kept

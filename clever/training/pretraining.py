@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 from clever import signals
 from clever.arguments import plain_args
 from clever.checkpoint import load_moments, save_atomically, strip_prefix
+from clever.data.datasets import ImageDataset
 from clever.distributed import any_process, get_rank, is_distributed, is_main_process
 from clever.methods.dino import DINOLoss
 from clever.methods.pairs import TEACHER_VIEWS
 from clever.methods.term import Term, WithTerm
 from clever.models.heads import MultiCropWrapper
-from clever.models.layers import normalize
+from clever.models.layers import StochasticDepth, normalize
 from clever.training.optim import clip_gradients, set_schedules, update_teacher
 from clever.training.telemetry import TrainingProgress, feature_std
-from clever.utils import describe_error, seed_everything
+from clever.utils import seed_everything
 
 
 class EpochSampler(DistributedSampler):
@@ -57,39 +57,38 @@ class Pretraining:
     def __post_init__(self) -> None:
         self.student: MultiCropWrapper = self.model.student
         self.term: Term | None = self.model.term
-        self.teacher_pass: Callable[[Tensor], tuple] = partial(self.teacher, return_features=True)
         self.arguments = plain_args(self.args)  # as checkpoints record them
 
-    def prepare(self, views: list[Tensor], codes: Tensor) -> None:
-        """Before the first step: average gradients over the processes of the group, if there is one; record graphs if wanted.
-
-        views, codes: of one image, [V', 3, S, S] per resolution and [2 + E, P], for their shapes.
-        """
+    def prepare(self, dataset: ImageDataset) -> None:
+        """Before the first step: average gradients over the processes of the group, if there is one; record graphs if asked."""
         if is_distributed():
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
         if self.args.cuda_graph:
-            self.capture(views, codes)
+            self.capture(*dataset[0])
 
     def capture(self, views: list[Tensor], codes: Tensor) -> None:
-        """Record the passes of both networks as CUDA graphs, whose kernels the CPU starts all at once; weights and buffers stay
-        as they are. Where that is not possible, a line says why. Arguments as those of `prepare`."""
-        batch = self.args.batch_size_per_gpu
-        if not torch.cuda.is_available() or self.images_per_step > batch:
-            print("--cuda_graph true: needs a GPU, one process and --accumulation 1; nothing is recorded")
+        """Record the passes of both networks as CUDA graphs, whose kernels the CPU starts all at once, or print what they need.
+
+        Weights and buffers stay as they are. Raises RuntimeError if an operation waits for the GPU, or memory is short.
+
+        views, codes: of one image, [V', 3, S, S] per resolution and [2 + E, P], for their shapes.
+        """
+        batch, recomputes = self.args.batch_size_per_gpu, self.args.activation_checkpointing
+        if not torch.cuda.is_available() or self.images_per_step > batch or recomputes:
+            print("--cuda_graph true: needs a GPU, one process, and neither --accumulation nor --activation_checkpointing")
             return
         views = [self.normalized(view[:, None].repeat(1, batch, 1, 1, 1).to(self.device)) for view in views]
         global_views, inputs = self.inputs(views, codes[None].repeat(batch, *[1] * codes.ndim))
-        buffers = [*self.model.buffers(), *self.teacher.buffers()]
-        before = [buffer.clone() for buffer in buffers]  # the networks run some times before they are recorded
-        try:
-            with self.autocast(cache_enabled=False):
-                with torch.no_grad():
-                    self.teacher_pass = torch.cuda.make_graphed_callables(self.teacher_pass, (global_views,))
-                torch.cuda.make_graphed_callables(self.model, inputs, allow_unused_input=True)  # in place
-        except RuntimeError as error:  # of an operation that waits for the GPU, or memory is short
-            print(f"--cuda_graph true: {describe_error(error)[:300]}; nothing is recorded")
-        torch._foreach_copy_(buffers, before)
+        buffers = [(buffer, buffer.clone()) for network in (self.model, self.teacher) for buffer in network.buffers()]
+        StochasticDepth.has_fixed_shapes = True
+        self.run_teacher = torch.cuda.make_graphed_callables(self.run_teacher, (global_views,))
+        # Autocast begins and ends within what is recorded: the backward pass runs without, and no cast outlives the graph.
+        self.model.forward = self.autocast()(self.model.forward)
+        torch.cuda.make_graphed_callables(self.model, inputs, allow_unused_input=True)  # in place
+        StochasticDepth.has_fixed_shapes = False
+        for buffer, before in buffers:  # the networks run several times before they are recorded
+            buffer.copy_(before)
 
     def train_one_epoch(self, loader: DataLoader, epoch: int) -> dict[str, float]:
         """One pass over the data; means of the loss terms, of the telemetry and of the schedules.
@@ -146,9 +145,8 @@ class Pretraining:
     def compute_loss(self, views: list[Tensor], codes: Tensor, epoch: int, update_center: bool) -> dict[str, Tensor]:
         """Forward pass of both networks: terms of the loss, "loss" first, then telemetry."""
         global_views, inputs = self.inputs(views, codes)
+        teacher_output, z = self.run_teacher(global_views)  # 2*B, K; 2*B, D
         with self.autocast():
-            with torch.no_grad():
-                teacher_output, z = self.teacher_pass(global_views)  # 2*B, K; 2*B, D
             student_output, values = self.model(*inputs)  # V*B, K
         terms = self.criterion(student_output, teacher_output, epoch, update_center)
         telemetry = self.criterion.telemetry(terms)
@@ -168,9 +166,14 @@ class Pretraining:
                 told += (extra,)  # E, B, 3, S, S
         return views[0][:TEACHER_VIEWS].flatten(0, 1), ([view.flatten(0, 1) for view in views], *told)  # 2*B, 3, S, S
 
-    def autocast(self, **options: bool) -> torch.autocast:
+    def run_teacher(self, global_views: Tensor) -> tuple:
+        """Global views [2*B, 3, S, S] -> logits [2*B, K] of every head, and representations [2*B, D]."""
+        with torch.no_grad(), self.autocast():
+            return self.teacher(global_views, return_features=True)
+
+    def autocast(self) -> torch.autocast:
         """Mixed precision, if the run has it."""
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32, **options)
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
 
     def normalized(self, views: Tensor) -> Tensor:
         """Views as the networks take them: uint8 pixels are normalised, float ones are so already."""

@@ -98,7 +98,7 @@ class TrainingProgress:
 
     def _line(self, values: dict[str, float]) -> str:
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in LOSSES if name in values)
-        todo, seconds = self.total - self.done, self.images / self.rate  # batches; of a batch
+        todo, seconds = self.total - self.done, self.images / self.rate  # batches left; seconds of one
         epoch, run = (tqdm.format_interval(batches * seconds) for batches in (todo, todo + self.epochs_after * self.total))
         used = f"{self.rate:.1f} img/s  {peak_memory_gib(self.device):.1f} GiB"
         return f"{self.header} {self.done}/{self.total}  {numbers}  {used}  left {epoch} epoch, {run} run"

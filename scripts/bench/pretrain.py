@@ -1,6 +1,5 @@
 """Images per second of pretraining: the step alone, the loader of the views alone, and both together.
 
-    python -m scripts.bench.pretrain                                                  # ViT-tiny, batch 8, this machine
     python -m scripts.bench.pretrain --arch vit_small resnet50 --batch_size 64 --amp_dtype bf16 --num_workers 12
     python -m scripts.bench.pretrain --arch vit_small --launch eager compile graph both               # on a GPU, in turn
     python -m scripts.bench.pretrain --net dino care --arch resnet8 --images small -- --global_crops_size 16
@@ -53,8 +52,8 @@ def prepare(options: argparse.Namespace, folder: Path, net: str, arch: str, laun
     dataset = main_dino.build_dataset(args, CheckRecord(None))
     loader = main_dino.build_loader(dataset, args)
     run = build_pretraining(args, *build_networks(args, device), device, len(loader))
-    run.prepare(*dataset[0])
-    views, codes = next(iter(loader))  # starts the workers
+    run.prepare(dataset)
+    views, codes = dataset.__getitems__(range(options.batch_size))
     views = [run.normalized(view.to(device)) for view in views]  # V', B, 3, S, S
     train_again(run, [(views, codes)])
     return {
@@ -68,6 +67,8 @@ def measure(networks: list[dict[str, Callable[[], object]]], images: int, rounds
     """Images per second of each column of each network, medians over the rounds, in which all are measured in turn."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     rates: list[dict[str, list[float]]] = [{name: [] for name in network} for network in networks]
+    for network in networks:
+        network["loader"]()  # starts the workers
     for _ in range(rounds):
         for network, found in zip(networks, rates, strict=True):
             for name, function in network.items():

@@ -11,7 +11,7 @@ from support.golden import rel_error
 from clever.methods.clever import CLeVERLoss
 
 pytest.importorskip("triton")
-from clever.methods.pairs_triton import mean_over_pairs  # noqa: E402
+from clever.methods.pairs_triton import MeanOverPairs  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
 LOSSES = {"cross-entropy": 1, "cosine": 2}  # the power of the kernels
@@ -48,7 +48,7 @@ def assert_as_defined(tensors, power, tolerance, temperatures=(0.1, 0.05), facto
     exact = student.detach().double().requires_grad_()
     expected = definition(exact, *others, *temperatures, power)
     (factor * expected).backward()
-    value, entropy = mean_over_pairs(student, *others, *temperatures, power)
+    value, entropy = MeanOverPairs.apply(student, *others, *temperatures, power)
     (factor * value).backward()
     assert value.dtype == torch.float32 and student.grad.dtype == student.dtype
     assert rel_error(value, expected) < 1e-5
@@ -77,7 +77,7 @@ def test_gradients_in_half_precision(on_cpu, power, dtype):
 @pytest.mark.parametrize("power", LOSSES.values(), ids=LOSSES)
 def test_extreme_logits_stay_finite(on_cpu, power):
     student, *others = draw(3, 2, 5000, spread=1e4)
-    value, _ = mean_over_pairs(student, *others, 0.1, 0.04, power)
+    value, _ = MeanOverPairs.apply(student, *others, 0.1, 0.04, power)
     value.backward()
     assert math.isfinite(value) and student.grad.isfinite().all()
     assert rel_error(value, definition(student, *others, 0.1, 0.04, power)) < 1e-5 or value.abs() < 1e-6
@@ -90,7 +90,7 @@ def test_a_bad_logit_reaches_the_value(on_cpu, power, bad):
     student, teacher, center = draw(3, 2, 5000)
     with torch.no_grad():
         student[2, 1, 4999] = bad
-        value, _ = mean_over_pairs(student, teacher, center, 0.1, 0.04, power)
+        value, _ = MeanOverPairs.apply(student, teacher, center, 0.1, 0.04, power)
     assert not value.isfinite()
 
 
@@ -98,7 +98,7 @@ def test_a_bad_logit_reaches_the_value(on_cpu, power, bad):
 def test_a_second_backward_pass_gives_the_same(on_cpu):
     """After a change of the centre in place, too, as `forward` of the losses makes it."""
     student, teacher, center = draw(3, 2, 100)
-    value, _ = mean_over_pairs(student, teacher, center, 0.1, 0.04, 1)
+    value, _ = MeanOverPairs.apply(student, teacher, center, 0.1, 0.04, 1)
     (first,) = torch.autograd.grad(value, student, retain_graph=True)
     center.add_(1)
     (second,) = torch.autograd.grad(value, student)
