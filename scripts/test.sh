@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash scripts/test.sh   (installs what is missing, checks style, runs the tests; arguments go to pytest, e.g. -k losses)
 #
-# WORKERS: test processes, by default one more than there are cores, at most 4; 0 runs the tests in one process (for --pdb).
+# WORKERS: test processes, by default as many as there are cores, at most 4; 0 runs the tests in one process (for --pdb).
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -12,4 +12,4 @@ cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # Each process has one thread: two processes whose threads wait for each other on the same cores are slower than one.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python -m ruff check .
-python -m pytest -n "${WORKERS:-$((cores < 4 ? cores + 1 : 4))}" --dist loadfile "$@"
+python -m pytest -n "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile "$@"
