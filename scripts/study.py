@@ -325,7 +325,7 @@ def draw_told(values: pd.DataFrame) -> plt.Figure:
         panel.set_xticks(range(len(names)), [f"{name}\n({'told' if name in TOLD else 'held out'})" for name in names])
         panel.set(ylabel="R2 minus dino's", title=arch)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=7, ncols=4, frameon=False)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 
