@@ -36,7 +36,7 @@ class StochasticDepth(torchvision.ops.StochasticDepth):
     kept is drawn by the CPU, as a GPU would have to be waited for; by the device where a branch runs on all samples.
     """
 
-    has_fixed_shapes = False  # whether all instances run their branches on all samples
+    has_fixed_shapes = False  # whether all instances run their branches on all samples: while CUDA graphs are recorded
 
     def __init__(self, p: float) -> None:
         super().__init__(p, mode="row")
