@@ -52,7 +52,7 @@ BUILD_SCAN = "python csrc/selective_scan/setup.py build_ext --inplace"
 BUILD_VIEWS = "python csrc/views/setup.py build_ext --inplace"
 STEP = "python -m scripts.bench.pretrain --output {out} --amp_dtype bf16 --batch_size 64 --launch eager compile graph both"
 TINY = "python -m scripts.bench.pretrain --output {out} --batch_size 2 --out_dim 256 --steps 1 --rounds 1 --arch"
-SCAN = "python -m scripts.bench.scan --no-loop --output {out}"
+SCAN = "python -m scripts.bench.scan --output {out}"
 CORES = os.cpu_count() or 1
 WORKERS = min(4, CORES)
 PYTEST = "python -m pytest -q -m gpu" + (f" -n {WORKERS}" if importlib.util.find_spec("xdist") else "")
@@ -143,7 +143,6 @@ def save(records: list[dict], folder: Path, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; not given: all")
-    parser.add_argument("--list", action="store_true", help="only list the parts")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, without a GPU")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the whole")
     parser.add_argument("--out", default="results/gpu_check", help="folder of the results")
@@ -152,9 +151,6 @@ def main() -> None:
     for name in args.parts:
         if name not in PARTS:
             raise InputError(f"part {name!r}: must be one of {', '.join(PARTS)}")
-    if args.list:
-        print("\n".join(f"{part.name:<20} {part.answers}" for part in ALL_PARTS))
-        return
     if not (args.dry_run or torch.cuda.is_available()):
         raise InputError("torch sees no GPU; --dry_run needs none")
     Path(args.out).mkdir(parents=True, exist_ok=True)

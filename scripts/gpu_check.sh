@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/gpu_check.sh [PART...] [--list] [--dry_run] [--minutes 9] [--out results/gpu_check]
+# bash scripts/gpu_check.sh [PART...] [--dry_run] [--minutes 9] [--out results/gpu_check]
 #
 # All checks and timings that need a GPU, in one command: builds, tests, trainings, speed (scripts/gpu_check.py). It runs with the
 # active Python if torch, torchvision, timm and einops are there, without the network; otherwise it installs what is missing.

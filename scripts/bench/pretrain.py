@@ -6,7 +6,9 @@
 
 The step gets views that are kept, the loader reads random images. Its workers are processes; on a CPU they compete with the
 step for its cores. If "together" is as fast as the slower of the two, they overlap completely. "cores needed" is the rate of
-the step divided by that of the loader per worker. All are measured in turn, an epoch each; the table shows medians over rounds.
+the step divided by that of the loader per worker; "% of products" the step's share of the rate at which its matrix products and
+convolutions would run if each were as fast as one large product (a selective scan is not counted); "GiB" the peak of the GPU's
+memory. All are measured in turn, an epoch each; the table shows medians over rounds.
 """
 
 import argparse
@@ -20,15 +22,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import main_dino
 from clever.arguments import ArgumentParser, check_positive
 from clever.data.datasets import CheckRecord
 from clever.entry import run_entry_point
+from clever.evaluation.tables import align
 from clever.methods import METHODS
 from clever.training.build import build_networks, build_pretraining
 from clever.training.pretraining import Pretraining
 from clever.utils import save_json
+from scripts.bench.scan import fastest
 from scripts.bench.views import write_images
 
 LAUNCH = {"eager": [], "compile": ["--compile", "true"], "graph": ["--cuda_graph", "true"]}
@@ -42,8 +48,8 @@ def train_again(run: Pretraining, batches: Iterable) -> None:
         run.train_one_epoch(batches, epoch=0)
 
 
-def prepare(options: argparse.Namespace, folder: Path, net: str, arch: str, launch: str) -> dict[str, Callable[[], object]]:
-    """{column: an epoch of it}, after a first step."""
+def build(options: argparse.Namespace, folder: str, net: str, arch: str, launch: str) -> tuple[Pretraining, DataLoader, tuple]:
+    """A run, the loader of its views, and a batch of them on the device."""
     flags = ["--data_path", folder, "--net", net, "--arch", arch, "--batch_size_per_gpu", options.batch_size]
     flags += ["--amp_dtype", options.amp_dtype, "--out_dim", options.out_dim, "--num_workers", options.num_workers]
     flags += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0, *LAUNCH[launch], *options.flags]
@@ -54,13 +60,36 @@ def prepare(options: argparse.Namespace, folder: Path, net: str, arch: str, laun
     run = build_pretraining(args, *build_networks(args, device), device, len(loader))
     run.prepare(dataset)
     views, codes = dataset.__getitems__(range(options.batch_size))
-    views = [run.normalized(view.to(device)) for view in views]  # V', B, 3, S, S
-    train_again(run, [(views, codes)])
-    return {
-        "step": lambda: train_again(run, [(views, codes)] * len(loader)),
+    return run, loader, ([run.normalized(view.to(device)) for view in views], codes)  # V', B, 3, S, S
+
+
+def products_limit(run: Pretraining, batch: tuple, images: int) -> float:
+    """Images per second if all matrix products and convolutions of an eager step were as fast as one large product."""
+    with FlopCounterMode(display=False) as counter:
+        train_again(run, [batch])
+    size = 8192 if run.device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=run.device, dtype=run.amp_dtype)
+    seconds = fastest({"product": lambda: a @ a}, 10, run.device.type)["product"]
+    return images * 2 * size**3 / seconds / counter.get_total_flops()
+
+
+def prepare(options: argparse.Namespace, folder: str, net: str, arch: str, launch: str) -> tuple[dict, float, float]:
+    """After a first step: {column: an epoch of it}; products_limit; GiB that the first step took of the GPU's memory."""
+    run, _, batch = build(options, folder, net, arch, "eager")
+    limit = products_limit(run, batch, options.batch_size)
+    del run, batch
+    before = torch.cuda.memory_allocated()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    run, loader, batch = build(options, folder, net, arch, launch)
+    train_again(run, [batch])
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+    columns = {
+        "step": lambda: train_again(run, [batch] * len(loader)),
         "loader": lambda: [None for _ in loader],
         "together": lambda: train_again(run, loader),
     }
+    return columns, limit, memory
 
 
 def measure(networks: list[dict[str, Callable[[], object]]], images: int, rounds: int) -> list[dict[str, float]]:
@@ -97,22 +126,22 @@ def main() -> None:
     options = parser.parse_args()
     check_positive(options, "out_dim", "batch_size", "steps", "rounds")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
-    about = f"out_dim {options.out_dim}, batch {options.batch_size}, {options.amp_dtype}, {options.num_workers} workers"
-    print(f"{about}; images per second on {machine}, torch {torch.__version__}")
+    print(f"images per second on {machine}, torch {torch.__version__}; batch {options.batch_size}, {options.amp_dtype}")
     names = list(itertools.product(options.net, options.arch, options.launch))
     with tempfile.TemporaryDirectory() as scratch:
         write_images(options.images, Path(scratch), options.batch_size * options.steps)
-        networks = [prepare(options, Path(scratch), *name) for name in names]
+        networks, limits, memory = zip(*(prepare(options, scratch, *name) for name in names), strict=True)
         rates = measure(networks, options.batch_size * options.steps, options.rounds)
-    print("\n| net | backbone | launch | step | loader | together | cores needed |\n|---|---|---|--:|--:|--:|--:|")
     results = []
-    for name, found in zip(names, rates, strict=True):
-        found["cores needed"] = found["step"] * max(options.num_workers, 1) / found["loader"]
-        results.append(dict(zip(("net", "arch", "launch"), name, strict=True)) | found)
-        print(" | ".join(["", *name, *(f"{value:.1f}" for value in found.values()), ""]).strip())
+    for name, found, limit, gib in zip(names, rates, limits, memory, strict=True):
+        cores = found["step"] * max(options.num_workers, 1) / found["loader"]
+        more = {"cores needed": cores, "% of products": 100 * found["step"] / limit, "GiB": gib}
+        results.append({"net": name[0], "backbone": name[1], "launch": name[2]} | found | more)
+    rows = ([value if isinstance(value, str) else f"{value:.1f}" for value in row.values()] for row in results)
+    print("\n" + align([[*results[0]], *rows], 3))
     if options.output:
-        about = {"kind": "bench_pretrain", "machine": machine, "torch": torch.__version__}
-        save_json(vars(options) | about | {"output": str(options.output), "results": results}, options.output)
+        about = {"kind": "bench_pretrain", "machine": machine, "torch": torch.__version__, "output": str(options.output)}
+        save_json(vars(options) | about | {"results": results}, options.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Times the 2D selective scan with every backend that can run here, and compares with a plain loop and the memory's limit.
+"""Times the 2D selective scan with every backend that can run here, and compares with the memory's limit.
 
     python -m scripts.bench.scan                                  # stages of VMamba-Tiny: batch 2 of 224 px, batch 8 of 96 px
-    python -m scripts.bench.scan --device cuda --batch 64 64 --dtype bf16 --no-loop
+    python -m scripts.bench.scan --device cuda --batch 64 64 --dtype bf16
 
 Columns of the tables, in milliseconds of forward + backward:
 - cuda, triton, cpp, torch: backends, called as a network calls them.
-- loop: one Python step per position, plain autograd (`vmamba.scan_reference`).
 - kernel: the fastest backend without PyTorch's work around an operator and its gradient.
 - memory: lower bound of the time to move the data (x, dt, B, C and y once each; in the backward pass their gradients too), at
   the rate of a copy measured in the same run.
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from clever import arguments, utils
 from clever.entry import run_entry_point
-from vmamba import scan_reference
 from vmamba.selective_scan import BACKENDS, choose_backend, selective_scan_2d
 
 STAGES = ((96, 4, 2), (192, 8, 2), (384, 16, 8), (768, 32, 2))  # channels, pixels per position, blocks of VMamba-Tiny
@@ -36,7 +34,6 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the scan's input")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="backends to time; not given: all that can run here")
     parser.add_argument("--repeats", type=int, default=10, help="repetitions on a CPU; the fastest counts")
-    parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=True, help="time the loop over positions too")
     parser.add_argument("--output", type=Path, help="JSON file to save the numbers in")
     args = parser.parse_args()
     if len(args.batch) != len(args.sizes):
@@ -60,11 +57,8 @@ def fastest(functions: dict[str, Callable[[], object]], repeats: int, device: st
         function()
         return time.perf_counter() - start
 
-    rounds = []
-    for index in range(repeats + 1):  # the first round is a warm-up
-        warm_up = rounds[0] if rounds else {}  # functions that take more than a second run once more only
-        rounds.append({name: seconds(call) for name, call in functions.items() if index < 2 or warm_up[name] < 1.0})
-    return {name: min(each[name] for each in rounds[1:] if name in each) for name in functions}
+    rounds = [{name: seconds(call) for name, call in functions.items()} for _ in range(repeats + 1)]
+    return {name: min(each[name] for each in rounds[1:]) for name in functions}  # the first round is a warm-up
 
 
 def copy_rate(device: str) -> float:
@@ -83,10 +77,6 @@ def scan_input(size: int, batch: int, stage: tuple[int, int, int], device: str, 
     dt_weight = torch.randn(4, channels, rank, device=device) * rank**-0.5
     rows = [torch.full((4 * channels,), value, device=device) for value in (1.0, -4.0)]
     return [each.requires_grad_() for each in (x, proj, dt_weight, -torch.ones(4 * channels, 1, device=device), *rows)]
-
-
-def loop_2d(x: Tensor, *rest: Tensor, backend: str = "") -> Tensor:
-    return scan_reference.selective_scan_2d_reference(x.permute(0, 2, 3, 1), *rest).permute(0, 3, 1, 2)
 
 
 def time_scan(
@@ -127,10 +117,7 @@ def scan_functions(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]
     selected = choose_backend("auto", args.device)
     available = [name for name in BACKENDS if BACKENDS[name].unavailable_reason(torch.device(args.device)) is None]
     names = sorted(args.backends or available, key=lambda name: name != selected)
-    functions = {name: lambda *inputs, name=name: selective_scan_2d(*inputs, backend=name) for name in names}
-    if args.loop:
-        functions["loop"] = loop_2d
-    return functions
+    return {name: lambda *inputs, name=name: selective_scan_2d(*inputs, backend=name) for name in names}
 
 
 def bench_scans(args: argparse.Namespace) -> list[dict]:

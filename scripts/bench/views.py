@@ -1,7 +1,6 @@
 """Images per second and core: decoding and all training views of an image, by recipe, renderer and size of the images.
 
-    python -m scripts.bench.views                               # photographs that come with scikit-learn
-    python -m scripts.bench.views --images /data/imagenet/val --number 64 --output results/bench_views.json
+    python -m scripts.bench.views --output results/bench_views.json   # photographs that come with scikit-learn
 
 Beside our renderers (cpp, torchvision): the original's pipeline of Pillow images written plainly (`pillow`), and, where it is
 installed, lightly's DINO transform. Everything runs on one thread, alternately, on the same files; the fastest of --rounds
@@ -16,12 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms as v1
 
-from clever.arguments import ArgumentParser, check_choices, check_positive
+from clever.arguments import ArgumentParser, check_positive
 from clever.data.augmentations import RECIPES, MultiCropAugmentation
 from clever.data.datasets import ImageDataset
 from clever.data.files import list_images
@@ -113,28 +111,25 @@ def measure(paths: list[str], aug: str, sizes: tuple[int, int, int], rounds: int
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--images", help="folder of images to use instead of scikit-learn's")
     parser.add_argument("--number", type=int, default=64, help="images per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the fastest counts")
-    parser.add_argument("--aug", nargs="+", default=list(RECIPES), help="recipes")
+    parser.add_argument("--aug", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--output", help="also write the table there, as JSON")
     args = parser.parse_args()
     check_positive(args, "number", "rounds")
-    check_choices("aug", args.aug, RECIPES)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for kind, sizes in SETS.items():
             folder = Path(scratch) / kind
             folder.mkdir()
-            paths = list_images(args.images)[: args.number] if args.images else write_images(kind, folder, args.number)
-            kilobytes = np.mean([Path(path).stat().st_size for path in paths]) / 1024
+            paths = write_images(kind, folder, args.number)
             for aug in args.aug:
                 found = measure(paths, aug, sizes, args.rounds)
-                rows.append({"images": kind, "kilobytes": round(float(kilobytes), 1), "aug": aug, "milliseconds": found})
+                rows.append({"images": kind, "aug": aug, "milliseconds": found})
                 rates = "  ".join(f"{name} {1000 / ms:.0f}" for name, ms in found.items())
                 factor = f"  cpp / pillow {found['pillow'] / found['cpp']:.1f} x" if "cpp" in found else ""
-                print(f"{kind} ({kilobytes:.0f} KB) {aug}: images/s and core: {rates}{factor}", flush=True)
+                print(f"{kind} {aug}: images/s and core: {rates}{factor}", flush=True)
     if args.output:
         save_json({"kind": "bench_views", "torch": torch.__version__, "rows": rows}, args.output)
 
