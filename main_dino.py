@@ -1,4 +1,4 @@
-"""Self-supervised pretraining with DINO or CLeVER.
+"""Self-supervised pretraining with DINO, CLeVER, or DINO and an equivariant term.
 
 One process, on a GPU or a CPU:
     python main_dino.py --net CLeVER --arch vit_small --data_path data/IN100/train --output_dir results/clever

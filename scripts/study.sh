@@ -89,7 +89,7 @@ weights_of() {
   elif [[ $TUNE == 1 && $default != - ]]; then
     awk -v default="$default" '{ for (i = 1; i <= NF; i++) printf "%g ", default * $i }' <<< "$FACTORS"
   else
-    column "$METHODS" "$1" 3 | tr , ' '
+    { column "$METHODS" "$1" 3 | grep . || echo "$default"; } | tr , ' ' # nothing was chosen: the default
   fi
 }
 

@@ -51,7 +51,7 @@ class CLeVERLoss(DINOLoss):
     @staticmethod
     def add_arguments(group: argparse._ArgumentGroup) -> None:
         add = group.add_argument
-        add("--hp1", type=float, default=0.8, help="share of the representation that is IR, in (0, 1)")
+        add("--hp1", type=float, default=0.8, help="share of the IR, in (0, 1); also for sie and --equiv_part EF")
         add("--DVR_out_dim", type=int, default=16384, help="outputs of the EF head")
         add("--sep_lambd", type=float, default=1.0, help="weight of the EF loss (DVR)")
         add("--reg_lambd", default="_reg0.001", help="weight of the regulariser of the two heads: _reg0.001, 0.001, or '' for "

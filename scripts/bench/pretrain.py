@@ -2,7 +2,7 @@
 
     python -m scripts.bench.pretrain --arch vit_small resnet50 --batch_size 64 --amp_dtype bf16 --num_workers 12
     python -m scripts.bench.pretrain --arch vit_small --launch eager compile graph both               # on a GPU, in turn
-    python -m scripts.bench.pretrain --net dino care --arch resnet8 --images small -- --global_crops_size 16
+    python -m scripts.bench.pretrain --net dino care --arch resnet8 --images small -- --local_crops_number 0
 
 The step gets views that are kept, the loader reads random images. Its workers are processes; on a CPU they compete with the
 step for its cores. If "together" is as fast as the slower of the two, they overlap completely. "cores needed" is the rate of
