@@ -63,21 +63,19 @@ def build(options: argparse.Namespace, folder: str, net: str, arch: str, launch:
     return run, loader, ([run.normalized(view.to(device)) for view in views], codes)  # V', B, 3, S, S
 
 
-def products_limit(run: Pretraining, batch: tuple, images: int) -> float:
+def products_limit(options: argparse.Namespace, folder: str, net: str, arch: str) -> float:
     """Images per second if all matrix products and convolutions of an eager step were as fast as one large product."""
+    run, _, batch = build(options, folder, net, arch, "eager")
     with FlopCounterMode(display=False) as counter:
         train_again(run, [batch])
     size = 8192 if run.device.type == "cuda" else 1024
     a = torch.randn(size, size, device=run.device, dtype=run.amp_dtype)
     seconds = fastest({"product": lambda: a @ a}, 10, run.device.type)["product"]
-    return images * 2 * size**3 / seconds / counter.get_total_flops()
+    return options.batch_size * 2 * size**3 / seconds / counter.get_total_flops()
 
 
-def prepare(options: argparse.Namespace, folder: str, net: str, arch: str, launch: str) -> tuple[dict, float, float]:
-    """After a first step: {column: an epoch of it}; products_limit; GiB that the first step took of the GPU's memory."""
-    run, _, batch = build(options, folder, net, arch, "eager")
-    limit = products_limit(run, batch, options.batch_size)
-    del run, batch
+def prepare(options: argparse.Namespace, folder: str, net: str, arch: str, launch: str) -> tuple[dict, float]:
+    """After a first step: {column: an epoch of it}; GiB that the first step took of the GPU's memory."""
     before = torch.cuda.memory_allocated()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +87,7 @@ def prepare(options: argparse.Namespace, folder: str, net: str, arch: str, launc
         "loader": lambda: [None for _ in loader],
         "together": lambda: train_again(run, loader),
     }
-    return columns, limit, memory
+    return columns, memory
 
 
 def measure(networks: list[dict[str, Callable[[], object]]], images: int, rounds: int) -> list[dict[str, float]]:
@@ -126,17 +124,20 @@ def main() -> None:
     options = parser.parse_args()
     check_positive(options, "out_dim", "batch_size", "steps", "rounds")
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
-    print(f"images per second on {machine}, torch {torch.__version__}; batch {options.batch_size}, {options.amp_dtype}")
+    about = f"out_dim {options.out_dim}, batch {options.batch_size}, {options.amp_dtype}, {options.num_workers} workers"
+    print(f"{about}; images per second on {machine}, torch {torch.__version__}")
     names = list(itertools.product(options.net, options.arch, options.launch))
     with tempfile.TemporaryDirectory() as scratch:
         write_images(options.images, Path(scratch), options.batch_size * options.steps)
-        networks, limits, memory = zip(*(prepare(options, scratch, *name) for name in names), strict=True)
+        pairs = itertools.product(options.net, options.arch)
+        limits = {pair: products_limit(options, scratch, *pair) for pair in pairs}
+        networks, memory = zip(*(prepare(options, scratch, *name) for name in names), strict=True)
         rates = measure(networks, options.batch_size * options.steps, options.rounds)
     results = []
-    for name, found, limit, gib in zip(names, rates, limits, memory, strict=True):
+    for name, found, gib in zip(names, rates, memory, strict=True):
         cores = found["step"] * max(options.num_workers, 1) / found["loader"]
-        more = {"cores needed": cores, "% of products": 100 * found["step"] / limit, "GiB": gib}
-        results.append({"net": name[0], "backbone": name[1], "launch": name[2]} | found | more)
+        more = {"cores needed": cores, "% of products": 100 * found["step"] / limits[name[:2]], "GiB": gib}
+        results.append(dict(zip(("net", "arch", "launch"), name, strict=True)) | found | more)
     rows = ([value if isinstance(value, str) else f"{value:.1f}" for value in row.values()] for row in results)
     print("\n" + align([[*results[0]], *rows], 3))
     if options.output:

@@ -84,12 +84,7 @@ def time_scan(
 ) -> dict[str, list[float]]:
     """[forward, backward] seconds of each scan."""
     gy = torch.randn(inputs[0].shape, device=args.device).contiguous(memory_format=torch.channels_last)
-
-    def no_grad(function: Callable[..., Tensor]) -> None:
-        with torch.no_grad():
-            function(*inputs)
-
-    forward = {name: lambda f=function: no_grad(f) for name, function in functions.items()}
+    forward = {name: torch.no_grad()(lambda f=function: f(*inputs)) for name, function in functions.items()}
     ys = {name: function(*inputs) for name, function in functions.items()}
     backward = {name: lambda y=y: torch.autograd.grad(y, inputs, gy, retain_graph=True) for name, y in ys.items()}
     forward, backward = (fastest(functions, args.repeats, args.device) for functions in (forward, backward))

@@ -87,7 +87,11 @@ def line_of(image: str) -> str:
 
 def write_list(out: Path, images: list[str]) -> None:
     """Write the sorted list. Raises InputError if `out` has other content."""
-    content = os.fsencode("".join(f"{line}\n" for line in sorted(map(line_of, images))))  # names need not be UTF-8
+    lines = sorted(map(line_of, images))
+    odd = [line for line in lines if line != line.strip() or "\n" in line or "\r" in line]
+    if odd:
+        raise InputError(f"image {odd[0]!r}: a list cannot hold a name with line breaks, or spaces at its ends; rename it")
+    content = os.fsencode("".join(f"{line}\n" for line in lines))  # names need not be UTF-8
     if out.exists() and out.read_bytes() != content:
         raise InputError(f"--out {out}: exists with other content; delete it or choose another name")
     with atomic_file(out) as temporary:

@@ -63,6 +63,8 @@ def test_names_of_any_form_are_listed_and_found_again(tmp_path):
     lines = set(os.fsdecode((tmp_path / "list").read_bytes()).splitlines())
     assert {"my_class/0.png", "9/deeper/9_1.png", os.fsdecode(b"9_caf\xe9 1.png")} <= lines and len(lines) == 8
     assert len(listed_samples(tmp_path / "list", data / "train")[1]) == 8
+    (data / "train" / "9" / "new\nline.png").touch()
+    assert_refused(draw(data, tmp_path / "second", 100), "a list cannot hold a name with line breaks")
 
 
 def test_filter_keeps_the_existing_classes(tmp_path):
