@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from clever import arguments, distributed, signals
+from clever import arguments, distributed, progress, signals
 from clever.arguments import bool_flag, plain_args
 from clever.checkpoint import load_checkpoint, save_atomically, valid_state
 from clever.data.augmentations import MultiCropAugmentation, Views, check_crop_scale
@@ -40,7 +40,7 @@ from clever.training import optim
 from clever.training.build import build_networks, build_pretraining, images_per_step, peak_lr
 from clever.training.loggers import Loggers, add_logger_argument, check_log_to
 from clever.training.pretraining import EpochSampler, Pretraining
-from clever.training.telemetry import CollapseWatch, append_log, epoch_line, peak_memory_gib, read_log, truncate_log
+from clever.training.telemetry import CollapseWatch, append_log, epoch_line, read_log, truncate_log
 from clever.utils import IMAGENET_MEAN, IMAGENET_STD, InputError, write_text_atomically
 
 RESUME = "the same command goes on from there"
@@ -369,7 +369,7 @@ def train(
         start = time.perf_counter() - run.seconds_spent(epoch)
         means = run_epoch(run, loader, epoch, args)
         record = {f"train_{name}": value for name, value in means.items()} | measure(run, online, epoch, args)
-        record |= {"epoch": epoch, "seconds": time.perf_counter() - start, "memory_gib": peak_memory_gib(run.device)}
+        record |= {"epoch": epoch, "seconds": time.perf_counter() - start, "memory_gib": progress.peak_memory_gib(run.device)}
         for warning in watch.update(means):
             print(f"warning: {warning}")
         if distributed.is_main_process():

@@ -1,22 +1,21 @@
 """Progress lines, averages, log.txt and warnings of collapse."""
 
-import contextlib
 import fcntl
 import json
 import math
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
-import sys
 import termios
-from pathlib import Path
+import time
 
 import pytest
 import torch
+from support.processes import fork, wait
 
-import clever
+from clever.progress import progress as progress_bar
 from clever.training.telemetry import (
     CollapseWatch,
     TrainingProgress,
@@ -78,38 +77,36 @@ def test_lines_come_early_then_every_print_freq_steps_and_at_the_end(capsys):
     assert lines[-1].endswith("left 00:00 epoch, 00:00 run")
 
 
-# A real run in a pseudo-terminal of 80 or 200 columns: what a user sees.
-SCRIPT = """
-import time, torch
-from clever.progress import progress as bar
-from clever.training.telemetry import TrainingProgress
-for epoch in range(2):
-    progress = TrainingProgress(f"epoch {epoch}/2", 30, 8, torch.device("cpu"), 10, epochs_after=1)
-    for step in range(30):
-        time.sleep(0.02)
-        progress.update(loss=torch.tensor(float(step)), normalized_loss=torch.tensor(0.5))
-    progress.finish()
-    print(f"epoch {epoch} done")
-with bar("features", 30) as meter:
-    for _ in range(30):
-        time.sleep(0.02)
-        meter.update()
-"""
+def run_on(terminal):
+    """Two epochs and a progress bar, in a process whose output goes to this terminal."""
+    descriptor = os.open(terminal, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    for epoch in range(2):
+        progress = TrainingProgress(f"epoch {epoch}/2", 30, 8, CPU, 10, epochs_after=1)
+        for step in range(30):
+            time.sleep(0.02)
+            progress.update(loss=scalar(step), normalized_loss=scalar(0.5))
+        progress.finish()
+        print(f"epoch {epoch} done", flush=True)
+    with progress_bar("features", 30) as meter:
+        for _ in range(30):
+            time.sleep(0.02)
+            meter.update()
 
 
-def in_terminal(columns, **environment):
-    """What a script prints to a terminal of this width."""
+def in_terminal(columns):
+    """What is seen on a pseudo-terminal of this width."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = os.environ | {"TERM": "xterm", "PYTHONPATH": str(Path(clever.__file__).parents[1])} | environment
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=child, stderr=child, env=env)
-    os.close(child)
+    process = fork(run_on, os.ttyname(child))
     text = b""
-    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
-        while block := os.read(parent, 65536):
-            text += block
+    while process.is_alive() or select.select([parent], [], [], 0)[0]:
+        if select.select([parent], [], [], 0.1)[0]:
+            text += os.read(parent, 65536)
+    os.close(child)
     os.close(parent)
-    assert process.wait() == 0, text
+    assert wait([process]) == [0], text
     return text.decode()
 
 
