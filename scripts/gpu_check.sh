@@ -7,8 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for python in python python3; do
-  if "$python" -c 'from importlib.util import find_spec as f; all(map(f, ("einops", "timm", "torch", "torchvision"))) or exit(1)' \
-    2> /dev/null; then
+  if "$python" -c 'from importlib.util import find_spec as f; exit(not all(map(f, "einops timm torch torchvision".split())))' 2>&-; then
     exec "$python" -m scripts.gpu_check "$@"
   fi
 done

@@ -303,10 +303,7 @@ def draw_front(values: pd.DataFrame) -> plt.Figure:
 
 
 def draw_told(values: pd.DataFrame) -> plt.Figure:
-    """R2 minus that of dino, of transformations that the methods are told and of others, on the test images.
-
-    Of each method, the largest weight.
-    """
+    """R2 minus dino's, of transformations told and held out, on the test images, for the largest weight of each method."""
     archs = [arch for arch, found in values.groupby("arch") if (found["split"] == "test").any()]
     figure, panels = plt.subplots(len(archs), 1, figsize=(11, 4 * len(archs)), squeeze=False, layout="constrained")
     names = [*TOLD, *HELD_OUT]
@@ -314,8 +311,7 @@ def draw_told(values: pd.DataFrame) -> plt.Figure:
         found = values[(values["arch"] == arch) & (values["split"] == "test") & (values["space"] == "ALL")]
         table = pivot(found, {name: (R2, name) for name in names}).set_index("seed")
         base = table.loc[table["net"] == BASELINE, names]
-        largest = table.drop_duplicates("net", keep="last")  # of several weights
-        labels = largest.loc[~largest["net"].isin([BASELINE, UNTRAINED]), "label"]
+        labels = table[~table["net"].isin([BASELINE, UNTRAINED])].drop_duplicates("net", keep="last")["label"]
         for i, label in enumerate(labels):
             rows = table[table["label"] == label]
             gains = rows[names] - base.reindex(rows.index)
