@@ -79,6 +79,7 @@ def test_lines_come_early_then_every_print_freq_steps_and_at_the_end(capsys):
 
 def run_on(terminal):
     """Two epochs and a progress bar, in a process whose output goes to this terminal."""
+    os.environ["TERM"] = "xterm"  # with that of the tests, perhaps "dumb", nothing would be redrawn
     descriptor = os.open(terminal, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
